@@ -1,0 +1,157 @@
+"""What makes transformers' causal layers bidirectional, and their last layer cheap when only the masks are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaModel, PreTrainedModel, Qwen2Model
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+
+class _Float32Frequencies(nn.Module):
+    """Keeps RoPE's frequencies in float32 when the model is cast."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class Float32LlamaRotaryEmbedding(_Float32Frequencies, LlamaRotaryEmbedding):
+    """LLaDA's rotary embedding."""
+
+
+class Float32Qwen2RotaryEmbedding(_Float32Frequencies, Qwen2RotaryEmbedding):
+    """Dream's rotary embedding."""
+
+
+def build_backbone(backbone_type: str, config: Any) -> PreTrainedModel:
+    """Build LLaDA as a LlamaModel or Dream as a Qwen2Model, without the causal mask.
+
+    Args:
+        backbone_type: "llada" or "dream".
+        config: the Llama or Qwen2 config, its attention implementation chosen.
+    """
+    backbone: PreTrainedModel
+    if backbone_type == "llada":
+        backbone = LlamaModel(config)
+        backbone.rotary_emb = Float32LlamaRotaryEmbedding(config)
+    else:
+        backbone = Qwen2Model(config)
+        backbone.rotary_emb = Float32Qwen2RotaryEmbedding(config)
+    for layer in backbone.layers:
+        layer.self_attn.is_causal = False
+    return backbone
+
+
+def attention_bias(
+    implementation: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Return the mask that makes the chosen attention see every real token and no padding.
+
+    Args:
+        implementation: sdpa, eager or flash_attention_2 (or _3).
+        input_ids: int64 [B, L].
+        attention_mask: [B, L], 1 for real tokens; None when no row is padded.
+        dtype: the states' dtype.
+
+    Returns:
+        An additive mask [B, 1, 1, L] over the keys (no row can be masked whole, so no NaN), for flash attention the
+        mask [B, L] itself, or None where nothing needs masking.
+
+    Raises:
+        ValueError: another implementation, whose masks nobody has tried.
+    """
+    if implementation.startswith("flash_attention"):
+        return attention_mask
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation={implementation!r} is not supported; use sdpa, eager or flash_attention_2."
+        )
+    if attention_mask is None:
+        if implementation == "sdpa":
+            return None
+        attention_mask = torch.ones_like(input_ids)  # eager takes "no mask" for "causal"
+    bias = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return bias.masked_fill(attention_mask == 0, torch.finfo(dtype).min)[:, None, None, :]
+
+
+def can_trim(layer: nn.Module, implementation: str) -> bool:
+    """Whether `trimmed_layer` may stand in for the layer: no hooks or checkpointing to bypass, a mask over keys."""
+    watched = hasattr(layer, "_hf_hook") or getattr(layer, "gradient_checkpointing", False)
+    return not watched and implementation in ("sdpa", "eager")
+
+
+def trimmed_layer(
+    layer: Any,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    implementation: str,
+) -> torch.Tensor:
+    """Run a decoder layer for some positions only; keys and values still come from all.
+
+    Args:
+        layer: a LlamaDecoderLayer or Qwen2DecoderLayer.
+        hidden: [B, L, H]; positions: int64 [B, K]; rotation: cos and sin, [B, L, D]; bias: [B, 1, 1, L] or None.
+        implementation: sdpa or eager.
+
+    Returns:
+        The layer's output at the positions, [B, K, H].
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    cos, sin = rotation
+    query = _heads(attention.q_proj(rows_at(normed, positions)), attention.head_dim)  # [B, heads, K, D]
+    key = _heads(attention.k_proj(normed), attention.head_dim)  # [B, kv heads, L, D]
+    value = _heads(attention.v_proj(normed), attention.head_dim)
+    query = _rotate(query, rows_at(cos, positions), rows_at(sin, positions))
+    key = _rotate(key, cos, sin)
+    attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    dropout = attention.attention_dropout if attention.training else 0.0
+    mixed, _ = attend(
+        attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling
+    )  # [B, K, heads, D]
+    states = rows_at(hidden, positions) + attention.o_proj(mixed.flatten(2))
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def rows_at(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pick positions [B, K] out of states [B, L, N]; returns [B, K, N]."""
+    positions = positions.to(states.device)
+    return states.expand(len(positions), -1, -1).gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE in transformers' half-split layout; states [B, heads, N, D], cos and sin [B, N, D]."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def parameter_shapes(backbone_type: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Return {our parameter name: shape} of a backbone and its head; nothing is allocated."""
+    with torch.device("meta"):
+        backbone = build_backbone(backbone_type, config)
+    shapes = {f"backbone.{name}": tuple(weight.shape) for name, weight in backbone.named_parameters()}
+    return shapes | {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+
+
+def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Return {module name: (out, in)} of the linear layers among `parameter_shapes`, where LoRA can go."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if len(shape) == 2 and "embed_tokens" not in name
+    }

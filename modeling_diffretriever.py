@@ -1,0 +1,547 @@
+"""DiffRetriever: a diffusion language model as a retriever, in one bidirectional forward pass (arXiv:2605.07210)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .adapter_loading import RETRIEVER_FILE, Adapter, merged_state
+from .backbone_loading import (
+    BACKBONE_FILES,
+    INDEX_FILE,
+    NAME_PATTERNS,
+    WEIGHTS_FILE,
+    audit_weights,
+    choose_dtype,
+    dtype_argument,
+    is_finite,
+    load_tokenizer,
+    original_name,
+    our_name,
+    read_backbone_config,
+    resolve_folder,
+    save_tokenizer,
+)
+from .batching import OrderedResults, batches_by_length
+from .bidirectional_layers import (
+    attention_bias,
+    build_backbone,
+    can_trim,
+    linear_shapes,
+    parameter_shapes,
+    rows_at,
+    trimmed_layer,
+)
+from .configuration_diffretriever import FIELDS, DiffRetrieverConfig
+from .scoring import score
+from .tokenization_helpers import RetrievalTokenizer, check_texts, read_retriever_config
+
+RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*"]
+ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
+HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
+WINDOW = 8192  # texts that encode_texts sorts by length at a time
+LOGITS_ELEMENTS = 32 * 1024 * 1024  # logits held at once when the whole vocabulary is asked for
+AUTO_MAP = {
+    "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
+    "AutoModel": "modeling_diffretriever.DiffRetriever",
+}
+
+
+@dataclass
+class DiffRetrieverOutput(ModelOutput):
+    """What the model returns for B texts.
+
+    Args:
+        repr_hidden: float32 [B, K, H], the dense vectors (`encode`, `encode_texts`).
+        sparse_indices: int64 [B, T], token ids by falling value; unused slots are 0.
+        sparse_values: float32 [B, T], log1p weights; unused slots are 0.0.
+        mask_hidden: [B, K, H] in the model's dtype, the final states at the masks (`forward`).
+    """
+
+    repr_hidden: torch.Tensor | None = None
+    sparse_indices: torch.Tensor | None = None
+    sparse_values: torch.Tensor | None = None
+    mask_hidden: torch.Tensor | None = None
+
+
+class DiffRetriever(PreTrainedModel):
+    """A LLaDA or Dream backbone with its adapter, read at K [MASK] tokens after a retrieval prompt.
+
+    Load it with `AutoModel.from_pretrained(repo_or_dir, trust_remote_code=True)`.
+
+    Attributes:
+        backbone: transformers' LlamaModel or Qwen2Model, without the causal mask.
+        lm_head: the output head, Linear [V, H].
+        tokenizer: the backbone's fast tokenizer.
+    """
+
+    config_class = DiffRetrieverConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+
+    def __init__(self, config: DiffRetrieverConfig) -> None:
+        super().__init__(config)
+        if config.backbone_config is None or config.backbone_type is None:
+            raise ValueError(
+                "This config does not hold its backbone's config; load the model with AutoModel.from_pretrained, "
+                "which reads it from `base_model_name_or_path`."
+            )
+        backbone_config = config.backbone_config
+        backbone_config._attn_implementation = config._attn_implementation
+        self.backbone = build_backbone(config.backbone_type, backbone_config)
+        self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
+        self.tokenizer: Any = None
+        self._texts: tuple[Any, RetrievalTokenizer] | None = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding, [V, H]."""
+        return self.backbone.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output head, [V, H]."""
+        return self.lm_head
+
+    # ---------------------------------------------------------------------------------------------- load and save
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a release: backbone, adapter, tokenizer, prompts. Usually called through `AutoModel`.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of a release, or of what `save_pretrained` wrote.
+            kwargs: any field of `DiffRetrieverConfig`, and what `PreTrainedModel.from_pretrained` takes (dtype,
+                device_map, attn_implementation, quantization_config, revision, token, cache_dir, local_files_only).
+                `dtype` defaults to bfloat16 where the model will run on an accelerator or a CPU with AMX, else
+                float32; "auto" is the checkpoint's own.
+
+        Returns:
+            The model in eval mode; with `output_loading_info=True` also transformers' report.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, broken or does not fit; the message names file and key.
+        """
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        revision, config = kwargs.pop("revision", None), kwargs.pop("config", None)
+        want_report = kwargs.pop("output_loading_info", False)
+        for name in ("adapter_kwargs", "trust_remote_code", *HUB_OPTIONS):
+            kwargs.pop(name, None)
+        folder = resolve_folder(str(pretrained_model_name_or_path), None, revision, hub, RELEASE_FILES)
+        config = _resolve_config(folder, config, {name: kwargs.pop(name) for name in FIELDS if name in kwargs})
+        weights, names_of = _find_weights(config, folder, hub)
+        shapes = parameter_shapes(config.backbone_type, config.backbone_config)
+        stored_dtype = audit_weights(weights, names_of, shapes)
+        tokenizer = load_tokenizer([folder, weights])
+        adapter = _read_adapter(config, folder, hub, tokenizer, linear_shapes(shapes))
+        if names_of is not None:
+            kwargs["key_mapping"] = NAME_PATTERNS[names_of]
+        kwargs[dtype_argument()] = choose_dtype(kwargs, stored_dtype)
+        model, report = super().from_pretrained(
+            weights, *args, config=config, output_loading_info=True, use_safetensors=True, **kwargs
+        )
+        problems = {name: found for name in ("missing_keys", "unexpected_keys") if (found := report.get(name))}
+        if problems:
+            raise ValueError(f"{weights}: transformers reports {problems}; the weights are not whole.")
+        model.tokenizer = tokenizer
+        _ = model.texts  # a tokenizer that cannot build the prompts is refused now, not at the first text
+        if adapter is not None:
+            model._add_adapter(adapter)
+        broken = [name for name, weight in model.named_parameters() if not is_finite(weight)]
+        if broken:
+            raise ValueError(f"{weights}: {', '.join(broken[:5])} hold NaN or infinite values.")
+        model.config.name_or_path = str(pretrained_model_name_or_path)
+        return (model.eval(), report) if want_report else model.eval()
+
+    def _add_adapter(self, adapter: Adapter) -> None:
+        """Merge the adapter, or attach it where the weights cannot take it."""
+        quantised = getattr(self, "hf_quantizer", None) is not None
+        offloaded = any(weight.is_meta for weight in self.parameters())
+        merge = self.config.merge_adapter
+        if merge and (quantised or offloaded):
+            state = "quantised" if quantised else "offloaded"
+            raise ValueError(f"merge_adapter=True, but the backbone is {state}; leave it unset to keep them apart.")
+        if merge is False or quantised or offloaded:
+            adapter.attach(self)
+        else:
+            adapter.merge_into(self)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write a folder that loads without backbone or adapter: merged weights, tokenizer, config and code.
+
+        Args:
+            save_directory: made if it is not there.
+            args, kwargs: as `PreTrainedModel.save_pretrained` takes them.
+
+        Raises:
+            ValueError: the weights are quantised or offloaded, so that they cannot be merged.
+        """
+        if getattr(self, "hf_quantizer", None) is not None or any(weight.is_meta for weight in self.parameters()):
+            raise ValueError("Quantised or offloaded weights cannot be saved merged; load the model without.")
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained writes a folder only; call model.push_to_hub(repo_id) to upload one.")
+        folder = Path(save_directory)
+        state = kwargs.pop("state_dict", None) or merged_state(self)
+        super().save_pretrained(folder, *args, state_dict=state, **kwargs)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+        config = deepcopy(self.config)
+        config.base_model_name_or_path = config.base_model_revision = config.adapter_name_or_path = None
+        config.merge_adapter, config.auto_map = None, AUTO_MAP
+        config.architectures = [type(self).__name__]
+        config.save_pretrained(folder)
+        for file in Path(__file__).parent.glob("*.py"):
+            if file.name != "__init__.py" and folder.resolve() != file.parent.resolve():
+                shutil.copyfile(file, folder / file.name)
+
+    # ---------------------------------------------------------------------------------------------- forward pass
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_query: bool = False,
+        mask_positions: torch.Tensor | None = None,
+    ) -> DiffRetrieverOutput:
+        """Run the backbone once and return the final states at the masks, with gradient.
+
+        Args:
+            input_ids: int64 [B, L] from `tokenize`.
+            attention_mask: [B, L], 1 for real tokens; None when no row is padded.
+            is_query: which side's K masks each row has.
+            mask_positions: int64 [B, K]; None finds the first K masks of each row.
+
+        Returns:
+            An output with `mask_hidden` [B, K, H].
+        """
+        if mask_positions is None:
+            is_mask = (input_ids == self.texts.mask_id).long()
+            mask_positions = is_mask.argsort(dim=1, descending=True, stable=True)[:, : self.config.num_masks(is_query)]
+        return DiffRetrieverOutput(mask_hidden=self._run_layers(input_ids, attention_mask, mask_positions))
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the final states at every position, [B, L, H], with gradient."""
+        return self._run_layers(input_ids, attention_mask, None)
+
+    def _run_layers(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        hidden = self.backbone.embed_tokens(input_ids)  # [B, L, H]
+        if attention_mask is None:
+            position_ids = torch.arange(input_ids.shape[1], device=hidden.device).expand(input_ids.shape)
+        else:  # every text starts at 0, wherever its padding is
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, L]
+        rotation = self.backbone.rotary_emb(hidden, position_ids)  # cos, sin: [B, L, D]
+        implementation = self.config._attn_implementation
+        bias = attention_bias(implementation, input_ids, attention_mask, hidden.dtype)
+        *layers, last = self.backbone.layers
+        for layer in layers:
+            hidden = layer(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotation)
+        if positions is not None and can_trim(last, implementation):
+            hidden = trimmed_layer(last, hidden, positions, rotation, bias, implementation)  # [B, K, H]
+        else:
+            hidden = last(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotation)
+            hidden = hidden if positions is None else rows_at(hidden, positions)
+        return self.backbone.norm(hidden)
+
+    # ---------------------------------------------------------------------------------------------- texts to vectors
+
+    @property
+    def texts(self) -> RetrievalTokenizer:
+        """The prompt and tokenisation rules, following the config's budgets, prompts and max_length."""
+        if self.tokenizer is None:
+            raise ValueError("The model has no tokenizer; load it with from_pretrained, or set model.tokenizer.")
+        config = self.config
+        settings = (config.num_query_masks, config.num_passage_masks, config.max_length)
+        settings += tuple(tuple(config.prompt(side).values()) for side in (True, False))
+        if self._texts is None or self._texts[0] != settings:
+            self._texts = (settings, RetrievalTokenizer(self.tokenizer, config))
+        return self._texts[1]
+
+    def tokenize(self, texts: Sequence[str], is_query: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Wrap texts in the retrieval prompt with K masks (paper Eq. 1).
+
+        Args:
+            texts: one or more strings; special-token strings in them stay plain text.
+            is_query: True for queries, False for passages.
+
+        Returns:
+            ids and attention mask, int64 [B, L] each, left-padded, on the CPU.
+
+        Raises:
+            TypeError, ValueError: `texts` is not a list of strings, or is empty.
+        """
+        return self.texts.pad(self.texts.tokenize(check_texts(texts), is_query))
+
+    def content_token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the sorted ids of each text's content words, the vocabulary of its sparse vector (paper §3.3)."""
+        return [self.texts.content_ids(text) for text in check_texts(texts)]
+
+    @torch.no_grad()
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_query: bool = False,
+        compute_sparse: bool = False,
+        sparse_top_k: int | None = None,
+        content_token_ids: Sequence[Sequence[int]] | None = None,
+        content_filter: bool = True,
+    ) -> DiffRetrieverOutput:
+        """Encode one batch in one forward pass (more with `num_denoise_steps` > 1).
+
+        Args:
+            input_ids: int64 [B, L] from `tokenize`, padded on either side.
+            attention_mask: [B, L], 1 for real tokens; None when no row is padded.
+            is_query: the side that `tokenize` was told.
+            compute_sparse: also return the sparse vectors.
+            sparse_top_k: T, weights kept a text; None is the config's.
+            content_token_ids: one list of ids a text, its sparse vocabulary; None derives it from `input_ids`.
+            content_filter: False lets the whole vocabulary in.
+
+        Returns:
+            `repr_hidden` float32 [B, K, H] (L2-normalised unless the config says not), and with `compute_sparse`
+            `sparse_indices` int64 and `sparse_values` float32, both [B, T] (paper Eq. 2 and 3).
+
+        Raises:
+            ValueError: the ids are not this side's, sizes do not match, or an output is not finite.
+        """
+        top_k = self._check_top_k(sparse_top_k)
+        host_ids = _check_ids(input_ids)
+        host_mask = torch.ones_like(host_ids) if attention_mask is None else attention_mask.cpu()
+        if host_mask.shape != host_ids.shape:
+            raise ValueError(f"attention_mask {list(host_mask.shape)} and input_ids {list(host_ids.shape)} differ.")
+        positions, text_ids = self.texts.locate(host_ids, host_mask, is_query)
+        content = None
+        if compute_sparse and content_filter:
+            content = content_token_ids or [self.texts.content_ids(self.texts.text_of(ids)) for ids in text_ids]
+            if len(content) != len(host_ids):
+                raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
+        unpadded = bool(host_mask.all())
+        mask = None if unpadded or attention_mask is None else attention_mask
+        hidden = self._denoise(input_ids, mask, positions.to(input_ids.device))
+        if not torch.isfinite(hidden).all():
+            raise ValueError(self._not_finite(hidden))
+        output = DiffRetrieverOutput(repr_hidden=hidden.float())
+        if self.config.normalize:
+            output["repr_hidden"] = F.normalize(hidden.float(), dim=-1)
+        if compute_sparse:
+            output["sparse_indices"], output["sparse_values"] = self._sparse(hidden, content, top_k)
+        return output
+
+    def _check_top_k(self, sparse_top_k: int | None) -> int:
+        top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"`sparse_top_k` must be a whole number of at least 1, got {top_k!r}.")
+        return min(top_k, self.config.vocab_size)
+
+    def _not_finite(self, hidden: torch.Tensor) -> str:
+        rows = torch.isfinite(hidden).flatten(1).all(dim=1).logical_not().nonzero().flatten().tolist()
+        broken = [name for name, weight in self.named_parameters() if not is_finite(weight)]
+        cause = (
+            f"the weights {', '.join(broken[:5])} hold NaN or infinite values"
+            if broken
+            else (
+                f"the weights are finite, so {self.dtype} overflowed; load the model with dtype=torch.float32 or bfloat16"
+            )
+        )
+        return f"The vectors of rows {rows[:10]} are not finite: {cause}."
+
+    def _denoise(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        """Return the states at the masks [B, K, H]; over several steps, each as it was when its mask was filled.
+
+        Multi-step (paper App. A.1): each step fills the K // steps masks that the backbone is surest of and keeps
+        their states; the last step reads the rest.
+        """
+        steps = min(self.config.num_denoise_steps, positions.shape[1])
+        frozen = torch.zeros(positions.shape, dtype=torch.bool, device=ids.device)  # [B, K]
+        kept: torch.Tensor | None = None
+        for step in range(steps):
+            hidden = self(ids, mask, mask_positions=positions).mask_hidden  # [B, K, H]
+            kept = hidden if kept is None else torch.where(frozen.to(hidden.device)[..., None], kept, hidden)
+            if step == steps - 1:
+                break
+            confidence, token = _confidence(self.lm_head(kept).float(), self.config.backbone_type)  # [B, K] each
+            confidence, token = confidence.to(ids.device), token.to(ids.device)
+            chosen = confidence.masked_fill(frozen, -torch.inf).topk(positions.shape[1] // steps, dim=1).indices
+            ids = ids.scatter(1, positions.gather(1, chosen), token.gather(1, chosen))
+            frozen = frozen.scatter(1, chosen, True)
+        assert kept is not None
+        return kept
+
+    def _sparse(
+        self, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return indices and values [B, T] of log1p(relu(max over K of the logits)), paper Eq. 3."""
+        if content is None:
+            rows = max(1, LOGITS_ELEMENTS // (hidden.shape[1] * self.lm_head.out_features))
+            parts = [_top(self._whole_vocabulary(part), None, top_k) for part in hidden.split(rows)]
+            indices, values = (torch.cat(column) for column in zip(*parts, strict=True))
+            return indices, values
+        columns = torch.tensor(sorted({token for ids in content for token in ids}), dtype=torch.long)
+        allowed = torch.zeros(len(content), len(columns), dtype=torch.bool)  # [B, C]
+        for row, ids in enumerate(content):
+            allowed[row, torch.searchsorted(columns, torch.tensor(list(ids), dtype=torch.long))] = True
+        columns, allowed = columns.to(hidden.device), allowed.to(hidden.device)
+        weights = torch.log1p(F.relu(self._logits(hidden, columns).amax(dim=1))) * allowed  # [B, C]
+        return _top(weights.masked_fill(columns == self.texts.mask_id, 0.0), columns, top_k)
+
+    def _whole_vocabulary(self, hidden: torch.Tensor) -> torch.Tensor:
+        weights = torch.log1p(F.relu(self.lm_head(hidden).float().amax(dim=1)))  # [B, V]
+        weights[:, self.texts.mask_id] = 0.0
+        return weights
+
+    def _logits(self, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return float32 [B, K, C]: the head's given columns, computing no others where the head is a plain Linear."""
+        if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
+            return F.linear(hidden, self.lm_head.weight[columns]).float()
+        return self.lm_head(hidden)[..., columns].float()
+
+    def encode_texts(
+        self,
+        texts: Iterable[str],
+        is_query: bool,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        compute_sparse: bool = True,
+        sparse_top_k: int | None = None,
+        content_filter: bool = True,
+        tokens_per_batch: int | None = None,
+    ) -> DiffRetrieverOutput:
+        """Encode any number of texts, in batches of similar length.
+
+        Args:
+            texts: a list, or any iterator of strings; an iterator is read a window at a time.
+            is_query: True for queries, False for passages.
+            batch_size: at most so many texts a batch; None leaves it to the token budget.
+            show_progress_bar: draw one, in texts.
+            compute_sparse, sparse_top_k, content_filter: as for `encode`.
+            tokens_per_batch: at most so many tokens a batch, padding included; None is 16,384 on an accelerator and
+                2,048 on a CPU.
+
+        Returns:
+            As `encode`, for all texts in their order, on the CPU.
+
+        Raises:
+            TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0.
+        """
+        if (
+            isinstance(texts, (str, bytes))
+            or not isinstance(texts, Iterable)
+            or (isinstance(texts, Sized) and not len(texts))
+        ):
+            check_texts(texts)
+        for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        budget = tokens_per_batch or (2048 if self.device.type == "cpu" else 16384)
+        total = len(texts) if isinstance(texts, Sized) else None
+        collected = OrderedResults(total)
+        stream = iter(texts)
+        with logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar:
+            while window := list(islice(stream, WINDOW)):
+                sequences = self.texts.tokenize(check_texts(window, first=collected.count), is_query)
+                for rows in batches_by_length([len(sequence) for sequence in sequences], budget, batch_size):
+                    ids, mask = self.texts.pad([sequences[row] for row in rows])
+                    out = self.encode(
+                        ids.to(self.device), mask.to(self.device), is_query, compute_sparse, sparse_top_k,
+                        content_filter=content_filter,
+                    )  # fmt: skip
+                    collected.put(rows, len(window), out)
+                    bar.update(len(rows))
+                collected.close_window(len(window))
+        return DiffRetrieverOutput(**collected.result())
+
+    def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
+        """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors."""
+        return score(queries, passages, mode)
+
+
+def _resolve_config(folder: Path, config: Any, overrides: dict[str, Any]) -> Any:
+    """Return a config of our own to change, from the folder or the caller."""
+    if not isinstance(config, PretrainedConfig):
+        return DiffRetrieverConfig.from_pretrained(config or folder, **overrides)
+    config = deepcopy(config)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    config._overrides = (*getattr(config, "_overrides", ()), *overrides)
+    config.check()
+    return config
+
+
+def _find_weights(config: Any, folder: Path, hub: dict[str, Any]) -> tuple[Path, str | None]:
+    """Return the folder of the weights, and whose names they have (None: ours), reading the backbone's config."""
+    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        for name in ("base_model_name_or_path", "backbone_type"):
+            if name in config.overrides:
+                raise ValueError(f"{folder} holds its own merged weights; `{name}` cannot be set.")
+        return folder, None
+    base = config.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"{folder / 'config.json'} names no `base_model_name_or_path`, and {folder} has no weights.")
+    beside = None if "base_model_name_or_path" in config.overrides else folder
+    weights = resolve_folder(str(base), beside, config.base_model_revision, hub, BACKBONE_FILES)
+    config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
+    return weights, config.backbone_type
+
+
+def _read_adapter(
+    config: Any, folder: Path, hub: dict[str, Any], tokenizer: Any, layers: dict[str, tuple[int, int]]
+) -> Adapter | None:
+    """Read the adapter; one that the caller chose brings its own budgets and prompts, save those the caller set."""
+    if config.adapter_name_or_path is None:
+        return None
+    kind = config.backbone_type
+    chosen = "adapter_name_or_path" in config.overrides
+    place = resolve_folder(str(config.adapter_name_or_path), None if chosen else folder, None, hub, ADAPTER_FILES)
+    if chosen and (place / RETRIEVER_FILE).is_file():
+        recorded = read_retriever_config(place / RETRIEVER_FILE, tokenizer)
+        if recorded.pop("backbone_type") != kind:
+            raise ValueError(f"{place / RETRIEVER_FILE} was trained on another backbone than {kind}.")
+        for name, value in recorded.items():
+            if name not in config.overrides:
+                setattr(config, name, value)
+    return Adapter(place, layers, lambda name: our_name(kind, name), lambda name: original_name(kind, name))
+
+
+def _check_ids(input_ids: Any) -> torch.Tensor:
+    """Return the ids on the CPU, or say what is wrong with them."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError("input_ids must be an integer tensor [B, L], as tokenize() returns it.")
+    return input_ids.cpu()
+
+
+def _confidence(logits: torch.Tensor, backbone_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how sure the backbone is of each mask's best token, and that token, [B, K] each, by its own decoding.
+
+    LLaDA goes by the best token's probability, Dream by the distribution's negative entropy.
+    """
+    log_probability = logits.log_softmax(dim=-1)  # [B, K, V]
+    best, token = log_probability.max(dim=-1)
+    if backbone_type == "dream":
+        return (log_probability.exp() * log_probability).sum(dim=-1), token
+    return best.exp(), token
+
+
+def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids int64 and values float32, both [B, top_k], of the largest weights [B, C] by falling value."""
+    count = min(top_k, weights.shape[1])
+    values, places = weights.float().topk(count, dim=1)
+    indices = places if columns is None else columns[places]
+    indices = indices.masked_fill(values <= 0, 0)
+    return F.pad(indices, (0, top_k - count)), F.pad(values, (0, top_k - count))

@@ -1,0 +1,58 @@
+"""Releases built from the parity checkpoints, loaded as a user loads them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the Hub
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import publish  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModel  # noqa: E402
+
+PARITY = Path(__file__).parent / "parity"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def build_release(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that builds a release from parity names, under a folder name of its own."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def build(backbone: str, adapter: str | None = None, **settings: Any) -> Path:
+        key = (backbone, adapter, *sorted(settings.items()))
+        if key not in made:
+            # transformers 4.54 shares one dynamic module between folders of one base name
+            out = tmp_path_factory.mktemp("releases") / f"{adapter or backbone}-{len(made)}-{os.getpid()}"
+            source = str(PARITY / "adapters" / adapter) if adapter else None
+            publish.build(str(PARITY / "backbones" / backbone), out, source, **settings)
+            made[key] = out
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def load_release(build_release: Callable[..., Path]) -> Callable[..., Any]:
+    """Return a function that builds a release and loads it through AutoModel; equal calls share one model."""
+    loaded: dict[tuple[Any, ...], Any] = {}
+
+    def load(backbone: str, adapter: str | None = None, **options: Any) -> Any:
+        key = (backbone, adapter, *sorted((name, str(value)) for name, value in options.items()))
+        if key not in loaded:
+            options.setdefault("torch_dtype", torch.float32)
+            folder = build_release(backbone, adapter)
+            loaded[key] = AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
+        return loaded[key]
+
+    return load

@@ -1,0 +1,391 @@
+"""From texts to token ids: the retrieval prompt around a text (paper §3.1, §3.2) and the text's content words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The English stopwords of the PromptReps filter (the 179 words of NLTK's list).
+STOPWORDS = frozenset(
+    """
+    i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his
+    himself she she's her hers herself it it's its itself they them their theirs themselves what which who whom this
+    that that'll these those am is are was were be been being have has had having do does did doing a an the and but
+    if or because as until while of at by for with about against between into through during before after above below
+    to from up down in out on off over under again further then once here there when where why how all any both each
+    few more most other some such no nor not only own same so than too very s t can will just don don't should
+    should've now d ll m o re ve y ain aren aren't couldn couldn't didn didn't doesn doesn't hadn hadn't hasn hasn't
+    haven haven't isn isn't ma mightn mightn't mustn mustn't needn needn't shan shan't shouldn shouldn't wasn wasn't
+    weren weren't won won't wouldn wouldn't
+    """.split()
+)
+PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+# Our config's fields in the retriever_config.json that the method's training writes.
+RETRIEVER_FIELDS = {
+    "backbone_type": "model_type",
+    "num_query_masks": "n_gen_q_tokens",
+    "num_passage_masks": "n_gen_p_tokens",
+    "num_denoise_steps": "num_denoise_steps",
+    "max_length": "max_length",
+    "normalize": "normalize",
+}
+
+# A sentence ends at . ? or !, perhaps inside closing quotes or brackets, before white space.
+_SENTENCE_END = re.compile(r"(?<=[.?!])(?=\s)|(?<=[.?!][\"')\]}’”»])(?=\s)")
+
+# Penn Treebank word rules in the order and with the extensions of NLTK's word tokeniser, for lowercased sentences.
+_OPENING_QUOTES = [
+    (re.compile(r"([«“‘„]|`+)"), r" \1 "),
+    (re.compile(r'^"'), "``"),
+    (re.compile(r"(``)"), r" \1 "),
+    (re.compile(r"([ (\[{<])(\"|'{2})"), r"\1 `` "),
+    (re.compile(r"(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"), r"\1 "),
+]
+_PUNCTUATION_MARKS = [
+    (re.compile(r"([^.])(\.)([\])}>\"'»”’ ]*)\s*$"), r"\1 \2 \3 "),
+    (re.compile(r"([:,])([^\d])"), r" \1 \2"),
+    (re.compile(r"([:,])$"), r" \1 "),
+    (re.compile(r"(\.{2,}|[;@#$%&\u2012-\u2015])"), r" \1 "),
+    (re.compile(r"([?!])"), r" \1 "),
+    (re.compile(r"([^'])' "), r"\1 ' "),
+    (re.compile(r"([*\[\](){}<>]|--)"), r" \1 "),
+]
+_CLOSING_QUOTES = [
+    (re.compile(r"([»”’])"), r" \1 "),
+    (re.compile(r"''|\""), " '' "),
+    (re.compile(r"\s+"), " "),
+    (re.compile(r"([^' ])('s|'m|'d|') "), r"\1 \2 "),
+    (re.compile(r"([^' ])('ll|'re|'ve|n't) "), r"\1 \2 "),
+]
+_CONTRACTIONS = [
+    (re.compile(r"\b(can)(not)\b"), r" \1 \2 "),
+    (re.compile(r"\b(d)('ye)\b"), r" \1 \2 "),
+    (re.compile(r"\b(gim|lem)(me)\b"), r" \1 \2 "),
+    (re.compile(r"\b(gon|wan)(na)\b"), r" \1 \2 "),
+    (re.compile(r"\b(got)(ta)\b"), r" \1 \2 "),
+    (re.compile(r"\b(more)('n)\b"), r" \1 \2 "),
+    (re.compile(r" ('t)(is|was)\b"), r" \1 \2 "),
+]
+
+
+def split_words(text: str) -> list[str]:
+    """Split a lowercased text into words and punctuation, as NLTK's `word_tokenize` does.
+
+    >>> split_words("don't panic: it's 9.30 p.m.")
+    ['do', "n't", 'panic', ':', 'it', "'s", '9.30', 'p.m', '.']
+    """
+    words: list[str] = []
+    for sentence in _SENTENCE_END.split(text):
+        sentence = sentence.strip()
+        for pattern, replacement in _OPENING_QUOTES:
+            sentence = pattern.sub(replacement, sentence)
+        for pattern, replacement in _PUNCTUATION_MARKS:
+            sentence = pattern.sub(replacement, sentence)
+        sentence = f" {sentence} "
+        for pattern, replacement in _CLOSING_QUOTES + _CONTRACTIONS:
+            sentence = pattern.sub(replacement, sentence)
+        words += sentence.split()
+    return words
+
+
+def content_words(text: str) -> list[str]:
+    """Return the words that may carry sparse weight: lowercase, no stopwords, no punctuation (paper §3.3).
+
+    >>> content_words("What causes the seasons on Earth?")
+    ['causes', 'seasons', 'earth']
+    """
+    return [word for word in split_words(text.lower()) if word not in STOPWORDS and word not in PUNCTUATION]
+
+
+def check_texts(texts: Any, first: int = 0) -> list[str]:
+    """Return `texts` as a list, or say which entry is no string; `first` is the number of the first entry.
+
+    Raises:
+        TypeError: one string instead of a list, or an entry that is not a string.
+        ValueError: an empty list.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"`texts` must be a list of strings, got one {type(texts).__name__}; write [text].")
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"`texts` must be a list of strings, got {type(texts).__name__}.")
+    texts = list(texts)
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            raise TypeError(f"`texts[{number}]` must be a string, got {type(text).__name__}: {text!r:.80}.")
+    if not texts:
+        raise ValueError("`texts` is empty; pass at least one string.")
+    return texts
+
+
+def without_lone_surrogates(text: str) -> str:
+    """Replace what UTF-8 cannot hold by U+FFFD; surrogate pairs become their character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def render_prompt(tokenizer: Any, prompt: dict[str, str]) -> tuple[str, str]:
+    """Render a prompt through the tokenizer's chat template and cut it at the text.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        prompt: texts of the roles system, user (with `{text}`) and assistant.
+
+    Returns:
+        Everything before the text, and everything between the text and the masks.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or its template does not show the text once.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template (`chat_template` in "
+            "tokenizer_config.json or chat_template.jinja); the retrieval prompt needs one."
+        )
+    sentinel = "\N{SYMBOL FOR SUBSTITUTE}"  # the prompt is ours, not the user's: nothing in it looks like this
+    messages = [
+        {"role": "system", "content": prompt["system"]},
+        {"role": "user", "content": prompt["user"].replace("{text}", sentinel)},
+    ]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, found, after = rendered.partition(sentinel)
+    if not found or sentinel in after:
+        raise ValueError(
+            f"The chat template of the tokenizer of {tokenizer.name_or_path!r} shows the user's text "
+            f"{rendered.count(sentinel)} times; it must show it once."
+        )
+    return before, after + prompt["assistant"]
+
+
+def read_prompt(tokenizer: Any, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> dict[str, str]:
+    """Recover the prompt from the token ids that a training run recorded (retriever_config.json).
+
+    Args:
+        tokenizer: the tokenizer of the run.
+        prefix_ids: ids before the text.
+        suffix_ids: ids between the text and the masks.
+
+    Returns:
+        The texts of the three roles.
+
+    Raises:
+        ValueError: the ids are no prompt of this tokenizer's chat template.
+    """
+    marks = {"system": "\N{SYMBOL FOR START OF HEADING}", "user": "\N{SYMBOL FOR START OF TEXT}{text}", "assistant": ""}
+    before, after = render_prompt(tokenizer, marks)
+    opening, between = before.rstrip("\N{SYMBOL FOR START OF TEXT}").split("\N{SYMBOL FOR START OF HEADING}")
+    prefix = tokenizer.decode(list(prefix_ids), clean_up_tokenization_spaces=False)
+    suffix = tokenizer.decode(list(suffix_ids), clean_up_tokenization_spaces=False)
+    found = re.fullmatch(f"{re.escape(opening)}(.*){re.escape(between)}(.*)", prefix, re.DOTALL)
+    user_end, closing, assistant = suffix.partition(after)
+    if not found or not closing:
+        raise ValueError(
+            "The prompt ids recorded for the adapter do not follow the tokenizer's chat template: "
+            f"prefix {prefix!r}, suffix {suffix!r}."
+        )
+    return {"system": found[1], "user": found[2] + "{text}" + user_end, "assistant": assistant}
+
+
+def read_retriever_config(file: Path, tokenizer: Any) -> dict[str, Any]:
+    """Read what the method's training recorded beside an adapter, as fields of `DiffRetrieverConfig`.
+
+    Args:
+        file: the adapter's retriever_config.json.
+        tokenizer: the tokenizer that the adapter was trained with.
+
+    Returns:
+        Budgets, max_length, denoising steps, normalisation, prompts and backbone type.
+
+    Raises:
+        ValueError: a field is missing, or was recorded with another tokenizer.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        fields = {ours: raw[theirs] for ours, theirs in RETRIEVER_FIELDS.items()}
+        for side in ("query", "passage"):
+            ids = raw[f"{side}_prefix_ids"], raw[f"{side}_suffix_ids"]
+            fields[f"{side}_prompt"] = read_prompt(tokenizer, *ids)
+        mask_id = raw["mask_token_id"]
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    tokenizer_mask = find_mask_id(tokenizer)
+    if mask_id != tokenizer_mask:
+        raise ValueError(f"{file}: mask_token_id is {mask_id}, the tokenizer's is {tokenizer_mask}; they do not fit.")
+    fields["backbone_type"] = {"llada1": "llada"}.get(raw["model_type"], raw["model_type"])
+    return fields
+
+
+class PromptLayout:
+    """The fixed parts of one side's sequence: prefix + text + suffix + [MASK]·K + tail."""
+
+    def __init__(self, prefix: list[int], suffix: list[int], mask_id: int, num_masks: int, tail: list[int]) -> None:
+        self.prefix = prefix
+        self.suffix = suffix
+        self.num_masks = num_masks
+        self.closing = suffix + [mask_id] * num_masks + tail  # all that follows the text
+        self.num_tail = len(tail)
+
+
+class RetrievalTokenizer:
+    """Builds the sequences that the model reads, and finds text and masks in them again.
+
+    Args:
+        tokenizer: a transformers fast tokenizer with chat template, mask, pad and end-of-text tokens.
+        config: the release's `DiffRetrieverConfig`.
+
+    Raises:
+        ValueError: no fast tokenizer, no mask token or chat template, or `max_length` leaves no room for text.
+    """
+
+    WORD_CACHE_SIZE = 200_000
+
+    def __init__(self, tokenizer: Any, config: Any) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = config.max_length
+        self._plain = _plain_backend(tokenizer)
+        self.mask_id = find_mask_id(tokenizer)
+        self.end_of_text_id = _special_id(tokenizer, "end-of-text", (tokenizer.eos_token, "<|endoftext|>"))
+        self.pad_id = self.end_of_text_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        end_of_turn = _special_id(tokenizer, "end-of-turn", ("<|eot_id|>", "<|im_end|>"))
+        tail = self._plain_ids('"') + [end_of_turn, self.end_of_text_id]  # paper Eq. 1
+        self.layouts: dict[bool, PromptLayout] = {}
+        for is_query in (True, False):
+            prefix, suffix = (self._template_ids(part) for part in render_prompt(tokenizer, config.prompt(is_query)))
+            self.layouts[is_query] = PromptLayout(prefix, suffix, self.mask_id, config.num_masks(is_query), tail)
+            self._check_room(is_query)
+        self._word_ids: dict[str, list[int]] = {}
+
+    def _check_room(self, is_query: bool) -> None:
+        layout = self.layouts[is_query]
+        prompt_length = len(layout.prefix) + len(layout.suffix)
+        if self.max_length <= prompt_length:
+            side = "query" if is_query else "passage"
+            raise ValueError(
+                f"config field `max_length` is {self.max_length}, but the {side} prompt alone takes {prompt_length} "
+                f"tokens; set it to at least {prompt_length + 1}, better {prompt_length + 100}."
+            )
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def _template_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
+        """Return the whole sequence of each text, unpadded. Special-token strings in a text stay plain text."""
+        layout = self.layouts[is_query]
+        room = self.max_length - len(layout.prefix) - len(layout.suffix)
+        cleaned = [without_lone_surrogates(text) for text in texts]
+        encodings = self._plain.encode_batch_fast(cleaned, add_special_tokens=False)
+        return [layout.prefix + encoding.ids[:room] + layout.closing for encoding in encodings]
+
+    def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-pad sequences to the longest.
+
+        Returns:
+            ids and attention mask, LongTensor [B, L] each, on the CPU.
+        """
+        length = max(map(len, sequences))
+        ids = torch.tensor([[self.pad_id] * (length - len(row)) + list(row) for row in sequences])
+        lengths = torch.tensor([len(row) for row in sequences])
+        mask = (torch.arange(length) >= (length - lengths)[:, None]).long()
+        return ids, mask
+
+    def locate(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, list[list[int]]]:
+        """Check that the rows are sequences of this side, and find their masks and texts.
+
+        Args:
+            ids: int64 [B, L] on the CPU, padded on either side.
+            mask: [B, L] on the CPU, 1 for real tokens.
+            is_query: which side the rows are to be.
+
+        Returns:
+            Positions of the masks, int64 [B, K], and the token ids of each text.
+
+        Raises:
+            ValueError: a row is not what `tokenize` makes for this side; the message names the row.
+        """
+        layout = self.layouts[is_query]
+        texts: list[list[int]] = []
+        positions: list[list[int]] = []
+        for number, (row, real) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+            start = real.index(1) if 1 in real else 0
+            end = start + sum(real)
+            if real[start:end] != [1] * (end - start):
+                raise ValueError(
+                    f"attention mask row {number} is not one run of ones; it must be what tokenize() made."
+                )
+            text_end = end - len(layout.closing)
+            fits = row[start : start + len(layout.prefix)] == layout.prefix and row[text_end:end] == layout.closing
+            if not fits or text_end < start + len(layout.prefix):
+                raise ValueError(self._misfit(number, row[start:end], is_query))
+            first_mask = text_end + len(layout.suffix)
+            positions.append(list(range(first_mask, first_mask + layout.num_masks)))
+            texts.append(row[start + len(layout.prefix) : text_end])
+        return torch.tensor(positions), texts
+
+    def _misfit(self, number: int, row: list[int], is_query: bool) -> str:
+        side, other = ("query", "passage") if is_query else ("passage", "query")
+        other_layout = self.layouts[not is_query]
+        found, expected = row.count(self.mask_id), self.layouts[is_query].num_masks
+        made_with = f"tokenize(..., is_query={is_query})"
+        if row[: len(other_layout.prefix)] == other_layout.prefix and found == other_layout.num_masks:
+            return f"ids row {number} is a {other}, but encode() was told is_query={is_query}; use {made_with}."
+        if found != expected:
+            return (
+                f"ids row {number} holds {found} [MASK] tokens (id {self.mask_id}); a {side} of this model has "
+                f"{expected}. Make the ids with {made_with} of the same model."
+            )
+        return f"ids row {number} does not have this model's {side} prompt around its text; use {made_with}."
+
+    def text_of(self, text_ids: Sequence[int]) -> str:
+        """Return the text of token ids; a character cut in two by truncation is left out."""
+        return self._plain.decode(list(text_ids), skip_special_tokens=False).rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def content_ids(self, text: str) -> list[int]:
+        """Return the sorted ids of a text's content words, each word tokenised on its own, the mask id left out."""
+        found: set[int] = set()
+        for word in content_words(text):
+            ids = self._word_ids.get(word)
+            if ids is None:
+                if len(self._word_ids) >= self.WORD_CACHE_SIZE:
+                    self._word_ids.clear()
+                ids = self._word_ids[word] = self._plain_ids(word)
+            found.update(ids)
+        found.discard(self.mask_id)
+        return sorted(found)
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """Return the tokenizer's own rules without its added tokens, so that no text can become a special id."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"The tokenizer of {tokenizer.name_or_path!r} is not a fast tokenizer (tokenizer.json).")
+    rules = json.loads(backend.to_str())
+    rules.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    return type(backend).from_str(json.dumps(rules))
+
+
+def find_mask_id(tokenizer: Any) -> int:
+    """Return the id of LLaDA's or Dream's mask token, or raise ValueError."""
+    return _special_id(tokenizer, "[MASK]", ("<|mdm_mask|>", "<|mask|>", tokenizer.mask_token))
+
+
+def _special_id(tokenizer: Any, role: str, names: tuple[str | None, ...]) -> int:
+    """Return the id of the first of `names` that the tokenizer has as one token."""
+    vocabulary = tokenizer.get_vocab()
+    for name in names:
+        if name is not None and name in vocabulary:
+            return vocabulary[name]
+    tried = ", ".join(name for name in names if name)
+    raise ValueError(f"The tokenizer of {tokenizer.name_or_path!r} has no {role} token (looked for {tried}).")
