@@ -1,4 +1,4 @@
-"""LoRA adapters as the method's training saves them, under the backbone's original module names. peft does the maths."""
+"""LoRA adapters as the method's training saves them, under the backbone's original names. peft does the maths."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Adapter:
         for name, parts in self.modules.items():
             rows, columns = self._shapes[name]
             rank = self.config.rank_pattern[name]
-            wanted = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
+            wanted: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
             if self.config.use_dora:
                 wanted["lora_magnitude_vector"] = (rows,)
             if self.config.lora_bias:
@@ -142,7 +142,7 @@ class Adapter:
         state = {f"{name}.{part}": t.float() for name, parts in self.modules.items() for part, t in parts.items()}
         peft.set_peft_model_state_dict(model, state)
         for name in self.modules:
-            layer = model.get_submodule(name)
+            layer: Any = model.get_submodule(name)
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 getattr(layer, part).to(device=layer.get_base_layer().weight.device, dtype=torch.float32)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2TokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -268,15 +268,15 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         file = folder / WEIGHTS_FILE
         return {name: (file, entry) for name, entry in read_header(file).items()}
     weight_map: dict[str, str] = read_json(folder / INDEX_FILE).get("weight_map", {})
-    headers = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
+    headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
     entries: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name, file in weight_map.items():
-        if name not in headers[file]:
-            raise ValueError(f"{folder / INDEX_FILE} places {name} in {file}, which does not hold it.")
-        entries[name] = (folder / file, headers[file][name])
-    for file, header in headers.items():
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise ValueError(f"{folder / INDEX_FILE} places {name} in {shard}, which does not hold it.")
+        entries[name] = (folder / shard, headers[shard][name])
+    for shard, header in headers.items():
         for name in header.keys() - weight_map.keys():
-            raise ValueError(f"{folder / file} holds {name}, which {INDEX_FILE} does not list.")
+            raise ValueError(f"{folder / shard} holds {name}, which {INDEX_FILE} does not list.")
     return entries
 
 
@@ -337,7 +337,9 @@ def load_tokenizer(folders: list[Path]) -> Any:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return Qwen2TokenizerFast.from_pretrained(folder)  # Dream's: Qwen2's rules and its own special tokens
+            return transformers.Qwen2TokenizerFast.from_pretrained(
+                folder
+            )  # Dream's: Qwen2's rules and its own special tokens
     places = " or ".join(map(str, folders))
     raise FileNotFoundError(f"No tokenizer.json, nor vocab.json with merges.txt, in {places}.")
 

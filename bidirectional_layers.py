@@ -39,7 +39,7 @@ def build_backbone(backbone_type: str, config: Any) -> PreTrainedModel:
         backbone_type: "llada" or "dream".
         config: the Llama or Qwen2 config, its attention implementation chosen.
     """
-    backbone: PreTrainedModel
+    backbone: Any
     if backbone_type == "llada":
         backbone = LlamaModel(config)
         backbone.rotary_emb = Float32LlamaRotaryEmbedding(config)

@@ -45,13 +45,13 @@ from .bidirectional_layers import (
 )
 from .configuration_diffretriever import FIELDS, DiffRetrieverConfig
 from .scoring import score
+from .sparse_head import confidence_of, sparse_vectors
 from .tokenization_helpers import RetrievalTokenizer, check_texts, read_retriever_config
 
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 WINDOW = 8192  # texts that encode_texts sorts by length at a time
-LOGITS_ELEMENTS = 32 * 1024 * 1024  # logits held at once when the whole vocabulary is asked for
 AUTO_MAP = {
     "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
     "AutoModel": "modeling_diffretriever.DiffRetriever",
@@ -152,9 +152,9 @@ class DiffRetriever(PreTrainedModel):
         if names_of is not None:
             kwargs["key_mapping"] = NAME_PATTERNS[names_of]
         kwargs[dtype_argument()] = choose_dtype(kwargs, stored_dtype)
-        model, report = super().from_pretrained(
-            weights, *args, config=config, output_loading_info=True, use_safetensors=True, **kwargs
-        )
+        kwargs.update(config=config, output_loading_info=True, use_safetensors=True)
+        loaded: Any = super().from_pretrained(weights, *args, **kwargs)
+        model, report = loaded
         problems = {name: found for name in ("missing_keys", "unexpected_keys") if (found := report.get(name))}
         if problems:
             raise ValueError(f"{weights}: transformers reports {problems}; the weights are not whole.")
@@ -181,12 +181,12 @@ class DiffRetriever(PreTrainedModel):
         else:
             adapter.merge_into(self)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write a folder that loads without backbone or adapter: merged weights, tokenizer, config and code.
 
         Args:
             save_directory: made if it is not there.
-            args, kwargs: as `PreTrainedModel.save_pretrained` takes them.
+            kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
             ValueError: the weights are quantised or offloaded, so that they cannot be merged.
@@ -196,8 +196,8 @@ class DiffRetriever(PreTrainedModel):
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained writes a folder only; call model.push_to_hub(repo_id) to upload one.")
         folder = Path(save_directory)
-        state = kwargs.pop("state_dict", None) or merged_state(self)
-        super().save_pretrained(folder, *args, state_dict=state, **kwargs)
+        kwargs["state_dict"] = kwargs.get("state_dict") or merged_state(self)
+        super().save_pretrained(folder, **kwargs)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
         config = deepcopy(self.config)
@@ -341,7 +341,9 @@ class DiffRetriever(PreTrainedModel):
         if self.config.normalize:
             output["repr_hidden"] = F.normalize(hidden.float(), dim=-1)
         if compute_sparse:
-            output["sparse_indices"], output["sparse_values"] = self._sparse(hidden, content, top_k)
+            output["sparse_indices"], output["sparse_values"] = sparse_vectors(
+                self.lm_head, hidden, content, top_k, self.texts.mask_id
+            )
         return output
 
     def _check_top_k(self, sparse_top_k: int | None) -> int:
@@ -357,7 +359,7 @@ class DiffRetriever(PreTrainedModel):
             f"the weights {', '.join(broken[:5])} hold NaN or infinite values"
             if broken
             else (
-                f"the weights are finite, so {self.dtype} overflowed; load the model with dtype=torch.float32 or bfloat16"
+                f"the weights are finite, so {self.dtype} overflowed; load with dtype=torch.float32 or torch.bfloat16"
             )
         )
         return f"The vectors of rows {rows[:10]} are not finite: {cause}."
@@ -376,41 +378,13 @@ class DiffRetriever(PreTrainedModel):
             kept = hidden if kept is None else torch.where(frozen.to(hidden.device)[..., None], kept, hidden)
             if step == steps - 1:
                 break
-            confidence, token = _confidence(self.lm_head(kept).float(), self.config.backbone_type)  # [B, K] each
+            confidence, token = confidence_of(self.lm_head(kept).float(), self.config.backbone_type)  # [B, K] each
             confidence, token = confidence.to(ids.device), token.to(ids.device)
             chosen = confidence.masked_fill(frozen, -torch.inf).topk(positions.shape[1] // steps, dim=1).indices
             ids = ids.scatter(1, positions.gather(1, chosen), token.gather(1, chosen))
             frozen = frozen.scatter(1, chosen, True)
         assert kept is not None
         return kept
-
-    def _sparse(
-        self, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return indices and values [B, T] of log1p(relu(max over K of the logits)), paper Eq. 3."""
-        if content is None:
-            rows = max(1, LOGITS_ELEMENTS // (hidden.shape[1] * self.lm_head.out_features))
-            parts = [_top(self._whole_vocabulary(part), None, top_k) for part in hidden.split(rows)]
-            indices, values = (torch.cat(column) for column in zip(*parts, strict=True))
-            return indices, values
-        columns = torch.tensor(sorted({token for ids in content for token in ids}), dtype=torch.long)
-        allowed = torch.zeros(len(content), len(columns), dtype=torch.bool)  # [B, C]
-        for row, ids in enumerate(content):
-            allowed[row, torch.searchsorted(columns, torch.tensor(list(ids), dtype=torch.long))] = True
-        columns, allowed = columns.to(hidden.device), allowed.to(hidden.device)
-        weights = torch.log1p(F.relu(self._logits(hidden, columns).amax(dim=1))) * allowed  # [B, C]
-        return _top(weights.masked_fill(columns == self.texts.mask_id, 0.0), columns, top_k)
-
-    def _whole_vocabulary(self, hidden: torch.Tensor) -> torch.Tensor:
-        weights = torch.log1p(F.relu(self.lm_head(hidden).float().amax(dim=1)))  # [B, V]
-        weights[:, self.texts.mask_id] = 0.0
-        return weights
-
-    def _logits(self, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Return float32 [B, K, C]: the head's given columns, computing no others where the head is a plain Linear."""
-        if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
-            return F.linear(hidden, self.lm_head.weight[columns]).float()
-        return self.lm_head(hidden)[..., columns].float()
 
     def encode_texts(
         self,
@@ -524,24 +498,3 @@ def _check_ids(input_ids: Any) -> torch.Tensor:
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         raise ValueError("input_ids must be an integer tensor [B, L], as tokenize() returns it.")
     return input_ids.cpu()
-
-
-def _confidence(logits: torch.Tensor, backbone_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how sure the backbone is of each mask's best token, and that token, [B, K] each, by its own decoding.
-
-    LLaDA goes by the best token's probability, Dream by the distribution's negative entropy.
-    """
-    log_probability = logits.log_softmax(dim=-1)  # [B, K, V]
-    best, token = log_probability.max(dim=-1)
-    if backbone_type == "dream":
-        return (log_probability.exp() * log_probability).sum(dim=-1), token
-    return best.exp(), token
-
-
-def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids int64 and values float32, both [B, top_k], of the largest weights [B, C] by falling value."""
-    count = min(top_k, weights.shape[1])
-    values, places = weights.float().topk(count, dim=1)
-    indices = places if columns is None else columns[places]
-    indices = indices.masked_fill(values <= 0, 0)
-    return F.pad(indices, (0, top_k - count)), F.pad(values, (0, top_k - count))

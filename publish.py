@@ -32,6 +32,7 @@ CODE_FILES = (
     "configuration_diffretriever.py",
     "modeling_diffretriever.py",
     "scoring.py",
+    "sparse_head.py",
     "tokenization_helpers.py",
 )
 AUTO_MAP = {

@@ -257,7 +257,7 @@ class RetrievalTokenizer:
         self.end_of_text_id = _special_id(tokenizer, "end-of-text", (tokenizer.eos_token, "<|endoftext|>"))
         self.pad_id = self.end_of_text_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         end_of_turn = _special_id(tokenizer, "end-of-turn", ("<|eot_id|>", "<|im_end|>"))
-        tail = self._plain_ids('"') + [end_of_turn, self.end_of_text_id]  # paper Eq. 1
+        tail = [*self._plain_ids('"'), end_of_turn, self.end_of_text_id]  # paper Eq. 1
         self.layouts: dict[bool, PromptLayout] = {}
         for is_query in (True, False):
             prefix, suffix = (self._template_ids(part) for part in render_prompt(tokenizer, config.prompt(is_query)))

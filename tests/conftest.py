@@ -12,10 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the Hub
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import publish  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModel  # noqa: E402
+
+import publish  # noqa: E402
 
 PARITY = Path(__file__).parent / "parity"
 

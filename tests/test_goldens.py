@@ -126,9 +126,10 @@ def test_whole_vocabulary(golden: Golden, load_release: Callable[..., Any]) -> N
     assert model.texts.mask_id not in out.sparse_indices[out.sparse_values > 0]
 
 
-def test_bfloat16_is_close(golden: Golden, load_release: Callable[..., Any]) -> None:
-    if golden.meta["steps"] > 1:
-        pytest.skip("a near tie may fill another mask in bfloat16")
+# With several steps, a near tie may fill another mask in bfloat16: no closeness to promise there.
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("steps2")])
+def test_bfloat16_is_close(case: str, load_release: Callable[..., Any]) -> None:
+    golden = Golden(case)
     model = golden.load(load_release, torch_dtype=torch.bfloat16)
     out = model.encode_texts([golden.texts[n] for n in golden.plain], golden.is_query)
     cosine = (out.repr_hidden * golden.tensors["repr_hidden"][golden.plain]).sum(dim=-1)

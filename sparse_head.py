@@ -1,0 +1,85 @@
+"""The sparse side of the model: lexical weights from the logits at the masks (paper §3.3, Eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LOGITS_ELEMENTS = 32 * 1024 * 1024  # logits held at once when the whole vocabulary is asked for
+
+
+def sparse_vectors(
+    head: nn.Module, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int, mask_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest weights of log1p(relu(max over K of the logits)).
+
+    Args:
+        head: the output head, [V, H].
+        hidden: [B, K, H], the states at the masks.
+        content: the ids that each text may use, one list a text; None lets the whole vocabulary in. Only the columns
+            that some text of the batch may use are computed.
+        top_k: T, weights kept a text.
+        mask_id: never weighted.
+
+    Returns:
+        Token ids int64 [B, T] by falling value, and weights float32 [B, T]; unused slots are 0 and 0.0.
+
+    Raises:
+        ValueError: a content id outside the vocabulary.
+    """
+    if content is None:
+        rows = max(1, LOGITS_ELEMENTS // (hidden.shape[1] * head.out_features))
+        parts = [_top(_whole_vocabulary(head, part, mask_id), None, top_k) for part in hidden.split(rows)]
+        return torch.cat([indices for indices, _ in parts]), torch.cat([values for _, values in parts])
+    columns = torch.tensor(sorted({token for ids in content for token in ids} - {mask_id}), dtype=torch.long)
+    if len(columns) and not 0 <= columns[0] <= columns[-1] < head.out_features:
+        raise ValueError(f"content_token_ids must lie in 0 … {head.out_features - 1}, got {columns[[0, -1]].tolist()}.")
+    allowed = torch.zeros(len(content), len(columns), dtype=torch.bool)  # [B, C]
+    for row, ids in enumerate(content):
+        own = torch.tensor([token for token in ids if token != mask_id], dtype=torch.long)
+        allowed[row, torch.searchsorted(columns, own)] = True
+    columns, allowed = columns.to(hidden.device), allowed.to(hidden.device)
+    logits = _columns_of(head, hidden, columns)  # [B, K, C]
+    return _top(torch.log1p(F.relu(logits.amax(dim=1))) * allowed, columns, top_k)
+
+
+def _whole_vocabulary(head: nn.Module, hidden: torch.Tensor, mask_id: int) -> torch.Tensor:
+    weights = torch.log1p(F.relu(head(hidden).float().amax(dim=1)))  # [B, V]
+    weights[:, mask_id] = 0.0
+    return weights
+
+
+def _columns_of(head: nn.Module, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return float32 [B, K, C], computing no other column where the head is a plain Linear."""
+    if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
+        return F.linear(hidden, head.weight[columns]).float()
+    return head(hidden)[..., columns].float()
+
+
+def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids int64 and values float32, both [B, top_k], of the largest weights [B, C] by falling value."""
+    count = min(top_k, weights.shape[1])
+    values, places = weights.float().topk(count, dim=1)
+    indices = places if columns is None else columns[places]
+    indices = indices.masked_fill(values <= 0, 0)
+    return F.pad(indices, (0, top_k - count)), F.pad(values, (0, top_k - count))
+
+
+def confidence_of(logits: torch.Tensor, backbone_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how sure the backbone is of each mask's best token, and that token (paper App. A.1).
+
+    Args:
+        logits: float32 [B, K, V].
+        backbone_type: LLaDA decodes by the best token's probability, Dream by the distribution's negative entropy.
+
+    Returns:
+        Confidence float32 and token id int64, [B, K] each.
+    """
+    log_probability = logits.log_softmax(dim=-1)
+    best, token = log_probability.max(dim=-1)
+    if backbone_type == "dream":
+        return (log_probability.exp() * log_probability).sum(dim=-1), token
+    return best.exp(), token
