@@ -181,7 +181,7 @@ class DiffRetriever(PreTrainedModel):
         else:
             adapter.merge_into(self)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a folder that loads without backbone or adapter: merged weights, tokenizer, config and code.
 
         Args:
@@ -197,7 +197,7 @@ class DiffRetriever(PreTrainedModel):
             raise ValueError("save_pretrained writes a folder only; call model.push_to_hub(repo_id) to upload one.")
         folder = Path(save_directory)
         kwargs["state_dict"] = kwargs.get("state_dict") or merged_state(self)
-        super().save_pretrained(folder, **kwargs)
+        super().save_pretrained(folder, *args, **kwargs)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
         config = deepcopy(self.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ LOGITS_ELEMENTS = 32 * 1024 * 1024  # logits held at once when the whole vocabul
 
 
 def sparse_vectors(
-    head: nn.Module, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int, mask_id: int
+    head: Any, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int, mask_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest weights of log1p(relu(max over K of the logits)).
 
@@ -46,13 +47,13 @@ def sparse_vectors(
     return _top(torch.log1p(F.relu(logits.amax(dim=1))) * allowed, columns, top_k)
 
 
-def _whole_vocabulary(head: nn.Module, hidden: torch.Tensor, mask_id: int) -> torch.Tensor:
+def _whole_vocabulary(head: Any, hidden: torch.Tensor, mask_id: int) -> torch.Tensor:
     weights = torch.log1p(F.relu(head(hidden).float().amax(dim=1)))  # [B, V]
     weights[:, mask_id] = 0.0
     return weights
 
 
-def _columns_of(head: nn.Module, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _columns_of(head: Any, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return float32 [B, K, C], computing no other column where the head is a plain Linear."""
     if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
         return F.linear(hidden, head.weight[columns]).float()

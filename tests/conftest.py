@@ -22,7 +22,7 @@ PARITY = Path(__file__).parent / "parity"
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the models are tiny, and two runs at once would wait for each other's threads
 
 
 @pytest.fixture(scope="session")
