@@ -1,0 +1,220 @@
+"""How fast and how small encoding is, next to the plain way, in one process.
+
+The plain way is what research code does: the same weights and layers, one padded batch after the other in the order of
+arrival, the whole sequence through every layer and the head on every position. Both return the same vectors.
+
+python benchmarks/encode.py --tokenizer tokenizer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import AutoModel  # noqa: E402
+
+import publish  # noqa: E402
+
+# LLaDA-8B with every width divided by 16: 92.0M parameters with LLaDA's own vocabulary of 126,464.
+LAYERS, HIDDEN, INNER, HEADS, VOCABULARY = 32, 256, 768, 4, 126_464
+
+
+def write_backbone(folder: Path, tokenizer: Path) -> None:
+    """Write a random backbone in LLaDA's format."""
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte": (VOCABULARY, HIDDEN),
+        "ff_out": (VOCABULARY, HIDDEN),
+        "ln_f": (HIDDEN,),
+    }
+    layer: dict[str, tuple[int, ...]] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (HIDDEN, HIDDEN))
+    layer |= {"ff_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "ff_out": (HIDDEN, INNER)}
+    layer |= {"attn_norm": (HIDDEN,), "ff_norm": (HIDDEN,)}
+    shapes |= {f"blocks.{number}.{name}": shape for number in range(LAYERS) for name, shape in layer.items()}
+    state = {
+        f"model.transformer.{name}.weight": torch.ones(shape)
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) * 0.02
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    parity = json.loads((ROOT / "tests/parity/backbones/tiny-llada/config.json").read_text())
+    parity |= {"d_model": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": HEADS, "mlp_hidden_size": INNER}
+    parity |= {"embedding_size": VOCABULARY, "vocab_size": VOCABULARY, "mask_token_id": None}
+    (folder / "config.json").write_text(json.dumps(parity))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tokenizer / file).read_bytes())
+
+
+def mixed_texts(count: int) -> list[str]:
+    """Return passages of mixed lengths: most short, some cut at the maximum, as in MS MARCO."""
+    numbers = random.Random(0)
+    words = "the retrieval of light from water systems index sun energy with documents and of passages moving".split()
+    lengths = [min(120, max(4, round(numbers.lognormvariate(3.4, 0.6)))) for _ in range(count)]
+    return [" ".join(numbers.choices(words, k=length)) for length in lengths]
+
+
+@torch.no_grad()
+def plain_way(model: Any, texts: list[str], batch_size: int, top_k: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode as research code does; returns repr_hidden [N, K, H] and sparse values [N, T]."""
+    dense, sparse = [], []
+    contents = model.content_token_ids(texts)
+    for start in range(0, len(texts), batch_size):
+        ids, mask = model.tokenize(texts[start : start + batch_size], is_query=False)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        hidden = model.hidden_states(ids, mask)  # [B, L, H]
+        logits = model.lm_head(hidden)  # [B, L, V]
+        at_masks = (ids == model.texts.mask_id).nonzero()[:, 1].view(len(ids), -1)  # [B, K]
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        dense.append(F.normalize(hidden[rows, at_masks].float(), dim=-1).cpu())
+        weights = torch.log1p(F.relu(logits[rows, at_masks].float().amax(dim=1)))  # [B, V]
+        allowed = torch.zeros_like(weights)
+        for row, content in enumerate(contents[start : start + batch_size]):
+            allowed[row, content] = 1.0
+        sparse.append((weights * allowed).topk(top_k, dim=1).values.cpu())
+    return torch.cat(dense), torch.cat(sparse)
+
+
+def our_way(model: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode through `encode_texts`."""
+    out = model.encode_texts(texts, is_query=False)
+    return out.repr_hidden, out.sparse_values
+
+
+def matmul_peak(dtype: torch.dtype, device: str) -> float:
+    """Return the best FLOP/s of a square matrix product."""
+    left, right = (torch.randn(2048, 2048, dtype=dtype, device=device) for _ in range(2))
+    return max(2 * 2048**3 / seconds(lambda: left @ right, device) for _ in range(20))
+
+
+def seconds(work: Callable[[], Any], device: str) -> float:
+    """Time one call."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def needed_flops(model: Any, texts: list[str]) -> float:
+    """Return the arithmetic that the vectors need: layers on the real tokens, the last and the head at the masks."""
+    config, num_masks = model.config.backbone_config, model.config.num_passage_masks
+    layer = 2 * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
+    key_value = 2 * 2 * config.hidden_size**2
+    total = 0.0
+    for sequence, content in zip(model.texts.tokenize(texts, False), model.content_token_ids(texts), strict=True):
+        length = len(sequence)
+        attention = 4 * length * config.hidden_size
+        total += (config.num_hidden_layers - 1) * length * (layer + attention) + length * key_value
+        total += num_masks * (layer - key_value + attention + 2 * config.hidden_size * len(content))
+    return total
+
+
+def peak_resident() -> float:
+    """Return this process's peak resident memory in GB (getrusage would count the parent's as well)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024 / 1e9
+
+
+def peak_memory(way: str, options: argparse.Namespace) -> float:
+    """Return the peak of a fresh process that only loads and encodes one way, in GB."""
+    command = [sys.executable, __file__, "--tokenizer", str(options.tokenizer), "--only", way]
+    command += ["--texts", str(options.texts), "--batch-size", str(options.batch_size), "--folder", str(options.folder)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(report.strip().splitlines()[-1])
+
+
+def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype) -> Any:
+    """Build the release once and load it."""
+    if not (folder / "release").is_dir():
+        write_backbone(folder / "backbone", tokenizer)
+        publish.build(str(folder / "backbone"), folder / "release", max_length=256)
+    model = AutoModel.from_pretrained(folder / "release", trust_remote_code=True, torch_dtype=dtype)
+    return model.to(device)
+
+
+def main() -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, default=ROOT / "tests/parity/backbones/tiny-llada", help="its folder")
+    parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16, help="of the plain way")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="float32 or bfloat16 (default: bfloat16 on a GPU)")
+    parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
+    texts = mixed_texts(options.texts)
+    with tempfile.TemporaryDirectory() as scratch:
+        options.folder = options.folder or Path(scratch)
+        model = load(options.folder, options.tokenizer, options.device, dtype)
+        ways = {"plain": lambda: plain_way(model, texts, options.batch_size), "ours": lambda: our_way(model, texts)}
+        if options.only:
+            ways[options.only]()
+            print(peak_resident())
+            return
+        report(model, texts, ways, options, dtype)
+
+
+def report(
+    model: Any, texts: list[str], ways: dict[str, Callable[[], Any]], options: argparse.Namespace, dtype: torch.dtype
+) -> None:
+    """Time both ways in turn, compare their results, print the table."""
+    device = options.device
+    tokens = sum(map(len, model.texts.tokenize(texts, False)))
+    results = {name: way() for name, way in ways.items()}  # warms up, too
+    difference = (results["plain"][0] - results["ours"][0]).abs().max()
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            best[name] = min(best[name], seconds(way, device))
+    peak = matmul_peak(dtype, device)
+    share = needed_flops(model, texts) / best["ours"] / peak
+    where = torch.cuda.get_device_name() if device != "cpu" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    count = sum(weight.numel() for weight in model.parameters())
+    print(f"{where}; torch {torch.__version__}; {count / 1e6:.1f}M parameters, {dtype}, {VOCABULARY} vocabulary")
+    print(f"{len(texts)} passages, {tokens} tokens, {tokens / len(texts):.0f} on average; best of {options.rounds}")
+    print(f"largest difference of the dense vectors: {difference:.1e}")
+    memory = {}
+    for name in ways:
+        if device == "cpu":
+            memory[name] = peak_memory(name, options)
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            ways[name]()
+            memory[name] = torch.cuda.max_memory_allocated() / 1e9
+        print(f"{name:>6}: {tokens / best[name]:>9.0f} tokens/s  {memory[name]:.2f} GB at the peak")
+    speed, size = best["plain"] / best["ours"], memory["ours"] / memory["plain"]
+    print(f"ours / plain: {speed:.2f} x the speed, {size:.2f} x the memory")
+    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s; the needed arithmetic runs at {share:.0%} of it")
+
+
+def cpu_name() -> str:
+    """Return the CPU's name."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
