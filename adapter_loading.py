@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,6 +18,19 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 RETRIEVER_FILE = "retriever_config.json"
 PREFIX = "base_model.model."
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
+# What adapter_config.json may say where other values would need weights or arithmetic that are not read here.
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone's weights too
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+}
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # a merge holds at most this many weights in float32 at once (64 MiB)
 
 
@@ -66,7 +80,9 @@ class Adapter:
             raw = json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{self.folder / CONFIG_FILE} is not valid JSON: {error}.") from error
-        for field, allowed in (("peft_type", ("LORA",)), ("bias", ("none",)), ("modules_to_save", (None, []))):
+        if not isinstance(raw, dict):
+            raise ValueError(f"{self.folder / CONFIG_FILE} must hold a JSON object, got {type(raw).__name__}.")
+        for field, allowed in ALLOWED.items():
             if raw.get(field, allowed[0]) not in allowed:
                 raise ValueError(
                     f"{self.folder / CONFIG_FILE}: `{field}` is {raw[field]!r}; only {allowed[0]!r} is supported."
@@ -75,7 +91,11 @@ class Adapter:
 
     def _read_modules(self) -> dict[str, dict[str, torch.Tensor]]:
         modules: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_file(self.file).items():
+        try:
+            tensors = load_file(self.file)
+        except SafetensorError as error:
+            raise ValueError(f"{self.file} is no whole safetensors file ({error}). Fetch it again.") from error
+        for key, tensor in tensors.items():
             part = next((part for part in PARTS if key.endswith("." + part)), None)
             if part is None or not key.startswith(PREFIX):
                 raise ValueError(f"{self.file}: unexpected key {key}; expected {PREFIX}<module>.<{'|'.join(PARTS)}>.")
@@ -113,6 +133,7 @@ class Adapter:
             config.alpha_pattern[name] = given.alpha_pattern.get(alpha_key, given.lora_alpha)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         config.task_type, config.inference_mode = None, True
+        config.init_lora_weights = False  # the file's weights take the place of any
         self.config = config
 
     def _check_shapes(self) -> None:
@@ -139,12 +160,15 @@ class Adapter:
         """Put the adapter beside the model's weights, in float32, unmerged."""
         peft = import_peft()
         peft.inject_adapter_in_model(self.config, model)
-        state = {f"{name}.{part}": t.float() for name, parts in self.modules.items() for part, t in parts.items()}
-        peft.set_peft_model_state_dict(model, state)
-        for name in self.modules:
+        for name, parts in self.modules.items():
             layer: Any = model.get_submodule(name)
-            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-                getattr(layer, part).to(device=layer.get_base_layer().weight.device, dtype=torch.float32)
+            base = layer.get_base_layer()
+            # Of an offloaded layer, peft would put the adapter where the weights are: nowhere.
+            device = base._hf_hook.execution_device if base.weight.is_meta else base.weight.device
+            for part, tensor in parts.items():
+                holder, _, attribute = part.partition(".")
+                weight = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
+                setattr(getattr(layer, holder)["default"], attribute or "weight", weight)
 
     @torch.no_grad()
     def merge_into(self, model: nn.Module) -> None:
@@ -156,6 +180,11 @@ class Adapter:
         for name, parts in self.modules.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
+            if self.config.lora_bias and layer.bias is None:
+                raise ValueError(
+                    f"{self.file}: {PREFIX}{self._original_name(name)}.lora_B.bias has no bias in the backbone to be "
+                    "merged into; load with merge_adapter=False."
+                )
             step = max(1, CHUNK_ELEMENTS // layer.in_features)
             for start in range(0, layer.out_features, step):
                 self._merge_rows(name, layer, parts, slice(start, start + step))
@@ -170,7 +199,6 @@ class Adapter:
         config = copy.copy(self.config)
         config.target_modules, config.rank_pattern, config.alpha_pattern = {"block"}, {}, {}
         config.r, config.lora_alpha = self.config.rank_pattern[name], self.config.alpha_pattern[name]
-        config.init_lora_weights = False if config.init_lora_weights is True else config.init_lora_weights
         holder = peft.inject_adapter_in_model(config, nn.ModuleDict({"block": block}))
         state = {
             f"block.{part}": (tensor if part == "lora_A.weight" else tensor[rows]).to(weight.device, torch.float32)

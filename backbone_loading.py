@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 BACKBONE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no code, no pickles
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+CHECKED_ELEMENTS = 4 * 1024 * 1024  # weights looked at together for NaN
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 # LLaDA's module names and ours (LlamaModel's), and Dream's and ours (Qwen2Model's). One regex group a pattern:
@@ -46,6 +50,7 @@ FIXED_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "alibi": (False,),
         "attention_layer_norm": (False,),
         "bias_for_layer_norm": (False, None),
+        "block_group_size": (1, None),
         "block_type": ("llama",),
         "clip_qkv": (None,),
         "include_bias": (False,),
@@ -54,6 +59,8 @@ FIXED_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "layer_norm_type": ("rms",),
         "multi_query_attention": (False, None),
         "rope": (True,),
+        "rope_full_precision": (True, None),
+        "rope_scaling": (None,),
         "scale_logits": (False,),
         "weight_tying": (False,),
     },
@@ -141,7 +148,7 @@ def resolve_folder(
         FileNotFoundError: a path that is not there.
         OSError: the Hub or its cache does not have it.
     """
-    folder = Path(name).expanduser() if beside is None else beside / name
+    folder = Path(name).expanduser() if beside is None else beside / Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -149,7 +156,53 @@ def resolve_folder(
             f"{folder} is not there, and {name!r} is no Hub id (organisation/name). If it was moved, pass its new "
             "place as `base_model_name_or_path` (backbone) or `adapter_name_or_path` (adapter)."
         )
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub_options))
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub_options))
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
+        wanted = f"{name} (revision {revision})" if revision else name
+        raise OSError(
+            f"{wanted} could not be had from the Hub nor from its cache; {folder} is no folder either. Check the name, "
+            f"fetch it where there is a network (hf download {name}), or give a local folder. ({error})"
+        ) from error
+
+
+def find_weights(config: Any, folder: Path, hub_options: Mapping[str, Any]) -> tuple[Path, str | None]:
+    """Find a release's weights: its own merged ones, or its backbone's, whose config is then read into `config`.
+
+    Args:
+        config: the release's `DiffRetrieverConfig`.
+        folder: the release's folder.
+        hub_options: as for `resolve_folder`.
+
+    Returns:
+        The folder of the weights, and the backbone type whose parameter names they have; None for ours.
+
+    Raises:
+        ValueError: an option that merged weights cannot take, or no weights anywhere.
+    """
+    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        for name in ("base_model_name_or_path", "backbone_type", "adapter_name_or_path"):
+            if name in config.overrides:
+                raise ValueError(
+                    f"{folder} holds its own merged weights, so `{name}` cannot be set; load a release with an adapter."
+                )
+        if config.backbone_type is None or config.backbone_config is None:
+            raise ValueError(f"{folder / 'config.json'} lacks `backbone_type` or `backbone_config` for its weights.")
+        weights, names_of = folder, None
+    elif config.base_model_name_or_path is None:
+        raise ValueError(f"{folder / 'config.json'} names no `base_model_name_or_path`, and {folder} has no weights.")
+    else:
+        beside = None if "base_model_name_or_path" in config.overrides else folder
+        base, revision = str(config.base_model_name_or_path), config.base_model_revision
+        weights = resolve_folder(base, beside, revision, hub_options, BACKBONE_FILES)
+        config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
+        names_of = config.backbone_type
+    if (weights / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{weights / 'adapter_config.json'} would make transformers load another model than these weights; move "
+            "the adapter out, and name its folder as `adapter_name_or_path`."
+        )
+    return weights, names_of
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -195,6 +248,10 @@ def read_backbone_config(folder: Path, backbone_type: str | None = None) -> tupl
     missing = [field for field in CONFIG_FIELDS[found].values() if raw.get(field) is None]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}.")
+    for field in CONFIG_FIELDS[found].values():
+        kind, wanted = (int, "whole") if field not in ("rms_norm_eps", "rope_theta") else ((int, float), "positive")
+        if isinstance(raw[field], bool) or not isinstance(raw[field], kind) or raw[field] <= 0:
+            raise ValueError(f"{file}: `{field}` must be a {wanted} number above 0, got {raw[field]!r}.")
     values = {ours: raw[theirs] for ours, theirs in CONFIG_FIELDS[found].items()}
     # Ids stay unset: with a pad id, the embedding would treat the end-of-text token's row as padding.
     values["mask_token_id"] = raw.get("mask_token_id")
@@ -230,17 +287,28 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header_bytes = stream.read(length) if length <= size - 8 else b""
+        header_bytes = stream.read(length) if length <= min(size - 8, MAX_HEADER) else b""
     try:
-        header: dict[str, Any] = json.loads(header_bytes)
-    except ValueError as error:
+        header = {name: entry for name, entry in json.loads(header_bytes).items() if name != "__metadata__"}
+        expected = 8 + length + _data_bytes(header)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         what = _not_safetensors(start)
         raise ValueError(f"{file} is no whole safetensors file ({what}; {size} bytes). Fetch it again.") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         raise ValueError(f"{file} has {size} bytes, its header promises {expected}; it is truncated or corrupt.")
     return header
+
+
+def _data_bytes(header: dict[str, dict[str, Any]]) -> int:
+    """Return the size of the data that a header describes: tensors end to end, each as large as its shape says."""
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        width = ITEM_BYTES.get(entry["dtype"], 0)
+        if begin != end or (width and stop - begin != width * math.prod(entry["shape"])):
+            raise ValueError("offsets, shapes and dtypes do not fit together")
+        end = stop
+    return end
 
 
 def _not_safetensors(start: bytes) -> str:
@@ -267,7 +335,9 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
             raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}.{hint}")
         file = folder / WEIGHTS_FILE
         return {name: (file, entry) for name, entry in read_header(file).items()}
-    weight_map: dict[str, str] = read_json(folder / INDEX_FILE).get("weight_map", {})
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{folder / INDEX_FILE} must hold `weight_map`, an object from weight names to file names.")
     headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
     entries: dict[str, tuple[Path, dict[str, Any]]] = {}
     for name, shard in weight_map.items():
@@ -296,7 +366,10 @@ def audit_weights(folder: Path, backbone_type: str | None, expected: Mapping[str
     """
     found: dict[str, tuple[Path, str, dict[str, Any]]] = {}
     for name, (file, entry) in read_headers(folder).items():
-        found[our_name(backbone_type, name) if backbone_type else name] = (file, name, entry)
+        ours = our_name(backbone_type, name) if backbone_type else name
+        if ours in found:
+            raise ValueError(f"{file}: {name} and {found[ours][1]} are the same weight under two names.")
+        found[ours] = (file, name, entry)
     missing = sorted(expected.keys() - found.keys())
     if missing:
         originals = [original_name(backbone_type, name) if backbone_type else name for name in missing]
@@ -310,6 +383,8 @@ def audit_weights(folder: Path, backbone_type: str | None, expected: Mapping[str
         file, name, entry = found[ours]
         if tuple(entry["shape"]) != tuple(shape):
             raise ValueError(f"{file}: {name} has shape {entry['shape']}; config.json asks for {list(shape)}.")
+        if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: {name} is stored as {entry['dtype']}; expected BF16, F16 or F32.")
     return next(iter(found.values()))[2]["dtype"]
 
 
@@ -323,7 +398,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     file = folder / "tokenizer_config.json"
     settings = read_json(file)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.pop("auto_map", None)
+    if isinstance(settings.get("extra_special_tokens"), list):  # 4.54 wants an object there, and takes a list here
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("auto_map", "backend", "is_local", "local_files_only", "name_or_path"):  # code, and where it lay
+        settings.pop(name, None)
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -334,12 +412,17 @@ def load_tokenizer(folders: list[Path]) -> Any:
         FileNotFoundError: no folder has tokenizer files.
     """
     for folder in folders:
+        library: Any = transformers  # Dream's tokenizer: Qwen2's rules, special tokens of its own
         if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return transformers.Qwen2TokenizerFast.from_pretrained(
-                folder
-            )  # Dream's: Qwen2's rules and its own special tokens
+            loader = PreTrainedTokenizerFast
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            loader = library.Qwen2TokenizerFast
+        else:
+            continue
+        try:
+            return loader.from_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ValueError(f"{folder}: its tokenizer files cannot be read: {error}") from error
     places = " or ".join(map(str, folders))
     raise FileNotFoundError(f"No tokenizer.json, nor vocab.json with merges.txt, in {places}.")
 
@@ -357,7 +440,10 @@ def choose_dtype(kwargs: dict[str, Any], stored: str) -> torch.dtype:
     if asked and asked[0] == "auto":
         return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
     if asked:
-        return getattr(torch, asked[0].removeprefix("torch.")) if isinstance(asked[0], str) else asked[0]
+        dtype = getattr(torch, asked[0].removeprefix("torch."), None) if isinstance(asked[0], str) else asked[0]
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f'`dtype` must be a floating-point torch.dtype, its name or "auto", got {asked[0]!r}.')
+        return dtype
     places = kwargs.get("device_map")
     places = set(map(str, places.values())) if isinstance(places, dict) else {str(places)}
     on_cpu = places == {"cpu"} or not (torch.cuda.is_available() or torch.accelerator.is_available())
@@ -367,4 +453,7 @@ def choose_dtype(kwargs: dict[str, Any], stored: str) -> torch.dtype:
 
 def is_finite(weight: torch.Tensor) -> bool:
     """Whether a weight holds no NaN or infinity; packed and offloaded ones are passed over."""
-    return weight.is_meta or not weight.is_floating_point() or bool(weight.sum(dtype=torch.float32).isfinite())
+    if weight.is_meta or not weight.is_floating_point():
+        return True
+    rows = max(1, CHECKED_ELEMENTS * len(weight) // max(1, weight.numel()))  # a CPU's sum makes a float32 copy
+    return all(bool(part.sum(dtype=torch.float32).isfinite()) for part in weight.detach().split(rows))

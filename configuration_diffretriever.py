@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 BACKBONE_TYPES = ("llada", "dream")
 ROLES = ("system", "user", "assistant")
+# What a saved config.json says about its backbone: each transformers writes the rest, RoPE's base above all, in a way
+# of its own, and 4.54 would pass over 5.x's `rope_parameters` in silence.
+BACKBONE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "mask_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+)
 
 
 def paper_prompt(side: str, num_masks: int) -> dict[str, str]:
@@ -95,7 +116,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.passage_prompt = passage_prompt
         self.sparse_top_k = sparse_top_k
         if isinstance(backbone_config, dict):
-            backbone_config = CONFIG_MAPPING[backbone_config["model_type"]](**backbone_config)
+            backbone_config = _read_backbone_fields(backbone_config)
         self.backbone_config = backbone_config
         self.check()
 
@@ -104,6 +125,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         """As in transformers; remembers which fields the caller overrode, since an adapter's own settings yield to
         the caller's but not to the release's."""
         overrides = tuple(name for name in kwargs if name in config_dict or name in FIELDS)
+        kwargs = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in kwargs.items()}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config._overrides = overrides
@@ -114,7 +136,17 @@ class DiffRetrieverConfig(PretrainedConfig):
         """Return what config.json holds."""
         fields = super().to_dict()
         fields.pop("_overrides", None)
+        if isinstance(self.backbone_config, PretrainedConfig):
+            fields["backbone_config"] = _backbone_fields(self.backbone_config)
         return fields
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """Tell transformers 5 that `max_length` is ours: it takes the name for text generation's, and will not save."""
+        return {}
+
+    def _get_non_default_generation_parameters(self) -> dict[str, Any]:
+        """The same for transformers 4."""
+        return {}
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -142,6 +174,16 @@ class DiffRetrieverConfig(PretrainedConfig):
 
     def check(self) -> None:
         """Raise ValueError for a field that no release can have."""
+        for name in ("base_model_name_or_path", "base_model_revision", "adapter_name_or_path"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
+            elif value is not None and not (isinstance(value, str) and value):
+                raise ValueError(f"config field `{name}` must be a string or null, got {value!r}.")
+        for name, optional in (("normalize", False), ("merge_adapter", True)):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (optional and value is None):
+                raise ValueError(f"config field `{name}` must be true or false{' or null' * optional}, got {value!r}.")
         for name in ("num_query_masks", "num_passage_masks", "num_denoise_steps", "max_length", "sparse_top_k"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -151,6 +193,26 @@ class DiffRetrieverConfig(PretrainedConfig):
             raise ValueError(f'config field `backbone_type` must be one of "{known}", got {self.backbone_type!r}.')
         for name in ("query_prompt", "passage_prompt"):
             _check_prompt(name, getattr(self, name))
+
+
+def _backbone_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Return a Llama or Qwen2 config as every supported transformers reads it."""
+    fields = {name: getattr(config, name, None) for name in BACKBONE_FIELDS}
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}  # transformers 5, and 4
+    fields["rope_theta"] = rope["rope_theta"]
+    return fields
+
+
+def _read_backbone_fields(fields: dict[str, Any]) -> PretrainedConfig:
+    kinds = ("llama", "qwen2")
+    if fields.get("model_type") not in kinds:
+        raise ValueError(
+            f"config field `backbone_config.model_type` must be one of {kinds}, got {fields.get('model_type')!r}."
+        )
+    missing = [name for name in (*BACKBONE_FIELDS[:9], "rope_theta") if fields.get(name) is None]
+    if missing:
+        raise ValueError(f"config field `backbone_config` lacks {', '.join(missing)}.")
+    return CONFIG_MAPPING[fields["model_type"]](**fields)
 
 
 def _check_prompt(name: str, prompt: Any) -> None:
@@ -170,4 +232,5 @@ def _check_prompt(name: str, prompt: Any) -> None:
         )
 
 
-FIELDS = frozenset(DiffRetrieverConfig().to_dict()) | {"backbone_config"}
+# Our own fields; `from_pretrained` must leave transformers' (its dtype, for one) to transformers.
+FIELDS = frozenset(inspect.signature(DiffRetrieverConfig.__init__).parameters) - {"self", "kwargs"}

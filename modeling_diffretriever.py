@@ -14,22 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ModelOutput, logging
 
 from .adapter_loading import RETRIEVER_FILE, Adapter, merged_state
 from .backbone_loading import (
-    BACKBONE_FILES,
     INDEX_FILE,
     NAME_PATTERNS,
     WEIGHTS_FILE,
     audit_weights,
     choose_dtype,
     dtype_argument,
+    find_weights,
     is_finite,
     load_tokenizer,
     original_name,
     our_name,
-    read_backbone_config,
     resolve_folder,
     save_tokenizer,
 )
@@ -46,7 +46,14 @@ from .bidirectional_layers import (
 from .configuration_diffretriever import FIELDS, DiffRetrieverConfig
 from .scoring import score
 from .sparse_head import confidence_of, sparse_vectors
-from .tokenization_helpers import RetrievalTokenizer, check_texts, read_retriever_config
+from .tokenization_helpers import (
+    RetrievalTokenizer,
+    check_count,
+    check_ids,
+    check_texts,
+    find_masks,
+    read_retriever_config,
+)
 
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -144,7 +151,7 @@ class DiffRetriever(PreTrainedModel):
             kwargs.pop(name, None)
         folder = resolve_folder(str(pretrained_model_name_or_path), None, revision, hub, RELEASE_FILES)
         config = _resolve_config(folder, config, {name: kwargs.pop(name) for name in FIELDS if name in kwargs})
-        weights, names_of = _find_weights(config, folder, hub)
+        weights, names_of = find_weights(config, folder, hub)
         shapes = parameter_shapes(config.backbone_type, config.backbone_config)
         stored_dtype = audit_weights(weights, names_of, shapes)
         tokenizer = load_tokenizer([folder, weights])
@@ -164,7 +171,8 @@ class DiffRetriever(PreTrainedModel):
             model._add_adapter(adapter)
         broken = [name for name, weight in model.named_parameters() if not is_finite(weight)]
         if broken:
-            raise ValueError(f"{weights}: {', '.join(broken[:5])} hold NaN or infinite values.")
+            broken = [original_name(names_of, name) if names_of else name for name in broken[:5]]
+            raise ValueError(f"{weights}: {', '.join(broken)} hold NaN or infinite values (as {model.dtype}).")
         model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model.eval(), report) if want_report else model.eval()
 
@@ -189,14 +197,23 @@ class DiffRetriever(PreTrainedModel):
             kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
-            ValueError: the weights are quantised or offloaded, so that they cannot be merged.
+            NotADirectoryError: `save_directory` is a file.
+            ValueError: the weights cannot be merged (quantised or offloaded), or are to be pickled.
         """
         if getattr(self, "hf_quantizer", None) is not None or any(weight.is_meta for weight in self.parameters()):
             raise ValueError("Quantised or offloaded weights cannot be saved merged; load the model without.")
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained writes a folder only; call model.push_to_hub(repo_id) to upload one.")
+        if kwargs.get("variant") is not None or not kwargs.get("safe_serialization", True):
+            raise ValueError("save_pretrained writes model.safetensors; leave out variant and safe_serialization.")
         folder = Path(save_directory)
+        if folder.is_file():
+            raise NotADirectoryError(f"save_pretrained writes a folder, but {folder} is a file.")
         kwargs["state_dict"] = kwargs.get("state_dict") or merged_state(self)
+        kwargs["save_original_format"] = False  # transformers 5 would give the weights the backbone's names again
+        for pattern in (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors"):  # of an earlier save, perhaps in use
+            for file in folder.glob(pattern):
+                file.unlink()
         super().save_pretrained(folder, *args, **kwargs)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
@@ -205,9 +222,9 @@ class DiffRetriever(PreTrainedModel):
         config.merge_adapter, config.auto_map = None, AUTO_MAP
         config.architectures = [type(self).__name__]
         config.save_pretrained(folder)
-        for file in Path(__file__).parent.glob("*.py"):
-            if file.name != "__init__.py" and folder.resolve() != file.parent.resolve():
-                shutil.copyfile(file, folder / file.name)
+        for source in map(Path, (__file__, *get_relative_import_files(__file__))):
+            if folder.resolve() != source.parent.resolve():
+                shutil.copyfile(source, folder / source.name)
 
     # ---------------------------------------------------------------------------------------------- forward pass
 
@@ -224,14 +241,13 @@ class DiffRetriever(PreTrainedModel):
             input_ids: int64 [B, L] from `tokenize`.
             attention_mask: [B, L], 1 for real tokens; None when no row is padded.
             is_query: which side's K masks each row has.
-            mask_positions: int64 [B, K]; None finds the first K masks of each row.
+            mask_positions: int64 [B, K]; None finds the K masks of each row.
 
         Returns:
             An output with `mask_hidden` [B, K, H].
         """
         if mask_positions is None:
-            is_mask = (input_ids == self.texts.mask_id).long()
-            mask_positions = is_mask.argsort(dim=1, descending=True, stable=True)[:, : self.config.num_masks(is_query)]
+            mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.num_masks(is_query))
         return DiffRetrieverOutput(mask_hidden=self._run_layers(input_ids, attention_mask, mask_positions))
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -267,9 +283,10 @@ class DiffRetriever(PreTrainedModel):
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer; load it with from_pretrained, or set model.tokenizer.")
         config = self.config
-        settings = (config.num_query_masks, config.num_passage_masks, config.max_length)
+        settings = (config.num_query_masks, config.num_passage_masks, config.num_denoise_steps, config.max_length)
         settings += tuple(tuple(config.prompt(side).values()) for side in (True, False))
         if self._texts is None or self._texts[0] != settings:
+            config.check()
             self._texts = (settings, RetrievalTokenizer(self.tokenizer, config))
         return self._texts[1]
 
@@ -322,19 +339,20 @@ class DiffRetriever(PreTrainedModel):
             ValueError: the ids are not this side's, sizes do not match, or an output is not finite.
         """
         top_k = self._check_top_k(sparse_top_k)
-        host_ids = _check_ids(input_ids)
-        host_mask = torch.ones_like(host_ids) if attention_mask is None else attention_mask.cpu()
-        if host_mask.shape != host_ids.shape:
-            raise ValueError(f"attention_mask {list(host_mask.shape)} and input_ids {list(host_ids.shape)} differ.")
+        host_ids, host_mask = check_ids(input_ids, attention_mask)
+        if content_token_ids is not None and not content_filter:
+            raise ValueError("content_filter=False lets the whole vocabulary in; leave `content_token_ids` out.")
         positions, text_ids = self.texts.locate(host_ids, host_mask, is_query)
         content = None
         if compute_sparse and content_filter:
-            content = content_token_ids or [self.texts.content_ids(self.texts.text_of(ids)) for ids in text_ids]
+            content = content_token_ids
+            if content is None:
+                content = [self.texts.content_ids(self.texts.text_of(ids)) for ids in text_ids]
             if len(content) != len(host_ids):
                 raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
         unpadded = bool(host_mask.all())
-        mask = None if unpadded or attention_mask is None else attention_mask
-        hidden = self._denoise(input_ids, mask, positions.to(input_ids.device))
+        mask = None if unpadded or attention_mask is None else (attention_mask != 0).long().to(input_ids.device)
+        hidden = self._denoise(input_ids.long(), mask, positions.to(input_ids.device))
         if not torch.isfinite(hidden).all():
             raise ValueError(self._not_finite(hidden))
         output = DiffRetrieverOutput(repr_hidden=hidden.float())
@@ -344,13 +362,13 @@ class DiffRetriever(PreTrainedModel):
             output["sparse_indices"], output["sparse_values"] = sparse_vectors(
                 self.lm_head, hidden, content, top_k, self.texts.mask_id
             )
+            if not torch.isfinite(output["sparse_values"]).all():
+                raise ValueError(self._not_finite(output["sparse_values"]))
         return output
 
     def _check_top_k(self, sparse_top_k: int | None) -> int:
         top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"`sparse_top_k` must be a whole number of at least 1, got {top_k!r}.")
-        return min(top_k, self.config.vocab_size)
+        return min(check_count("sparse_top_k", top_k), self.config.vocab_size)
 
     def _not_finite(self, hidden: torch.Tensor) -> str:
         rows = torch.isfinite(hidden).flatten(1).all(dim=1).logical_not().nonzero().flatten().tolist()
@@ -421,8 +439,8 @@ class DiffRetriever(PreTrainedModel):
         ):
             check_texts(texts)
         for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None:
+                check_count(name, value)
         budget = tokens_per_batch or (2048 if self.device.type == "cpu" else 16384)
         total = len(texts) if isinstance(texts, Sized) else None
         collected = OrderedResults(total)
@@ -439,6 +457,8 @@ class DiffRetriever(PreTrainedModel):
                     collected.put(rows, len(window), out)
                     bar.update(len(rows))
                 collected.close_window(len(window))
+        if collected.count == 0:
+            check_texts([])
         return DiffRetrieverOutput(**collected.result())
 
     def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
@@ -458,22 +478,6 @@ def _resolve_config(folder: Path, config: Any, overrides: dict[str, Any]) -> Any
     return config
 
 
-def _find_weights(config: Any, folder: Path, hub: dict[str, Any]) -> tuple[Path, str | None]:
-    """Return the folder of the weights, and whose names they have (None: ours), reading the backbone's config."""
-    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
-        for name in ("base_model_name_or_path", "backbone_type"):
-            if name in config.overrides:
-                raise ValueError(f"{folder} holds its own merged weights; `{name}` cannot be set.")
-        return folder, None
-    base = config.base_model_name_or_path
-    if base is None:
-        raise ValueError(f"{folder / 'config.json'} names no `base_model_name_or_path`, and {folder} has no weights.")
-    beside = None if "base_model_name_or_path" in config.overrides else folder
-    weights = resolve_folder(str(base), beside, config.base_model_revision, hub, BACKBONE_FILES)
-    config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
-    return weights, config.backbone_type
-
-
 def _read_adapter(
     config: Any, folder: Path, hub: dict[str, Any], tokenizer: Any, layers: dict[str, tuple[int, int]]
 ) -> Adapter | None:
@@ -491,10 +495,3 @@ def _read_adapter(
             if name not in config.overrides:
                 setattr(config, name, value)
     return Adapter(place, layers, lambda name: our_name(kind, name), lambda name: original_name(kind, name))
-
-
-def _check_ids(input_ids: Any) -> torch.Tensor:
-    """Return the ids on the CPU, or say what is wrong with them."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError("input_ids must be an integer tensor [B, L], as tokenize() returns it.")
-    return input_ids.cpu()

@@ -102,6 +102,8 @@ def build(
     Raises:
         FileExistsError, FileNotFoundError, ValueError: with the file, key or argument that is wrong.
     """
+    base_path = Path(base).expanduser()
+    local = base_path.is_dir()
     name = name or out.name
     for what, value in (("--name", name), ("--out", out.name)):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", value):
@@ -110,12 +112,13 @@ def build(
             )
     if out.exists() and not force:
         raise FileExistsError(f"--out: {out} is there already; choose another folder, or pass --force to replace it.")
+    if out.exists():
+        _check_replaceable(out, base_path)
     base_folder = backbones.resolve_folder(base, None, None, {}, SETTINGS_FILES)
     adapter_folder = None
     if adapter is not None:
         adapter_folder = backbones.resolve_folder(adapter, None, None, {}, ["*.json", "*.safetensors", "*.jinja"])
     config, tokenizer = _configure(base_folder, adapter_folder, settings)
-    local = Path(base).is_dir()
     config.base_model_name_or_path = _path_from(base_folder, out) if local else base
     config.base_model_revision = None if local else base_folder.name  # the Hub cache names snapshots by commit
     config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
@@ -128,6 +131,15 @@ def build(
             shutil.rmtree(out)
         made.rename(out)
     return config
+
+
+def _check_replaceable(out: Path, base: Path) -> None:
+    """Refuse to delete what is no release, or holds the backbone."""
+    config = out / "config.json"
+    if out.is_symlink() or not config.is_file() or backbones.read_json(config).get("model_type") != "diffretriever":
+        raise FileExistsError(f"--out: {out} is no release folder, so --force does not replace it; remove it yourself.")
+    if out.resolve() in (base.resolve(), *base.resolve().parents):
+        raise FileExistsError(f"--out: {out} holds the backbone {base}, which --force would delete.")
 
 
 def _path_from(base_folder: Path, out: Path) -> str:
@@ -160,7 +172,8 @@ def _configure(
         adapter_name_or_path=None if adapter_folder is None else "adapter",
         **{name: value for name, value in fields.items() if name != "backbone_type"},
     )
-    config.query_prompt, config.passage_prompt = config.prompt(True), config.prompt(False)
+    if adapter_folder is not None:  # trained with these words; the zero-shot model's follow its budgets
+        config.query_prompt, config.passage_prompt = config.prompt(True), config.prompt(False)
     RetrievalTokenizer(tokenizer, config)  # refuses what could not be encoded later
     return config, tokenizer
 

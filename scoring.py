@@ -36,6 +36,9 @@ def score(
         raise ValueError(f"scoring mode {mode!r} is not known; the modes are {', '.join(SCORING_MODES)}.")
     if not 0.0 <= fusion_weight <= 1.0:
         raise ValueError(f"`fusion_weight` must lie between 0 and 1, got {fusion_weight}.")
+    for side, name in ((queries, "queries"), (passages, "passages")):
+        if not isinstance(side, Mapping):
+            raise ValueError(f"`{name}` must be what encode or encode_texts returned, got {type(side).__name__}.")
     if mode == "sparse_max":
         return _sparse_of(queries, passages)
     query_vectors, query_mask = _vectors(queries, "queries")
@@ -47,7 +50,17 @@ def score(
         )
     dense_score = single_dense if DENSE_MODES[mode] == "single_dense" else multi_dense
     dense = dense_score(query_vectors, passage_vectors, query_mask, passage_mask)
-    return dense if mode == DENSE_MODES[mode] else fuse(dense, _sparse_of(queries, passages), fusion_weight)
+    if dense.isnan().any():
+        raise ValueError("`repr_hidden` of the queries or the passages holds NaN.")
+    if mode == DENSE_MODES[mode]:
+        return dense
+    sparse = _sparse_of(queries, passages)
+    if sparse.shape != dense.shape:
+        raise ValueError(
+            f"the sparse vectors are of {sparse.shape[0]} queries and {sparse.shape[1]} passages, the dense ones of "
+            f"{dense.shape[0]} and {dense.shape[1]}."
+        )
+    return fuse(dense, sparse, fusion_weight)
 
 
 def _vectors(side: Mapping[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,15 +82,18 @@ def _sparse_of(queries: Mapping[str, Any], passages: Mapping[str, Any]) -> torch
     sides = []
     for side, name in ((queries, "queries"), (passages, "passages")):
         indices, values = side.get("sparse_indices"), side.get("sparse_values")
-        if indices is None or values is None:
+        if not isinstance(indices, torch.Tensor) or not isinstance(values, torch.Tensor):
             raise ValueError(f"`{name}` has no sparse vectors; encode it with compute_sparse=True.")
         if indices.dim() != 2 or indices.shape != values.shape:
             raise ValueError(
                 f"`{name}`: sparse_indices {list(indices.shape)} and sparse_values {list(values.shape)} must both be "
                 "[texts, T]."
             )
-        sides += [indices, values.float()]
-    return sparse_max(*sides)
+        sides += [indices.long(), values.float()]
+    scores = sparse_max(*sides)
+    if scores.isnan().any():
+        raise ValueError("`sparse_values` of the queries or the passages hold NaN.")
+    return scores
 
 
 def single_dense(
@@ -136,6 +152,8 @@ def sparse_max(
     Returns:
         float32 [Q, P]
     """
+    if not query_indices.numel() or not passage_indices.numel():
+        return query_values.new_zeros(len(query_indices), len(passage_indices))
     terms = torch.unique(query_indices)  # sorted; only the queries' terms can meet
     query_columns = torch.searchsorted(terms, query_indices)
     query_matrix = query_values.new_zeros(len(query_indices), len(terms)).scatter_add_(1, query_columns, query_values)
@@ -168,6 +186,8 @@ def fuse(dense: torch.Tensor, sparse: torch.Tensor, weight: float = 0.5) -> torc
 
 def _min_max(scores: torch.Tensor) -> torch.Tensor:
     """Scale each row's finite scores to [0, 1]; a row of equal scores becomes 0, a missing score 0."""
+    if not scores.numel():
+        return scores
     finite = torch.isfinite(scores)
     low = scores.masked_fill(~finite, torch.inf).amin(dim=1, keepdim=True)
     high = scores.masked_fill(~finite, -torch.inf).amax(dim=1, keepdim=True)

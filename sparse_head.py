@@ -57,13 +57,21 @@ def _columns_of(head: Any, hidden: torch.Tensor, columns: torch.Tensor) -> torch
     """Return float32 [B, K, C], computing no other column where the head is a plain Linear."""
     if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
         return F.linear(hidden, head.weight[columns]).float()
-    return head(hidden)[..., columns].float()
+    logits = head(hidden)  # perhaps on another device
+    return logits[..., columns.to(logits.device)].float().to(hidden.device)
 
 
 def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids int64 and values float32, both [B, top_k], of the largest weights [B, C] by falling value."""
     count = min(top_k, weights.shape[1])
-    values, places = weights.float().topk(count, dim=1)
+    weights = weights.float().nan_to_num(nan=torch.inf, posinf=torch.inf)  # encode refuses both
+    # Of equal weights the lower ids are kept, whatever the batch; topk alone promises nothing about ties.
+    threshold = weights.topk(count, dim=1).values[:, -1:]
+    above, equal = weights > threshold, weights == threshold
+    equal &= equal.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)
+    places = (above | equal).nonzero()[:, 1].view(len(weights), count)  # by rising id
+    values, order = weights.gather(1, places).sort(dim=1, descending=True, stable=True)
+    places = places.gather(1, order)
     indices = places if columns is None else columns[places]
     indices = indices.masked_fill(values <= 0, 0)
     return F.pad(indices, (0, top_k - count)), F.pad(values, (0, top_k - count))

@@ -36,8 +36,14 @@ RETRIEVER_FIELDS = {
     "normalize": "normalize",
 }
 
-# A sentence ends at . ? or !, perhaps inside closing quotes or brackets, before white space.
-_SENTENCE_END = re.compile(r"(?<=[.?!])(?=\s)|(?<=[.?!][\"')\]}’”»])(?=\s)")
+# Sentences as NLTK's Punkt splits them without its trained lists: the last . ? or ! of a run of non-blanks ends one if
+# white space or one of these follows; closing quotes and brackets before white space belong to the sentence they end.
+_BREAKING = r"""[)";}\]*:@'({\[‘’“”«»?!]"""
+_SENTENCE_END = re.compile(rf"(?<!\S)\S*[.?!](?={_BREAKING}|\s+(\S+))")
+_INNER_END = re.compile(rf"[.?!](?:,|{_BREAKING})")
+_CLOSERS = re.compile(r"[\"')\]}‘’“”«»]+?(?:\s+|(?=--)|$)", re.MULTILINE)
+# An initial or a number before its full stop: a list's "3." or a middle "j." does not end a sentence in lowercase text.
+_INITIAL_OR_NUMBER = re.compile(r"(?:^|--|[)\";}\]*:@({\[])[`,#&-]*(?:[^\W\d]|[.,]?\d[\d,.-]*)\.$")
 
 # Penn Treebank word rules in the order and with the extensions of NLTK's word tokeniser, for lowercased sentences.
 _OPENING_QUOTES = [
@@ -45,10 +51,10 @@ _OPENING_QUOTES = [
     (re.compile(r'^"'), "``"),
     (re.compile(r"(``)"), r" \1 "),
     (re.compile(r"([ (\[{<])(\"|'{2})"), r"\1 `` "),
-    (re.compile(r"(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"), r"\1 "),
+    (re.compile(r"(?i)(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"), r"\1 "),
 ]
+_AFTER_FULL_STOP = "])}>\"'»”’ "  # what may stand between a sentence's full stop and its end
 _PUNCTUATION_MARKS = [
-    (re.compile(r"([^.])(\.)([\])}>\"'»”’ ]*)\s*$"), r"\1 \2 \3 "),
     (re.compile(r"([:,])([^\d])"), r" \1 \2"),
     (re.compile(r"([:,])$"), r" \1 "),
     (re.compile(r"(\.{2,}|[;@#$%&\u2012-\u2015])"), r" \1 "),
@@ -64,13 +70,14 @@ _CLOSING_QUOTES = [
     (re.compile(r"([^' ])('ll|'re|'ve|n't) "), r"\1 \2 "),
 ]
 _CONTRACTIONS = [
-    (re.compile(r"\b(can)(not)\b"), r" \1 \2 "),
-    (re.compile(r"\b(d)('ye)\b"), r" \1 \2 "),
-    (re.compile(r"\b(gim|lem)(me)\b"), r" \1 \2 "),
-    (re.compile(r"\b(gon|wan)(na)\b"), r" \1 \2 "),
-    (re.compile(r"\b(got)(ta)\b"), r" \1 \2 "),
-    (re.compile(r"\b(more)('n)\b"), r" \1 \2 "),
-    (re.compile(r" ('t)(is|was)\b"), r" \1 \2 "),
+    (re.compile(r"(?i)\b(can)(not)\b"), r" \1 \2 "),
+    (re.compile(r"(?i)\b(d)('ye)\b"), r" \1 \2 "),
+    (re.compile(r"(?i)\b(gim|lem)(me)\b"), r" \1 \2 "),
+    (re.compile(r"(?i)\b(gon)(na)\b"), r" \1 \2 "),
+    (re.compile(r"(?i)\b(got)(ta)\b"), r" \1 \2 "),
+    (re.compile(r"(?i)\b(more)('n)\b"), r" \1 \2 "),
+    (re.compile(r"(?i)\b(wan)(na)(?=\s)"), r" \1 \2 "),
+    (re.compile(r"(?i) ('t)(is|was)\b"), r" \1 \2 "),
 ]
 
 
@@ -80,18 +87,51 @@ def split_words(text: str) -> list[str]:
     >>> split_words("don't panic: it's 9.30 p.m.")
     ['do', "n't", 'panic', ':', 'it', "'s", '9.30', 'p.m', '.']
     """
-    words: list[str] = []
-    for sentence in _SENTENCE_END.split(text):
-        sentence = sentence.strip()
-        for pattern, replacement in _OPENING_QUOTES:
-            sentence = pattern.sub(replacement, sentence)
-        for pattern, replacement in _PUNCTUATION_MARKS:
-            sentence = pattern.sub(replacement, sentence)
-        sentence = f" {sentence} "
-        for pattern, replacement in _CLOSING_QUOTES + _CONTRACTIONS:
-            sentence = pattern.sub(replacement, sentence)
-        words += sentence.split()
-    return words
+    return [word for sentence in split_sentences(text) for word in sentence_words(sentence)]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a lowercased text into sentences.
+
+    >>> split_sentences('see fig. 3 ("why not?") or 3. of this list.')
+    ['see fig.', '3 ("why not?")', 'or 3. of this list.']
+    """
+    sentences, start = [], 0
+    for match in _SENTENCE_END.finditer(text):
+        following = match.start(1) if match[1] else match.end()
+        if _goes_on(match[0], match[1] or text[following]):
+            continue
+        end = match.end()
+        if closers := _CLOSERS.match(text, following):
+            end, following = following + len(closers[0].rstrip()), closers.end()
+        sentences.append(text[start:end])
+        start = following
+    return [*sentences, text[start:].rstrip()]
+
+
+def _goes_on(before: str, after: str) -> bool:
+    """Whether a full stop between two runs of non-blanks ends no sentence: "3. item", "j. smith"."""
+    if not (after[0].islower() or after[0] in ";:,!?"):
+        return False
+    # The last 64 characters alone, so that a hostile megabyte stays linear.
+    if not _INITIAL_OR_NUMBER.search(before, max(0, len(before) - 64)):
+        return False
+    return not _INNER_END.search(before) and not _INNER_END.search(after)
+
+
+def sentence_words(sentence: str) -> list[str]:
+    """Split one lowercased sentence into words and punctuation, as NLTK's `NLTKWordTokenizer` does."""
+    for pattern, replacement in _OPENING_QUOTES:
+        sentence = pattern.sub(replacement, sentence)
+    body = sentence.rstrip().rstrip(_AFTER_FULL_STOP)
+    if len(body) > 1 and body[-1] == "." and body[-2] != ".":
+        sentence = f"{body[:-1]} . {sentence[len(body) :]} "
+    for pattern, replacement in _PUNCTUATION_MARKS:
+        sentence = pattern.sub(replacement, sentence)
+    sentence = f" {sentence} "
+    for pattern, replacement in _CLOSING_QUOTES + _CONTRACTIONS:
+        sentence = pattern.sub(replacement, sentence)
+    return sentence.split()
 
 
 def content_words(text: str) -> list[str]:
@@ -121,6 +161,38 @@ def check_texts(texts: Any, first: int = 0) -> list[str]:
     if not texts:
         raise ValueError("`texts` is empty; pass at least one string.")
     return texts
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a whole number of at least 1, or raise ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+    return value
+
+
+def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask (None: all ones) on the CPU, [B, L] each, or say what is wrong with them."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"input_ids must be an integer tensor [B, L], as tokenize() returns it; got {got}.")
+    if not len(ids):
+        raise ValueError("input_ids has no rows; encode at least one text.")
+    if mask is None:
+        return ids.cpu(), torch.ones(ids.shape, dtype=torch.long)
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+        got = str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {got}.")
+    return ids.cpu(), mask.cpu()
+
+
+def find_masks(ids: torch.Tensor, mask_id: int, num_masks: int) -> torch.Tensor:
+    """Return the positions of each row's [MASK] tokens, int64 [B, K]; raise ValueError unless every row has K."""
+    is_mask = ids == mask_id
+    counts = is_mask.sum(dim=1)
+    if not bool((counts == num_masks).all()):
+        row = int((counts != num_masks).nonzero()[0])
+        raise ValueError(f"ids row {row} holds {int(counts[row])} [MASK] tokens (id {mask_id}), not {num_masks}.")
+    return is_mask.nonzero()[:, 1].view(len(ids), num_masks)
 
 
 def without_lone_surrogates(text: str) -> str:
@@ -286,8 +358,21 @@ class RetrievalTokenizer:
         layout = self.layouts[is_query]
         room = self.max_length - len(layout.prefix) - len(layout.suffix)
         cleaned = [without_lone_surrogates(text) for text in texts]
-        encodings = self._plain.encode_batch_fast(cleaned, add_special_tokens=False)
-        return [layout.prefix + encoding.ids[:room] + layout.closing for encoding in encodings]
+        return [layout.prefix + ids + layout.closing for ids in self._first_ids(cleaned, room)]
+
+    def _first_ids(self, texts: list[str], room: int) -> list[list[int]]:
+        """Return the first `room` ids of each text without tokenising the rest of a long one."""
+        length = 8 * room + 64  # characters; twice as many as `room` tokens of English take
+        short = [text if len(text) <= length else "" for text in texts]
+        rows = [encoding.ids[:room] for encoding in self._plain.encode_batch_fast(short, add_special_tokens=False)]
+        long = [row for row, text in enumerate(texts) if len(text) > length]
+        encodings = self._plain.encode_batch([texts[row][:length] for row in long], add_special_tokens=False)
+        for row, encoding in zip(long, encodings, strict=True):
+            ids, words = encoding.ids, encoding.word_ids
+            if len(ids) <= room or words[room] > words[-1] - 2:  # the cut may change the last words' tokens
+                ids = self._plain_ids(texts[row])
+            rows[row] = ids[:room]
+        return rows
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-pad sequences to the longest.
@@ -318,7 +403,7 @@ class RetrievalTokenizer:
         layout = self.layouts[is_query]
         texts: list[list[int]] = []
         positions: list[list[int]] = []
-        for number, (row, real) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+        for number, (row, real) in enumerate(zip(ids.tolist(), (mask != 0).tolist(), strict=True)):
             start = real.index(1) if 1 in real else 0
             end = start + sum(real)
             if real[start:end] != [1] * (end - start):
@@ -355,7 +440,7 @@ class RetrievalTokenizer:
     def content_ids(self, text: str) -> list[int]:
         """Return the sorted ids of a text's content words, each word tokenised on its own, the mask id left out."""
         found: set[int] = set()
-        for word in content_words(text):
+        for word in content_words(without_lone_surrogates(text)):
             ids = self._word_ids.get(word)
             if ids is None:
                 if len(self._word_ids) >= self.WORD_CACHE_SIZE:
