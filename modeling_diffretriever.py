@@ -424,7 +424,7 @@ class DiffRetriever(PreTrainedModel):
             show_progress_bar: draw one, in texts.
             compute_sparse, sparse_top_k, content_filter: as for `encode`.
             tokens_per_batch: at most so many tokens a batch, padding included; None is 16,384 on an accelerator and
-                2,048 on a CPU.
+                1,024 on a CPU, whose caches hold no more.
 
         Returns:
             As `encode`, for all texts in their order, on the CPU.
@@ -441,7 +441,7 @@ class DiffRetriever(PreTrainedModel):
         for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
             if value is not None:
                 check_count(name, value)
-        budget = tokens_per_batch or (2048 if self.device.type == "cpu" else 16384)
+        budget = tokens_per_batch or (1024 if self.device.type == "cpu" else 16384)
         total = len(texts) if isinstance(texts, Sized) else None
         collected = OrderedResults(total)
         stream = iter(texts)

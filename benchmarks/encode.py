@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,7 @@ def plain_way(model: Any, texts: list[str], batch_size: int, top_k: int = 128) -
         for row, content in enumerate(contents[start : start + batch_size]):
             allowed[row, content] = 1.0
         sparse.append((weights * allowed).topk(top_k, dim=1).values.cpu())
+        del logits, weights, allowed  # or the next batch's would come on top
     return torch.cat(dense), torch.cat(sparse)
 
 
@@ -97,10 +99,14 @@ def our_way(model: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return out.repr_hidden, out.sparse_values
 
 
-def matmul_peak(dtype: torch.dtype, device: str) -> float:
-    """Return the best FLOP/s of a square matrix product."""
+def matmul_rate(dtype: torch.dtype, device: str, least_seconds: float) -> float:
+    """Return the FLOP/s that square matrix products keep up for a while."""
     left, right = (torch.randn(2048, 2048, dtype=dtype, device=device) for _ in range(2))
-    return max(2 * 2048**3 / seconds(lambda: left @ right, device) for _ in range(20))
+    took, count = 0.0, 0
+    while took < least_seconds:
+        took += seconds(lambda: left @ right, device)
+        count += 1
+    return count * 2 * 2048**3 / took
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -147,7 +153,7 @@ def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype) -> Any:
     if not (folder / "release").is_dir():
         write_backbone(folder / "backbone", tokenizer)
         publish.build(str(folder / "backbone"), folder / "release", max_length=256)
-    model = AutoModel.from_pretrained(folder / "release", trust_remote_code=True, torch_dtype=dtype)
+    model = AutoModel.from_pretrained(folder / "release", trust_remote_code=True, dtype=dtype)
     return model.to(device)
 
 
@@ -184,16 +190,20 @@ def report(
     tokens = sum(map(len, model.texts.tokenize(texts, False)))
     results = {name: way() for name, way in ways.items()}  # warms up, too
     difference = (results["plain"][0] - results["ours"][0]).abs().max()
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(options.rounds):
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    peaks = []
+    for _ in range(options.rounds):  # in turn, so that a machine that slows down slows all of them
         for name, way in ways.items():
-            best[name] = min(best[name], seconds(way, device))
-    peak = matmul_peak(dtype, device)
-    share = needed_flops(model, texts) / best["ours"] / peak
+            times[name].append(seconds(way, device))
+        peaks.append(matmul_rate(dtype, device, times["ours"][-1] / 2))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    needed = needed_flops(model, texts)
+    share = statistics.median(needed / took / peak for took, peak in zip(times["ours"], peaks, strict=True))
+    speed = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
     where = torch.cuda.get_device_name() if device != "cpu" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     count = sum(weight.numel() for weight in model.parameters())
     print(f"{where}; torch {torch.__version__}; {count / 1e6:.1f}M parameters, {dtype}, {VOCABULARY} vocabulary")
-    print(f"{len(texts)} passages, {tokens} tokens, {tokens / len(texts):.0f} on average; best of {options.rounds}")
+    print(f"{len(texts)} passages, {tokens} tokens (mean {tokens / len(texts):.0f}); {options.rounds} rounds, medians")
     print(f"largest difference of the dense vectors: {difference:.1e}")
     memory = {}
     for name in ways:
@@ -203,10 +213,11 @@ def report(
             torch.cuda.reset_peak_memory_stats()
             ways[name]()
             memory[name] = torch.cuda.max_memory_allocated() / 1e9
-        print(f"{name:>6}: {tokens / best[name]:>9.0f} tokens/s  {memory[name]:.2f} GB at the peak")
-    speed, size = best["plain"] / best["ours"], memory["ours"] / memory["plain"]
+        print(f"{name:>6}: {tokens / middle[name]:>9.0f} tokens/s  {memory[name]:.2f} GB at the peak")
+    size = memory["ours"] / memory["plain"]
     print(f"ours / plain: {speed:.2f} x the speed, {size:.2f} x the memory")
-    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s; the needed arithmetic runs at {share:.0%} of it")
+    rate = statistics.median(peaks) / 1e9
+    print(f"matmul peak {rate:.0f} GFLOP/s (2048 x 2048, same rounds); the needed arithmetic runs at {share:.0%} of it")
 
 
 def cpu_name() -> str:
