@@ -64,6 +64,15 @@ QUERIES = [
 MODES = {"dense": "multi_dense", "sparse": "sparse_max", "fused": "fusion_multi_sparse_max"}
 
 
+def ranking(scores: torch.Tensor, names: list[str]) -> str:
+    """Return the best three of the passages' scores [P] in a line; a score of 0 is no match."""
+    best = scores.topk(3)
+    found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return (
+        "".join(f"{names[place] + f' {score:.2f}':<27}" for score, place in found if score > 0) or "no term in common"
+    )
+
+
 def main() -> None:
     """Load, encode, score, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,12 +94,7 @@ def main() -> None:
     for row, query in enumerate(QUERIES):
         print(f"\N{BLACK RIGHT-POINTING SMALL TRIANGLE} {query}")
         for name in MODES:
-            best = scores[name][row].topk(3)
-            ranking = (
-                f"{names[place]} {score:.2f}"
-                for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            )
-            print(f"    {name:<7}" + "   ".join(f"{entry:<24}" for entry in ranking))
+            print(f"    {name:<7}{ranking(scores[name][row], names)}")
         first = texts[int(scores["fused"][row].argmax())]
         print(textwrap.fill(first, 100, initial_indent="    \N{RIGHTWARDS ARROW} ", subsequent_indent="      ") + "\n")
     print(f"{len(texts)} passages and {len(QUERIES)} queries loaded, encoded and scored in {took:.1f} s.")

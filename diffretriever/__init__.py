@@ -1,0 +1,1 @@
+"""Tools around the DiffRetriever model: training now, indexing and evaluation later."""

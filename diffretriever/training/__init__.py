@@ -1,0 +1,1 @@
+"""Training: tokenizer, data, losses, a small backbone, and adapters for any backbone."""

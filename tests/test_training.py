@@ -1,0 +1,283 @@
+"""Losses against brute force, the LLaDA format, readers, pretraining and adapter training end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from diffretriever.training import losses
+from diffretriever.training.backbone import hidden_states, mask_states, new_backbone
+from diffretriever.training.data import Batches, IdLists, bucketed_sizes, cloze_pair, pad_left, read_pairs, read_texts
+from diffretriever.training.evaluate import Vectors, ndcg_at_10, sparse_product, top_fused
+from diffretriever.training.llada_format import load_backbone, save_backbone, to_llada_name, to_llama_name
+from diffretriever.training.recipe import AdapterRecipe, PretrainRecipe, read_recipe
+
+PARITY = Path(__file__).parent / "parity"
+RECIPES = Path(__file__).parents[1] / "diffretriever" / "training" / "recipes"
+TINY_SHAPE = {"vocab_size": 640, "d_model": 32, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 48}
+WORDS = "file network image sound text package kernel window game music server client mail printer disk".split()
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def test_maxsim_is_the_mean_over_queries_of_the_best_passage_vector() -> None:
+    query, passage = torch.randn(3, 2, 5), torch.randn(4, 3, 5)
+    got = losses.maxsim(query, passage)
+    for i in range(3):
+        for j in range(4):
+            best = [max(float(q @ p) for p in passage[j]) for q in query[i]]
+            assert float(got[i, j]) == pytest.approx(sum(best) / 2, abs=1e-5)
+
+
+def test_dense_loss_against_a_loop() -> None:
+    query, passage, targets = torch.randn(3, 2, 5), torch.randn(5, 3, 5), torch.tensor([0, 1, 2])
+    got = losses.dense_loss(query, passage, targets, temperature=0.1)
+    total = 0.0
+    for i in range(3):
+        scores = []
+        for j in range(5):
+            best = [max(float(F.cosine_similarity(q, p, dim=0)) for p in passage[j]) for q in query[i]]
+            scores.append(sum(best) / 2 / 0.1)
+        total += math.log(sum(map(math.exp, scores))) - scores[i]
+    assert float(got) == pytest.approx(total / 3, abs=1e-4)
+
+
+def test_sparse_scores_against_a_loop() -> None:
+    head = torch.randn(20, 5)
+    query, passage = torch.randn(3, 2, 5), torch.randn(4, 3, 5)
+    query_words, passage_words = [[1, 2, 3], [4], []], [[2, 3, 9], [4, 5], [1], [3, 4]]
+    got = losses.sparse_scores(query, passage, head.__getitem__, query_words, passage_words)
+    for i in range(3):
+        for j in range(4):
+            total = 0.0
+            for word in set(query_words[i]) & set(passage_words[j]):
+                weights = [
+                    math.log1p(max(0.0, max(float(state @ head[word]) for state in states)))
+                    for states in (query[i], passage[j])
+                ]
+                total += weights[0] * weights[1]
+            assert float(got[i, j]) == pytest.approx(total, abs=1e-5)
+
+
+def test_sparse_scores_without_any_content_word_are_zero() -> None:
+    scores = losses.sparse_scores(
+        torch.randn(2, 1, 5), torch.randn(3, 1, 5), torch.randn(9, 5).__getitem__, [[], []], [[1]] * 3
+    )
+    assert scores.tolist() == [[0.0] * 3] * 2
+
+
+def test_denoising_loss_against_a_loop() -> None:
+    logits, targets = torch.randn(4, 7), torch.tensor([1, 2, 3, 4])
+    t, lengths, rows = torch.tensor([0.5, 0.25]), torch.tensor([3, 5]), torch.tensor([0, 0, 1, 1])
+    total = 0.0
+    for number in range(4):
+        total += -float(F.log_softmax(logits[number], dim=0)[targets[number]]) / float(t[rows[number]])
+    assert float(losses.denoising_loss(logits, targets, t, lengths, rows)) == pytest.approx(total / 8, abs=1e-5)
+
+
+def test_word_loss_falls_when_the_own_words_have_positive_logits() -> None:
+    head = torch.eye(6)
+    good, bad = torch.tensor([[[5.0, -5, -5, -5, -5, -5]]]), torch.tensor([[[-5.0, 5, -5, -5, -5, -5]]])
+    values = []
+    for states in (good, bad):
+        torch.manual_seed(0)
+        values.append(float(losses.word_loss(states, head.__getitem__, [[0]], 20, 6)))
+    assert values[0] < 0.1 < values[1]
+
+
+def test_temperature_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        losses.info_nce(torch.zeros(2, 2), torch.tensor([0, 1]), 0)
+
+
+# ------------------------------------------------------------------------------------------------ backbone and format
+
+
+def tiny_backbone() -> Any:
+    from diffretriever.training.llada_format import llama_config
+
+    config = json.loads((PARITY / "backbones" / "tiny-llada" / "config.json").read_text())
+    return new_backbone(llama_config(config), seed=1)
+
+
+def test_masks_alone_give_the_same_states_as_every_position_and_padding_changes_nothing() -> None:
+    model = tiny_backbone()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    rows = [list(range(5, 5 + n)) + [2006] * 2 + [1, 2, 3] for n in (4, 9)]
+    ids, mask = pad_left(rows, 2001)
+    at_masks = mask_states(model, ids, mask, num_masks=2)
+    everywhere = hidden_states(model, ids, mask)[:, -5:-3]
+    torch.testing.assert_close(at_masks, everywhere, atol=1e-5, rtol=1e-5)
+    alone = mask_states(model, *pad_left(rows[:1], 2001), num_masks=2)
+    torch.testing.assert_close(at_masks[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_backbone_computes_its_first_layer_alone() -> None:
+    model = tiny_backbone()
+    ids, mask = pad_left([[5, 6, 7, 2006, 1, 2, 3]], 2001)
+    shallow, deep = (mask_states(model, ids, mask, num_masks=1, depth=depth) for depth in (1, 0))
+    torch.testing.assert_close(shallow, deep, atol=1e-5, rtol=1e-5)
+
+
+def test_the_bidirectional_model_sees_the_future() -> None:
+    model = tiny_backbone()
+    mask = torch.ones(1, 4, dtype=torch.long)
+    first = hidden_states(model, torch.tensor([[5, 6, 7, 8]]), mask)
+    second = hidden_states(model, torch.tensor([[5, 6, 7, 9]]), mask)
+    assert not torch.allclose(first[:, 0], second[:, 0])
+
+
+def test_names_map_both_ways() -> None:
+    stored = load_file(str(PARITY / "backbones" / "tiny-llada" / "model.safetensors"))
+    for name in stored:
+        assert to_llada_name(to_llama_name(name)) == name
+    with pytest.raises(KeyError, match="no counterpart"):
+        to_llada_name("model.layers.0.self_attn.q_norm.weight")
+
+
+def test_format_round_trip_equals_the_reference_checkpoint(tmp_path: Path) -> None:
+    source = PARITY / "backbones" / "tiny-llada"
+    save_backbone(load_backbone(source), source, tmp_path / "copy", {"mask": 2006, "bos": 2000, "eos": 2001})
+    old, new = (load_file(str(folder / "model.safetensors")) for folder in (source, tmp_path / "copy"))
+    assert old.keys() == new.keys()
+    for name, value in old.items():
+        assert value.dtype == new[name].dtype
+        assert torch.equal(value, new[name]), name
+    assert json.loads((source / "config.json").read_text()) == json.loads(
+        (tmp_path / "copy" / "config.json").read_text()
+    )
+    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_load_backbone_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing: expected a backbone in LLaDA's format"):
+        load_backbone(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{broken", r"pairs.jsonl, line 2: not valid JSON"),
+        ("[1]", r"pairs.jsonl, line 2: expected a JSON object, got list"),
+        ('{"query": "", "positive": "p"}', r"line 2: 'query' must be a text that is not empty"),
+        ('{"query": "q", "positives": []}', r"line 2: 'positive' is missing or empty"),
+        ('{"query": "q", "positive": " "}', r"line 2: 'positive' holds something that is not a text, or an empty one"),
+        (
+            '{"query": "q", "positive": "p", "negatives": [3]}',
+            r"line 2: 'negatives' holds something that is not a text",
+        ),
+    ],
+)
+def test_reader_errors_name_file_and_line(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"query": "q", "positive": "p"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=words):
+        list(read_pairs(path))
+
+
+def test_reader_takes_lists_and_drops_a_negative_that_is_the_positive(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('\n{"query": "q", "positives": ["a", "b"], "negatives": ["c", "a"]}\n')
+    (pair,) = read_pairs(path)
+    assert pair.positives == ("a", "b")
+    assert pair.negatives == ("c",)
+
+
+def test_missing_file_and_missing_text(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such data file"):
+        list(read_texts(tmp_path / "absent.jsonl"))
+    (tmp_path / "texts.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 1: 'text' is missing or not a text"):
+        list(read_texts(tmp_path / "texts.jsonl"))
+
+
+def test_batches_hold_every_item_once_an_epoch() -> None:
+    lengths = [random.Random(n).randrange(50) for n in range(130)]
+    batches = Batches(lengths, 8, seed=3)
+    epoch = len(bucketed_sizes(130, 8))
+    items = [item for number in range(epoch) for item in batches[number]]
+    assert len(items) == len(set(items)) == epoch * 8
+    assert Batches(lengths, 8, seed=3)[epoch + 1] == batches[epoch + 1]
+    with pytest.raises(ValueError, match="batch size 200 is larger than the data: 130 items"):
+        Batches(lengths, 200, seed=3)
+
+
+def test_id_lists_and_cloze() -> None:
+    lists = IdLists([[1, 2], [], [3]])
+    assert [lists[n] for n in range(3)] == [[1, 2], [], [3]]
+    assert lists.lengths(1) == [1, 0, 1]
+    query, passage = cloze_pair(list(range(40)), random.Random(1), keep=0.0)
+    assert sorted(query + passage) == list(range(40))
+
+
+def test_neighbours_leave_out_the_own_passage() -> None:
+    pytest.importorskip("bm25s")
+    from diffretriever.training.neighbours import bm25_neighbours, with_neighbours
+
+    passages = ["sound of music player", "music player for files", "network mail server", "sound of music player"]
+    found = bm25_neighbours(["music player", "player", "mail", "music"], passages, depth=2)
+    assert found[0].tolist() == [1, -1]
+    assert with_neighbours([0], found, random.Random(0)) == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+
+
+def test_shipped_recipes_read() -> None:
+    assert read_recipe(RECIPES / "llada-tiny.yaml", PretrainRecipe).shape.n_layers == 4
+    for name, masks in (("single", 1), ("multi-q4-p4", 4)):
+        assert read_recipe(RECIPES / f"llada-tiny-{name}.yaml", AdapterRecipe).num_query_masks == masks
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepz: 3", r"r.yaml: unknown key 'stepz'; the recipe has alpha, "),
+        ("steps: many", r"steps must be of type int, got 'many'"),
+        ("steps: 0", r"steps must be at least 1, got 0"),
+        ("temperature: hot", r"temperature must be a number, got 'hot'"),
+        ("temperature: -1", r"temperature must be positive, got -1"),
+        ("a: [", r"r.yaml: not valid YAML"),
+        ("- 1", r"expected keys and values, got list"),
+    ],
+)
+def test_recipe_errors(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_recipe(tmp_path / "r.yaml", AdapterRecipe)
+
+
+def test_unknown_kind_of_step(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("stages: [{pattern: [pears]}]")
+    with pytest.raises(ValueError, match="unknown kind of step 'pears'; expected one of pairs, neighbours"):
+        read_recipe(tmp_path / "r.yaml", PretrainRecipe)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_ndcg_by_hand() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
+    qrels = {"a": {"z": 1}, "b": {"x": 1}}
+    assert ndcg_at_10(scores, ["a", "b"], ["x", "y", "z"], qrels) == pytest.approx((1 / math.log2(3) + 1) / 2)
+
+
+def test_sparse_product_and_fusion() -> None:
+    query = Vectors(torch.zeros(1, 1, 1), torch.tensor([[3, 5]]), torch.tensor([[2.0, 1.0]]))
+    passage = Vectors(torch.zeros(2, 1, 1), torch.tensor([[5, 0], [3, 5]]), torch.tensor([[4.0, 0.0], [1.0, 1.0]]))
+    assert sparse_product(query, passage, 8).tolist() == [[4.0, 3.0]]
+    fused = top_fused(torch.tensor([[0.0, 1.0, 0.5]]), torch.tensor([[2.0, 0.0, 2.0]]))
+    assert fused[0].tolist() == pytest.approx([0.5, 0.5, 0.75])
