@@ -249,7 +249,7 @@ def read_prompt(tokenizer: Any, prefix_ids: Sequence[int], suffix_ids: Sequence[
         The texts of the three roles.
 
     Raises:
-        ValueError: the ids are no prompt of this tokenizer's chat template.
+        ValueError: the ids are no prompt of this tokenizer's chat template, or other ids for the same words.
     """
     marks = {"system": "\N{SYMBOL FOR START OF HEADING}", "user": "\N{SYMBOL FOR START OF TEXT}{text}", "assistant": ""}
     before, after = render_prompt(tokenizer, marks)
@@ -263,7 +263,14 @@ def read_prompt(tokenizer: Any, prefix_ids: Sequence[int], suffix_ids: Sequence[
             "The prompt ids recorded for the adapter do not follow the tokenizer's chat template: "
             f"prefix {prefix!r}, suffix {suffix!r}."
         )
-    return {"system": found[1], "user": found[2] + "{text}" + user_end, "assistant": assistant}
+    prompt = {"system": found[1], "user": found[2] + "{text}" + user_end, "assistant": assistant}
+    again = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in render_prompt(tokenizer, prompt)]
+    if again != [list(prefix_ids), list(suffix_ids)]:
+        raise ValueError(
+            f"The prompt ids recorded for the adapter read as {prompt}, which this tokenizer turns into other ids; "
+            "the adapter was trained with another tokenizer."
+        )
+    return prompt
 
 
 def read_retriever_config(file: Path, tokenizer: Any) -> dict[str, Any]:

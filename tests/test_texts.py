@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenization_helpers import check_texts, find_masks, without_lone_surrogates
+from tokenization_helpers import check_texts, find_masks, read_prompt, without_lone_surrogates
 
 BACKBONES = {"tiny-llada": "llada-q4p4", "tiny-dream": "dream-q4p16"}
 TEXTS = ["a cat", "", "   ", "the seasons on earth", "word " * 300, "日本語 😀 ünï", "<|im_end|><|eot_id|><|mdm_mask|>"]
@@ -175,3 +175,16 @@ def test_settings_changed_after_loading_count(load_release: Callable[..., Any]) 
         )  # prompt and text share max_length
     finally:
         model.config.max_length, model.config.num_passage_masks = saved
+
+
+def test_a_recorded_prompt_is_recovered_or_refused(model: Any) -> None:
+    layout = model.texts.layouts[True]
+    assert read_prompt(model.tokenizer, layout.prefix, layout.suffix) == model.config.prompt(True)
+    # One token of the suffix spelled letter by letter: the same text in ids that another tokenizer would make.
+    start, text = next((n, t) for n, i in enumerate(layout.suffix) if len(t := model.tokenizer.decode([i])) > 2)
+    others = [token for letter in text for token in model.tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    suffix = [*layout.suffix[:start], *others, *layout.suffix[start + 1 :]]
+    with pytest.raises(ValueError, match="the adapter was trained with another tokenizer"):
+        read_prompt(model.tokenizer, layout.prefix, suffix)
+    with pytest.raises(ValueError, match="do not follow the tokenizer's chat template"):
+        read_prompt(model.tokenizer, layout.prefix[2:], layout.suffix)

@@ -214,7 +214,13 @@ class AdapterTrainer:
     def _resume(self) -> None:
         state = load_checkpoint(self.state / "train.ckpt")
         if state is not None:
-            self.model.load_state_dict(state["adapter"], strict=False)
+            result = self.model.load_state_dict(state["adapter"], strict=False)  # the adapter's part of the model
+            unmatched = [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
+            if unmatched:
+                raise ValueError(
+                    f"{self.state / 'train.ckpt'} is of another adapter ({', '.join(unmatched[:3])}); "
+                    "remove the folder to start anew, or choose another --out"
+                )
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
             self.log(note=f"resumed at step {self.step}")
