@@ -3,7 +3,7 @@
 The plain way is what research code does: the same weights and layers, one padded batch after the other in the order of
 arrival, the whole sequence through every layer and the head on every position. Both return the same vectors.
 
-python benchmarks/encode.py --tokenizer tokenizer.json
+python benchmarks/encode.py [--shape wide]
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from transformers import AutoModel  # noqa: E402
 
 import publish  # noqa: E402
 
-# LLaDA-8B with every width divided by 16: 92.0M parameters with LLaDA's own vocabulary of 126,464.
-LAYERS, HIDDEN, INNER, HEADS, VOCABULARY = 32, 256, 768, 4, 126_464
+# Two shapes of 92M parameters with LLaDA's own vocabulary of 126,464: layers, and width inside the MLP. "narrow" is
+# LLaDA-8B with every width divided by 16; "wide" puts the same weights into fewer, larger matrices.
+SHAPES = {"narrow": (32, 768), "wide": (8, 4096)}
+HIDDEN, HEADS, VOCABULARY = 256, 4, 126_464
 
 
-def write_backbone(folder: Path, tokenizer: Path) -> None:
+def write_backbone(folder: Path, tokenizer: Path, shape: str) -> None:
     """Write a random backbone in LLaDA's format."""
+    layers, inner = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
         "wte": (VOCABULARY, HIDDEN),
@@ -44,9 +47,9 @@ def write_backbone(folder: Path, tokenizer: Path) -> None:
         "ln_f": (HIDDEN,),
     }
     layer: dict[str, tuple[int, ...]] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (HIDDEN, HIDDEN))
-    layer |= {"ff_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "ff_out": (HIDDEN, INNER)}
+    layer |= {"ff_proj": (inner, HIDDEN), "up_proj": (inner, HIDDEN), "ff_out": (HIDDEN, inner)}
     layer |= {"attn_norm": (HIDDEN,), "ff_norm": (HIDDEN,)}
-    shapes |= {f"blocks.{number}.{name}": shape for number in range(LAYERS) for name, shape in layer.items()}
+    shapes |= {f"blocks.{number}.{name}": shape for number in range(layers) for name, shape in layer.items()}
     state = {
         f"model.transformer.{name}.weight": torch.ones(shape)
         if len(shape) == 1
@@ -56,7 +59,7 @@ def write_backbone(folder: Path, tokenizer: Path) -> None:
     folder.mkdir(parents=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     parity = json.loads((ROOT / "tests/parity/backbones/tiny-llada/config.json").read_text())
-    parity |= {"d_model": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": HEADS, "mlp_hidden_size": INNER}
+    parity |= {"d_model": HIDDEN, "n_layers": layers, "n_heads": HEADS, "n_kv_heads": HEADS, "mlp_hidden_size": inner}
     parity |= {"embedding_size": VOCABULARY, "vocab_size": VOCABULARY, "mask_token_id": None}
     (folder / "config.json").write_text(json.dumps(parity))
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -148,10 +151,10 @@ def peak_memory(way: str, options: argparse.Namespace) -> float:
     return float(report.strip().splitlines()[-1])
 
 
-def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype) -> Any:
+def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype, shape: str = "narrow") -> Any:
     """Build the release once and load it."""
     if not (folder / "release").is_dir():
-        write_backbone(folder / "backbone", tokenizer)
+        write_backbone(folder / "backbone", tokenizer, shape)
         publish.build(str(folder / "backbone"), folder / "release", max_length=256)
     model = AutoModel.from_pretrained(folder / "release", trust_remote_code=True, dtype=dtype)
     return model.to(device)
@@ -166,6 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="float32 or bfloat16 (default: bfloat16 on a GPU)")
+    parser.add_argument("--shape", choices=SHAPES, default="narrow", help="of the random model")
     parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -173,7 +177,7 @@ def main() -> None:
     texts = mixed_texts(options.texts)
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = options.folder or Path(scratch)
-        model = load(options.folder, options.tokenizer, options.device, dtype)
+        model = load(options.folder, options.tokenizer, options.device, dtype, options.shape)
         ways = {"plain": lambda: plain_way(model, texts, options.batch_size), "ours": lambda: our_way(model, texts)}
         if options.only:
             ways[options.only]()
@@ -202,7 +206,8 @@ def report(
     speed = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
     where = torch.cuda.get_device_name() if device != "cpu" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     count = sum(weight.numel() for weight in model.parameters())
-    print(f"{where}; torch {torch.__version__}; {count / 1e6:.1f}M parameters, {dtype}, {VOCABULARY} vocabulary")
+    shape = "{} layers, MLP of {}".format(*SHAPES[options.shape])
+    print(f"{where}; torch {torch.__version__}; {shape}; {count / 1e6:.1f}M parameters, {dtype}")
     print(f"{len(texts)} passages, {tokens} tokens (mean {tokens / len(texts):.0f}); {options.rounds} rounds, medians")
     print(f"largest difference of the dense vectors: {difference:.1e}")
     memory = {}

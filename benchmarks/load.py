@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
@@ -104,7 +105,8 @@ def measure(release: Path) -> None:
     watcher.join()
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     own, all_pages = peak["RssAnon"] - start["RssAnon"], peak["VmRSS"] - start["VmRSS"]
-    print(f"{weights / 1e9:.2f} GB of weights loaded and merged in {took:.1f} s ({weights / 1e9 / took:.2f} GB/s)")
+    rate = f"{took:.1f} s ({weights / 1e9 / took:.2f} GB/s)"
+    print(f"transformers {transformers.__version__}: {weights / 1e9:.2f} GB of weights loaded and merged in {rate}")
     shares = f"{own / weights:.2f} x the weights in own memory, {all_pages / weights:.2f} x with file pages"
     print(f"peak over the start: {shares}")
 
@@ -119,9 +121,10 @@ def main() -> None:
     if options.measure:
         measure(release)
         return
+    for part, write in (("backbone", write_backbone), ("adapter", write_adapter)):
+        if not (options.folder / part).is_dir():
+            write(options.folder / part)
     if not release.is_dir():
-        write_backbone(options.folder / "backbone")
-        write_adapter(options.folder / "adapter")
         publish.build(str(options.folder / "backbone"), release, str(options.folder / "adapter"))
     subprocess.run([sys.executable, __file__, "--folder", str(options.folder), "--measure"], check=True)
 

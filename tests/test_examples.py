@@ -69,3 +69,14 @@ def test_shipped_checkpoints_load_where_they_lie() -> None:
     for folder in releases:
         for file in folder.glob("*.py"):
             assert file.resolve() == ROOT / file.name
+
+
+def test_the_readmes_example() -> None:
+    """The README's Python block runs as written, from the top of the tree."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    run = subprocess.run([sys.executable, "-c", block[1]], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    scores = torch.tensor(eval(run.stdout.split("Failed")[0].strip(), {"tensor": lambda rows: rows}))
+    assert scores.shape == (1, 2)
+    assert scores[0, 0] > scores[0, 1]  # the player before the HTTP daemon
