@@ -67,10 +67,10 @@ RELEASES = {
     "diffretriever-dream-7b-single": Release(DREAM, "ielabgroup/diffretriever-dream-7b-single", 1, 1),
     "diffretriever-dream-7b-multi-q4-p16": Release(DREAM, "ielabgroup/diffretriever-dream-7b-multi-q4-p16", 4, 16),
     "diffretriever-llada-tiny-single": Release(
-        "checkpoints/llada-tiny", "checkpoints/diffretriever-llada-tiny-single/adapter", 1, 1
+        "checkpoints/llada-tiny", "checkpoints/diffretriever-llada-tiny-single/adapter", 1, 1, 152
     ),
     "diffretriever-llada-tiny-multi-q4-p4": Release(
-        "checkpoints/llada-tiny", "checkpoints/diffretriever-llada-tiny-multi-q4-p4/adapter", 4, 4
+        "checkpoints/llada-tiny", "checkpoints/diffretriever-llada-tiny-multi-q4-p4/adapter", 4, 4, 152
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+
+import publish
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "checkpoints"
@@ -69,6 +73,15 @@ def test_shipped_checkpoints_load_where_they_lie() -> None:
     for folder in releases:
         for file in folder.glob("*.py"):
             assert file.resolve() == ROOT / file.name
+
+
+@pytest.mark.parametrize("name", [name for name in publish.RELEASES if "tiny" in name])
+def test_shipped_checkpoints_are_built_by_name(name: str, tmp_path: Path) -> None:
+    assert publish.main(["build", name, "--out", str(tmp_path / name)]) == 0
+    built, shipped = (json.loads((at / name / "config.json").read_text()) for at in (tmp_path, CHECKPOINTS))
+    assert built.pop("base_model_name_or_path") == str(CHECKPOINTS / "llada-tiny")
+    assert shipped.pop("base_model_name_or_path") == "../llada-tiny"
+    assert built == shipped
 
 
 def test_the_readmes_example() -> None:
