@@ -1,10 +1,17 @@
-"""Batches of similar length, and their results put back in order."""
+"""Batches of similar length, run side by side on a CPU, and their results put back in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
+Result = TypeVar("Result")
+MOST_WORKERS = 8  # each holds the states of a batch
 
 
 def batches_by_length(
@@ -30,6 +37,66 @@ def batches_by_length(
         size = min(size, batch_size or size)
         yield order[start : start + size]
         start += size
+
+
+def count_workers(model: nn.Module) -> int:
+    """Return how many batches to run side by side: on a CPU one for each thread of torch, up to a limit; else 1.
+
+    Threads that share an operation wait for each other at its end, and a batch has hundreds of small ones; threads that
+    each have a batch do not. What keeps a state of its own during a forward pass (autocast; compiled, offloaded and
+    quantised models) takes one batch at a time.
+
+    Args:
+        model: about to encode.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu" or torch.is_autocast_enabled("cpu") or getattr(model, "hf_quantizer", None) is not None:
+        return 1
+    for module in model.modules():
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or hasattr(module, "_hf_hook"):
+            return 1
+    return min(MOST_WORKERS, torch.get_num_threads())
+
+
+def run_side_by_side(
+    work: Callable[[list[int]], Result], batches: Sequence[list[int]], workers: int
+) -> Iterator[tuple[list[int], Result]]:
+    """Run `work` on every batch, some of them at the same time, each with its share of torch's threads.
+
+    Args:
+        work: called with a batch's rows.
+        batches: from `batches_by_length`.
+        workers: how many at the same time.
+
+    Yields:
+        Each batch and its result, in the batches' order; few results wait at any time.
+
+    Raises:
+        Whatever `work` raises; batches that have not begun are dropped.
+
+    >>> [result for _, result in run_side_by_side(len, [[3, 1], [2]], workers=2)]
+    [2, 1]
+    """
+    workers = min(workers, len(batches))
+    if workers < 2:
+        for batch in batches:
+            yield batch, work(batch)
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
+    waiting: deque[tuple[list[int], Future[Any]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(work, batch)))
+            if len(waiting) > 2 * workers:
+                batch, future = waiting.popleft()
+                yield batch, future.result()
+        for batch, future in waiting:
+            yield batch, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # torch gives the workers' number to every thread begun after them
 
 
 class OrderedResults:

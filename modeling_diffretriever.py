@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from .backbone_loading import (
     resolve_folder,
     save_tokenizer,
 )
-from .batching import OrderedResults, batches_by_length
+from .batching import OrderedResults, batches_by_length, count_workers, run_side_by_side
 from .bidirectional_layers import (
     attention_bias,
     build_backbone,
@@ -415,7 +417,7 @@ class DiffRetriever(PreTrainedModel):
         content_filter: bool = True,
         tokens_per_batch: int | None = None,
     ) -> DiffRetrieverOutput:
-        """Encode any number of texts, in batches of similar length.
+        """Encode any number of texts, in batches of similar length; on a CPU several batches run side by side.
 
         Args:
             texts: a list, or any iterator of strings; an iterator is read a window at a time.
@@ -442,24 +444,28 @@ class DiffRetriever(PreTrainedModel):
             if value is not None:
                 check_count(name, value)
         budget = tokens_per_batch or (1024 if self.device.type == "cpu" else 16384)
+        workers = count_workers(self)
+        options = {"compute_sparse": compute_sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
         total = len(texts) if isinstance(texts, Sized) else None
         collected = OrderedResults(total)
         stream = iter(texts)
         with logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar:
             while window := list(islice(stream, WINDOW)):
                 sequences = self.texts.tokenize(check_texts(window, first=collected.count), is_query)
-                for rows in batches_by_length([len(sequence) for sequence in sequences], budget, batch_size):
-                    ids, mask = self.texts.pad([sequences[row] for row in rows])
-                    out = self.encode(
-                        ids.to(self.device), mask.to(self.device), is_query, compute_sparse, sparse_top_k,
-                        content_filter=content_filter,
-                    )  # fmt: skip
-                    collected.put(rows, len(window), out)
-                    bar.update(len(rows))
+                batches = list(batches_by_length([len(sequence) for sequence in sequences], budget, batch_size))
+                run = partial(self._encode_rows, sequences, is_query=is_query, **options)
+                with closing(run_side_by_side(run, batches, workers)) as results:
+                    for rows, out in results:
+                        collected.put(rows, len(window), out)
+                        bar.update(len(rows))
                 collected.close_window(len(window))
         if collected.count == 0:
             check_texts([])
         return DiffRetrieverOutput(**collected.result())
+
+    def _encode_rows(self, sequences: Sequence[list[int]], rows: Sequence[int], **options: Any) -> DiffRetrieverOutput:
+        ids, mask = self.texts.pad([sequences[row] for row in rows])
+        return self.encode(ids.to(self.device), mask.to(self.device), **options)
 
     def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
         """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors."""
