@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -156,8 +157,11 @@ def resolve_folder(
             f"{folder} is not there, and {name!r} is no Hub id (organisation/name). If it was moved, pass its new "
             "place as `base_model_name_or_path` (backbone) or `adapter_name_or_path` (adapter)."
         )
+    options = dict(hub_options)
+    if HF_HUB_OFFLINE:  # huggingface_hub 1.x else wants a listing of the files, which no old cache has
+        options["local_files_only"] = True
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub_options))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
         wanted = f"{name} (revision {revision})" if revision else name
         raise OSError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 MOST_WORKERS = 8  # each holds the states of a batch
 
@@ -60,13 +61,13 @@ def count_workers(model: nn.Module) -> int:
 
 
 def run_side_by_side(
-    work: Callable[[list[int]], Result], batches: Sequence[list[int]], workers: int
-) -> Iterator[tuple[list[int], Result]]:
+    work: Callable[[Batch], Result], batches: Sequence[Batch], workers: int
+) -> Generator[tuple[Batch, Result], None, None]:
     """Run `work` on every batch, some of them at the same time, each with its share of torch's threads.
 
     Args:
-        work: called with a batch's rows.
-        batches: from `batches_by_length`.
+        work: called with one batch at a time, in some thread.
+        batches: whatever `work` takes.
         workers: how many at the same time.
 
     Yields:
@@ -85,7 +86,7 @@ def run_side_by_side(
         return
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
-    waiting: deque[tuple[list[int], Future[Any]]] = deque()
+    waiting: deque[tuple[Batch, Future[Result]]] = deque()
     try:
         for batch in batches:
             waiting.append((batch, pool.submit(work, batch)))

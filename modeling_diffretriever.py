@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Sized
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
@@ -444,8 +444,8 @@ class DiffRetriever(PreTrainedModel):
             if value is not None:
                 check_count(name, value)
         budget = tokens_per_batch or (1024 if self.device.type == "cpu" else 16384)
-        workers = count_workers(self)
-        options = {"compute_sparse": compute_sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
+        options: dict[str, Any] = {"compute_sparse": compute_sparse, "sparse_top_k": sparse_top_k}
+        options |= {"is_query": is_query, "content_filter": content_filter}
         total = len(texts) if isinstance(texts, Sized) else None
         collected = OrderedResults(total)
         stream = iter(texts)
@@ -453,8 +453,8 @@ class DiffRetriever(PreTrainedModel):
             while window := list(islice(stream, WINDOW)):
                 sequences = self.texts.tokenize(check_texts(window, first=collected.count), is_query)
                 batches = list(batches_by_length([len(sequence) for sequence in sequences], budget, batch_size))
-                run = partial(self._encode_rows, sequences, is_query=is_query, **options)
-                with closing(run_side_by_side(run, batches, workers)) as results:
+                run = partial(self._encode_rows, sequences, **options)
+                with closing(self.map_batches(run, batches)) as results:
                     for rows, out in results:
                         collected.put(rows, len(window), out)
                         bar.update(len(rows))
@@ -466,6 +466,18 @@ class DiffRetriever(PreTrainedModel):
     def _encode_rows(self, sequences: Sequence[list[int]], rows: Sequence[int], **options: Any) -> DiffRetrieverOutput:
         ids, mask = self.texts.pad([sequences[row] for row in rows])
         return self.encode(ids.to(self.device), mask.to(self.device), **options)
+
+    def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
+        """Run `work`, which calls `encode` on a batch, on every batch: on a CPU several at a time.
+
+        Args:
+            work: takes a batch, in some thread.
+            batches: whatever `work` takes.
+
+        Yields:
+            Each batch and what `work` returned, in the batches' order.
+        """
+        yield from run_side_by_side(work, batches, count_workers(self))
 
     def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
         """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors."""

@@ -87,7 +87,7 @@ def test_a_reader_that_stops_early_stops_the_work(four_threads: None) -> None:
     done: list[int] = []
     results = run_side_by_side(lambda rows: done.append(rows[0]), [[number] for number in range(100)], workers=2)
     next(results)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert len(done) < 20
     assert torch.get_num_threads() == 4
 
