@@ -1,7 +1,11 @@
-"""Build releases: folders that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads, here or on the Hub.
+"""Releases: build, check and push the folders that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads.
 
-python publish.py build --base ID_OR_DIR [--adapter ID_OR_DIR] --out DIR [--name NAME]
+python publish.py list
 python publish.py build RELEASE_NAME --out DIR
+python publish.py build --base ID_OR_DIR [--adapter ID_OR_DIR] --out DIR [--name NAME]
+python publish.py check DIR
+python publish.py push NAME_OR_DIR --repo-id ORG/NAME [--private] [--tag v1-0] [--dry-run]
+python publish.py push --all --org ORG
 """
 
 from __future__ import annotations
@@ -9,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +24,44 @@ import backbone_loading as backbones
 from adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE, Adapter
 from bidirectional_layers import linear_shapes, parameter_shapes
 from configuration_diffretriever import DiffRetrieverConfig, paper_prompt
+from diffretriever.publishing import card, probe, record
+from diffretriever.publishing import commands as publishing
+from diffretriever.publishing.releases import (
+    AUTO_MAP,
+    BACKBONE_FOLDER,
+    CODE_FILES,
+    RELEASES,
+    SENTENCE_TRANSFORMERS_FILE,
+    check_name,
+)
+from diffretriever.publishing.sentence_transformers import sentence_transformers_files
 from tokenization_helpers import RetrievalTokenizer, read_retriever_config
 
 SOURCE = Path(__file__).resolve().parent
-CODE_FILES = (
-    "adapter_loading.py",
-    "backbone_loading.py",
-    "batching.py",
-    "bidirectional_layers.py",
-    "configuration_diffretriever.py",
-    "modeling_diffretriever.py",
-    "scoring.py",
-    "sparse_head.py",
-    "tokenization_helpers.py",
-)
-AUTO_MAP = {
-    "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
-    "AutoModel": "modeling_diffretriever.DiffRetriever",
-}
+FIGURES = SOURCE / "checkpoints" / "figures.json"  # what was measured of our own releases
 SETTINGS_FILES = ["*.json", "*.jinja", "merges.txt"]  # of a backbone on the Hub, its weights are not needed to build
+ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
+SETTINGS = ("num_query_masks", "num_passage_masks", "max_length")
 
 
 @dataclass(frozen=True)
-class Release:
-    """A release that this repository knows.
+class Recording:
+    """What `build` is to record of the finished release.
 
     Args:
-        base: the backbone's Hub id, or a folder of this source tree.
-        adapter: where its adapter is: a Hub id, or a folder of this source tree.
-        num_query_masks, num_passage_masks: K_q and K_p.
-        max_length: tokens of prompt and text.
+        when: "auto" encodes the fixed texts if the backbone's weights are here, "always" fetches them, "never" does
+            not; without, release.json says why there is no fingerprint.
+        dtype: name of the torch dtype to encode in.
+        device: where to encode.
+        repo_id: the Hub id for the card's code; None is the release's name.
+        known_as: the name in the table of releases, if base and adapter are the table's own.
     """
 
-    base: str
-    adapter: str
-    num_query_masks: int
-    num_passage_masks: int
-    max_length: int = 156
-
-
-LLADA, DREAM = "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"
-RELEASES = {
-    "diffretriever-llada-8b-single": Release(LLADA, "ielabgroup/diffretriever-llada-8b-single", 1, 1),
-    "diffretriever-llada-8b-multi-q4-p4": Release(LLADA, "ielabgroup/diffretriever-llada-8b-multi-q4-p4", 4, 4),
-    "diffretriever-dream-7b-single": Release(DREAM, "ielabgroup/diffretriever-dream-7b-single", 1, 1),
-    "diffretriever-dream-7b-multi-q4-p16": Release(DREAM, "ielabgroup/diffretriever-dream-7b-multi-q4-p16", 4, 16),
-    "diffretriever-llada-tiny-single": Release(
-        "checkpoints/llada-tiny", "checkpoints/diffretriever-llada-tiny-single/adapter", 1, 1, 152
-    ),
-    "diffretriever-llada-tiny-multi-q4-p4": Release(
-        "checkpoints/llada-tiny", "checkpoints/diffretriever-llada-tiny-multi-q4-p4/adapter", 4, 4, 152
-    ),
-}
+    when: str = "never"
+    dtype: str = "float32"
+    device: str = "cpu"
+    repo_id: str | None = None
+    known_as: str | None = None
 
 
 def build(
@@ -82,6 +71,8 @@ def build(
     name: str | None = None,
     link_code: bool = False,
     force: bool = False,
+    with_backbone: bool = False,
+    recording: Recording | None = None,
     **settings: Any,
 ) -> DiffRetrieverConfig:
     """Build a release folder; it appears whole or not at all.
@@ -93,6 +84,8 @@ def build(
         name: the release's name; None takes the folder's.
         link_code: link to this source tree's code instead of copying it, for releases kept inside the tree.
         force: replace a folder that is there already.
+        with_backbone: copy a local backbone into the release, which then loads anywhere.
+        recording: what to record in release.json; None records no fingerprint.
         settings: config fields (num_query_masks, num_passage_masks, max_length); with an adapter they must agree with
             what its retriever_config.json recorded.
 
@@ -102,39 +95,39 @@ def build(
     Raises:
         FileExistsError, FileNotFoundError, ValueError: with the file, key or argument that is wrong.
     """
-    base_path = Path(base).expanduser()
-    local = base_path.is_dir()
+    local = Path(base).expanduser().is_dir()
     name = name or out.name
-    for what, value in (("--name", name), ("--out", out.name)):
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", value):
-            raise ValueError(
-                f"{what}: {value!r} may hold only letters, digits, - and _ (a dot breaks transformers 4.54)."
-            )
-    if out.exists() and not force:
-        raise FileExistsError(f"--out: {out} is there already; choose another folder, or pass --force to replace it.")
+    check_name("--name", name)
+    check_name("--out", out.name)
     if out.exists():
-        _check_replaceable(out, base_path)
+        _check_replaceable(out, Path(base).expanduser(), force)
+    if with_backbone and not local:
+        raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
     base_folder = backbones.resolve_folder(base, None, None, {}, SETTINGS_FILES)
-    adapter_folder = None
-    if adapter is not None:
-        adapter_folder = backbones.resolve_folder(adapter, None, None, {}, ["*.json", "*.safetensors", "*.jinja"])
+    adapter_folder = None if adapter is None else backbones.resolve_folder(adapter, None, None, {}, ADAPTER_FILES)
     config, tokenizer = _configure(base_folder, adapter_folder, settings)
-    config.base_model_name_or_path = _path_from(base_folder, out) if local else base
+    place = BACKBONE_FOLDER if with_backbone else _path_from(base_folder, out)
+    config.base_model_name_or_path = place if local else base
     config.base_model_revision = None if local else base_folder.name  # the Hub cache names snapshots by commit
     config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
         made = Path(scratch) / out.name
         made.mkdir()
-        _fill(made, config, tokenizer, adapter_folder, out if link_code else None)
+        _fill(made, config, tokenizer, adapter_folder, base_folder if with_backbone else None)
+        _describe(made, config, tokenizer, base_folder, adapter, adapter_folder, link_code, recording or Recording())
+        if link_code:
+            _link_code(made, out)
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)
     return config
 
 
-def _check_replaceable(out: Path, base: Path) -> None:
-    """Refuse to delete what is no release, or holds the backbone."""
+def _check_replaceable(out: Path, base: Path, force: bool) -> None:
+    """Refuse to delete what nobody asked to, what is no release, or what holds the backbone."""
+    if not force:
+        raise FileExistsError(f"--out: {out} is there already; choose another folder, or pass --force to replace it.")
     config = out / "config.json"
     if out.is_symlink() or not config.is_file() or backbones.read_json(config).get("model_type") != "diffretriever":
         raise FileExistsError(f"--out: {out} is no release folder, so --force does not replace it; remove it yourself.")
@@ -197,20 +190,101 @@ def _with_recorded(
 
 
 def _fill(
-    made: Path, config: DiffRetrieverConfig, tokenizer: Any, adapter_folder: Path | None, link_from: Path | None
+    made: Path, config: DiffRetrieverConfig, tokenizer: Any, adapter_folder: Path | None, backbone: Path | None
 ) -> None:
-    for file in CODE_FILES:
-        if link_from is None:
-            shutil.copyfile(SOURCE / file, made / file)
-        else:
-            (made / file).symlink_to(os.path.relpath(SOURCE / file, link_from.resolve()))
+    for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
+        shutil.copyfile(SOURCE / file, made / file)
     backbones.save_tokenizer(tokenizer, made)
     write_config(config, made / "config.json")
+    for file, text in sentence_transformers_files("dense", backbones.read_json(made / "config.json")).items():
+        (made / file).write_text(text, encoding="utf-8")
     if adapter_folder is not None:
         (made / "adapter").mkdir()
         for file in (CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE):
             if (adapter_folder / file).is_file():
                 shutil.copyfile(adapter_folder / file, made / "adapter" / file)
+    if backbone is not None:
+        (made / BACKBONE_FOLDER).mkdir()
+        for pattern in backbones.BACKBONE_FILES:
+            for source in backbone.glob(pattern):
+                shutil.copyfile(source, made / BACKBONE_FOLDER / source.name)
+
+
+def _link_code(made: Path, out: Path) -> None:
+    """Replace the code by links to the source tree; they start at the place the release is moved to."""
+    for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
+        (made / file).unlink()
+        (made / file).symlink_to(os.path.relpath(SOURCE / file, out.resolve()))
+
+
+def _describe(
+    made: Path,
+    config: DiffRetrieverConfig,
+    tokenizer: Any,
+    base_folder: Path,
+    adapter: str | None,
+    adapter_folder: Path | None,
+    linked: bool,
+    recording: Recording,
+) -> None:
+    """Write the card and release.json of a release that is otherwise finished."""
+    name = str(config.release_name)
+    repo_id = recording.repo_id or name
+    weights = made / "adapter" / WEIGHTS_FILE
+    adapter_sha256 = record.hash_file(weights).sha256 if weights.is_file() else None
+    prompt = RetrievalTokenizer(tokenizer, config).layouts[True]
+    facts = card.CardFacts(
+        repo_id,
+        recording.known_as,
+        base_folder.name,
+        backbones.read_backbone_config(base_folder)[1].hidden_size,
+        len(prompt.prefix) + len(prompt.suffix),
+        backbones.read_json(made / "adapter" / CONFIG_FILE) if adapter_sha256 else None,
+        adapter_sha256,
+    )
+    measured = card.measured_figures(FIGURES, recording.known_as, adapter_sha256) if recording.known_as else None
+    (made / record.CARD_FILE).write_text(card.render_card(config, facts, measured), encoding="utf-8")
+    on_hub = adapter_folder is not None and adapter is not None and not Path(adapter).expanduser().is_dir()
+    origin = {
+        "release": name,
+        "repo_id": repo_id,
+        "backbone": _backbone_record(config, base_folder),
+        "adapter": {"repo_id": adapter, "revision": adapter_folder.name} if on_hub and adapter_folder else None,
+    }
+    found, absent = _encode_fixed_texts(made, config, base_folder, recording)
+    record.write_record(record.make_record(made, origin, found, absent, linked), made)
+
+
+def _backbone_record(config: DiffRetrieverConfig, base_folder: Path) -> dict[str, Any]:
+    """Name the backbone and pin it: by its commit on the Hub, or by the hash of a local one's weights."""
+    weights = {file.name: record.hash_file(file).sha256 for file in base_folder.glob("*.safetensors")}
+    local = config.base_model_revision is None
+    return {
+        "name": config.base_model_name_or_path,
+        "revision": config.base_model_revision,
+        "weights_sha256": record.combined_hash(weights) if local and weights else None,
+    }
+
+
+def _encode_fixed_texts(
+    made: Path, config: DiffRetrieverConfig, base_folder: Path, recording: Recording
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the release's fingerprint, or None and why there is none."""
+    if recording.when == "never":
+        return None, "not asked for (--fingerprint never)"
+    if recording.when == "auto" and not _has_weights(base_folder):
+        return None, f"the weights of {config.base_model_name_or_path} were not on the machine that built it"
+    options = {} if config.base_model_revision is not None else {"base_model_name_or_path": str(base_folder)}
+    model = probe.load(str(made), recording.dtype, recording.device, **options)
+    return probe.fingerprint(model, recording.dtype), None
+
+
+def _has_weights(folder: Path) -> bool:
+    index = folder / backbones.INDEX_FILE
+    if index.is_file():
+        shards = set(backbones.read_json(index)["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    return (folder / backbones.WEIGHTS_FILE).is_file()
 
 
 def write_config(config: DiffRetrieverConfig, file: Path) -> None:
@@ -255,52 +329,100 @@ def default_config() -> DiffRetrieverConfig:
     return config
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="publish.py", description="Build DiffRetriever releases.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("build", help="make a release folder")
+def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverConfig:
+    """Build a release of the table.
+
+    Args:
+        release_name: its name there.
+        out: the folder to make.
+        options: as for `build`; the settings are checked against what the adapter recorded.
+
+    Returns:
+        The config that was written.
+    """
+    release = RELEASES[release_name]
+    places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
+    settings = {field: getattr(release, field) for field in SETTINGS}
+    recording = options.pop("recording", None) or Recording()
+    if not release.is_local and recording.repo_id is None:
+        recording = replace(recording, repo_id=release.adapter)
+    options = {**settings, **options, "name": options.get("name") or release_name}
+    return build(places[0], out, places[1], recording=replace(recording, known_as=release_name), **options)
+
+
+def _recording(options: argparse.Namespace) -> Recording:
+    return Recording(options.fingerprint, options.fingerprint_dtype, options.device, options.repo_id)
+
+
+def _build_to_push(name: str, out: Path, options: argparse.Namespace) -> DiffRetrieverConfig:
+    """Build a release of the table so that it loads anywhere."""
+    return build_known(name, out, with_backbone=RELEASES[name].is_local, recording=_recording(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="publish.py", description="Build, check and push DiffRetriever releases.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    command = subparsers.add_parser("build", help="make a release folder")
     command.add_argument("release", nargs="?", help=f"a known release: {', '.join(RELEASES)}")
     command.add_argument("--base", help="backbone: Hub id or folder in LLaDA's or Dream's own format")
     command.add_argument("--adapter", help="training output: folder or Hub id; without it, the zero-shot model")
     command.add_argument("--out", type=Path, required=True, help="the folder to make")
     command.add_argument("--name", help="the release's name (default: the folder's)")
+    command.add_argument("--repo-id", metavar="ORG/NAME", help="the Hub id in the card's code; push puts in its own")
     command.add_argument("--num-query-masks", type=int, help="K_q, where the adapter does not record it")
     command.add_argument("--num-passage-masks", type=int, help="K_p, where the adapter does not record it")
     command.add_argument(
         "--max-length", type=int, help="tokens of prompt and text, where the adapter does not record it"
     )
+    command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
     command.add_argument("--link-code", action="store_true", help="link to this source tree's code, do not copy it")
     command.add_argument("--force", action="store_true", help="replace the folder if it is there")
-    options = parser.parse_args(arguments)
-    if (options.release is None) == (options.base is None):
-        parser.error("give either a known release or --base")
-    if options.release is not None and (options.release not in RELEASES or options.adapter is not None):
-        parser.error(f"{options.release!r} with these options is no known release; known: {', '.join(RELEASES)}")
-    return options
+    command.add_argument("--device", default="cpu", help="where to encode the fixed texts (default: cpu)")
+    publishing.add_fingerprint_options(command)
+    command.set_defaults(run=_run_build)
+    publishing.register(subparsers, _build_to_push)
+    return parser
+
+
+def _run_build(options: argparse.Namespace) -> int:
+    settings = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    shared = {
+        "name": options.name,
+        "link_code": options.link_code,
+        "force": options.force,
+        "with_backbone": options.with_backbone,
+        "recording": _recording(options),
+    }
+    if options.release is not None:
+        config = build_known(options.release, options.out, **shared, **settings)
+    else:
+        config = build(options.base, options.out, options.adapter, **shared, **settings)
+    budgets = f"K_q={config.num_query_masks}, K_p={config.num_passage_masks}, max_length={config.max_length}"
+    print(f"{options.out}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
+    absent = record.read_record(options.out)["fingerprint_absent"]
+    if absent:
+        print(f"{options.out}: no vectors recorded: {absent}; check will say what it cannot check")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    options = _parse(arguments)
-    names = ("num_query_masks", "num_passage_masks", "max_length")
-    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
-    base, adapter, name = options.base, options.adapter, options.name
-    if options.release is not None:
-        release = RELEASES[options.release]
-        here = [
-            str(SOURCE / place) if place.startswith("checkpoints/") else place
-            for place in (release.base, release.adapter)
-        ]
-        base, adapter, name = here[0], here[1], name or options.release
-        settings = {field: getattr(release, field) for field in names} | settings
+    """Run the command line; returns the exit code: 1 where a release or an input is wrong."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "build":
+        if (options.release is None) == (options.base is None):
+            parser.error("give either a known release or --base")
+        if options.release is not None and (options.release not in RELEASES or options.adapter is not None):
+            parser.error(f"{options.release!r} with these options is no known release; known: {', '.join(RELEASES)}")
     try:
-        config = build(base, options.out, adapter, name, options.link_code, options.force, **settings)
-    except (OSError, ValueError) as error:
+        status: int = options.run(options)
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         print(f"publish.py: {error}", file=sys.stderr)
         return 1
-    budgets = f"K_q={config.num_query_masks}, K_p={config.num_passage_masks}, max_length={config.max_length}"
-    print(f"{options.out}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
-    return 0
+    except KeyboardInterrupt:
+        print("publish.py: interrupted. What is there is whole; the same command goes on from there.", file=sys.stderr)
+        return 130
+    return status
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def test_what_a_release_holds(kind: str, adapter: str | None, tmp_path: Path) ->
     kept = {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "retriever_config.json")}
     required = {
         *publish.CODE_FILES,
+        "st_diffretriever.py",
+        "modules.json",
+        "config_sentence_transformers.json",
+        "st_diffretriever.json",
+        "README.md",
+        "release.json",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -304,7 +310,7 @@ def test_command_line(tmp_path: Path) -> None:
         (["build", "no-such-release", "--out", "x"], "is no known release; known: diffretriever-llada-8b-single"),
         (["build", "diffretriever-llada-8b-single", "--adapter", SINGLE, "--out", "x"], "is no known release"),
         (["build", "--base", LLADA], "the following arguments are required: --out"),
-        (["push"], "invalid choice: 'push'"),
+        (["publish"], "invalid choice: 'publish'"),
     ],
 )
 def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,7 +363,7 @@ def test_known_release_from_the_hub(
     else:
         (source / "retriever_config.json").unlink()
     commit = hub_repository(cache, release.base, PARITY / "backbones" / f"tiny-{kind}")
-    hub_repository(cache, release.adapter, source)
+    adapter_commit = hub_repository(cache, release.adapter, source)
     assert publish.main(["build", name, "--out", str(tmp_path / name)]) == 0
     fields = read(tmp_path / name / "config.json")
     assert fields["base_model_name_or_path"] == release.base
@@ -365,6 +371,11 @@ def test_known_release_from_the_hub(
     assert (fields["num_query_masks"], fields["num_passage_masks"], fields["max_length"]) == (*budgets, 156)
     assert fields["release_name"] == name
     assert fields["adapter_name_or_path"] == "adapter"
+    made = read(tmp_path / name / "release.json")
+    assert made["backbone"] == {"name": release.base, "revision": commit, "weights_sha256": None}
+    assert made["adapter"] == {"repo_id": release.adapter, "revision": adapter_commit}
+    assert len(made["fingerprint"]["texts"]) == 4  # the weights are in the cache
+    assert f'from_pretrained("{release.adapter}"' in (tmp_path / name / "README.md").read_text()
     model = load(tmp_path / name, cache_dir=cache)
     assert model.encode_texts(TEXTS, True).repr_hidden.shape[1] == budgets[0]
     if recorded:

@@ -1,0 +1,216 @@
+"""Check a built release: unchanged files, a valid card; in a fresh process, the same vectors and working examples."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import card, fingerprint, record
+from .releases import BACKBONE_FOLDER, library_versions
+from .sentence_transformers import sentence_transformers_files
+
+BRANCHES = ("sparse", "multi-vector")  # beside main, which holds the files for dense vectors
+PROBE = Path(__file__).with_name("probe.py")
+OPTIONAL = ("sentence_transformers",)  # what a card's code may import that need not be installed
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Args:
+        problems: what is wrong; a release with any is refused.
+        unchecked: what could not be checked here, and what to do about it.
+        passed: what was checked and is right.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)
+
+    def add(self, problems: list[str], passed: str) -> None:
+        """Note the outcome of one check."""
+        self.problems += problems
+        if not problems:
+            self.passed.append(passed)
+
+
+def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Report:
+    """Check a release folder.
+
+    Args:
+        folder: what `publish.py build` made.
+        device: where the fresh process puts the model.
+        load: False leaves out all that needs the model; the report says so.
+
+    Returns:
+        What was found. Nothing is loaded if the files are wrong already.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is no release.
+        ImportError: a library is missing, or out of the supported range.
+    """
+    folder = folder.resolve()
+    versions = library_versions()
+    made = record.read_record(folder)
+    report = Report()
+    changes = record.changes_since(made, folder)
+    report.add(changes, f"{len(made['files'])} files are as they were built")
+    if any(name.startswith(("config.json is missing", "README.md is missing")) for name in changes):
+        return report
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = (folder / record.CARD_FILE).read_text(encoding="utf-8")
+    report.add(card.metadata_problems(text, config, (folder / "adapter").is_dir()), "the card's metadata is valid")
+    report.add(_backbone_problems(folder, made), "the backbone is the one it was built on")
+    if made["fingerprint"] is None:
+        report.unchecked.append(
+            f"whether it loads and its vectors are right: release.json has no fingerprint, as "
+            f"{made['fingerprint_absent']}; build it where the weights are, with --fingerprint always"
+        )
+    elif not load:
+        report.unchecked.append("whether it loads and its vectors are right: left out with --no-load")
+    elif not report.problems:
+        _check_loaded(folder, made, config, text, device, report)
+        if report.problems and (differing := _other_versions(made["libraries"], versions)):
+            report.problems.append(f"versions differ from those of the build, which may be the cause: {differing}")
+    return report
+
+
+def publishing_problems(made: dict[str, Any]) -> list[str]:
+    """Return what keeps a release that works here from working elsewhere, by its release.json."""
+    found = []
+    if made["code_sha256"] is None:
+        found.append("its code is linked to a source tree; build it without --link-code")
+    base = made["backbone"]["name"]
+    if not card.is_hub_id(base) and base != BACKBONE_FOLDER:
+        found.append(f"its backbone {base} is a folder of this machine; build it with --with-backbone, or on a Hub id")
+    return found
+
+
+def _backbone_problems(folder: Path, made: dict[str, Any]) -> list[str]:
+    """Compare a local backbone's weights with those of the build; one on the Hub is pinned by its commit."""
+    wanted = made["backbone"].get("weights_sha256")
+    place = folder / str(made["backbone"]["name"])
+    if wanted is None:
+        return []
+    if not place.is_dir():
+        return [f"its backbone {place} is not there; put it back, or build the release again"]
+    weights = {file.name: record.hash_file(file).sha256 for file in place.glob("*.safetensors")}
+    if record.combined_hash(weights) == wanted:
+        return []
+    return [f"the weights in {place} are not those it was built on; build the release again"]
+
+
+def _other_versions(then: dict[str, str], now: dict[str, str]) -> str:
+    return ", ".join(
+        f"{name} {then.get(name, 'unknown')}, now {version}"
+        for name, version in now.items()
+        if then.get(name) != version
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the fresh process
+
+
+def _check_loaded(
+    folder: Path, made: dict[str, Any], config: dict[str, Any], text: str, device: str, report: Report
+) -> None:
+    """Load the release in a fresh process, compare its vectors, run the card's code."""
+    blocks = card.code_blocks(text)
+    if not any(f'"{made["repo_id"]}"' in source for _, source in blocks):
+        report.problems.append(f'README.md: no Python block loads "{made["repo_id"]}"; build the release again')
+        return
+    with tempfile.TemporaryDirectory(prefix="check-") as scratch:
+        places = {"main": str(folder)} | {
+            branch: str(_branch_folder(folder, branch, config, Path(scratch))) for branch in BRANCHES
+        }
+        order = {
+            "folder": str(folder),
+            "dtype": made["fingerprint"]["dtype"],
+            "device": device,
+            "blocks": [card.with_folders(source, made["repo_id"], places) for _, source in blocks],
+            "names": [name for name, _ in blocks],
+        }
+        answers, error = run_fresh(order, Path(scratch))
+    if not answers:
+        report.problems.append(f"it does not load in a fresh process: {error}")
+        return
+    report.add(
+        fingerprint.compare(made["fingerprint"], answers[0]), "its vectors in a fresh process are those of the build"
+    )
+    for answer in answers[1:]:
+        _judge_block(answer, report)
+    if error:
+        failed = order["names"][min(len(answers) - 1, len(blocks) - 1)]
+        report.problems.append(f"{failed}: the card's code fails: {error}")
+
+
+def _judge_block(answer: dict[str, Any], report: Report) -> None:
+    if answer["missing"] is None:
+        report.passed.append(f"{answer['name']}: the card's code runs")
+    elif answer["missing"] in OPTIONAL:
+        package = answer["missing"].replace("_", "-")
+        report.unchecked.append(
+            f"{answer['name']}: the card's code needs another {package} ({answer['error']}): pip install -U {package}"
+        )
+    else:
+        report.problems.append(f"{answer['name']}: the card's code fails: {answer['error']}")
+
+
+def _branch_folder(folder: Path, branch: str, config: dict[str, Any], scratch: Path) -> Path:
+    """Make a folder that holds what a branch of the repository would, by links."""
+    place = scratch / f"{folder.name}-{branch}"  # its own name: transformers 4.54 goes by it
+    for name, file in record.release_files(folder).items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to(file.resolve())
+    files = dict(sentence_transformers_files(branch, config))
+    base = config.get("base_model_name_or_path")
+    if base is not None and base != BACKBONE_FOLDER and (folder / base).is_dir():  # relative to the release
+        files["config.json"] = json.dumps({**config, "base_model_name_or_path": str((folder / base).resolve())})
+    for name, content in files.items():
+        (place / name).unlink(missing_ok=True)
+        (place / name).write_text(content, encoding="utf-8")
+    return place
+
+
+def run_fresh(order: dict[str, Any], scratch: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Run `probe.py` in a fresh interpreter, away from this source tree and with an empty cache of remote code.
+
+    Args:
+        order: {"folder", "dtype", "device", "blocks", "names"}.
+        scratch: a folder to work in.
+
+    Returns:
+        The answers, a fingerprint and then one for each block that ran to its end, and the error that stopped the
+        process or None.
+    """
+    answers = scratch / "answers.jsonl"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.read_text(encoding="utf-8")],
+        input=json.dumps({**order, "answers": str(answers)}),
+        cwd=scratch,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = answers.read_text(encoding="utf-8").splitlines() if answers.is_file() else []
+    return [json.loads(line) for line in lines], None if done.returncode == 0 else _cause(done.returncode, done.stderr)
+
+
+def _cause(status: int, stderr: str) -> str:
+    """Return the exception at the end of a traceback, on one line."""
+    if status < 0:
+        return f"the process was ended by signal {-status}, perhaps for want of memory"
+    lines = stderr.strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit)\b", line)]
+    words = " ".join(" ".join(lines[starts[-1] :] if starts else lines[-3:]).split())
+    return words[:1000] or f"the process ended with status {status}"

@@ -1,0 +1,157 @@
+"""`release.json`: what a release was made of, so that it can be checked anywhere later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .releases import library_versions
+
+RECORD_FILE = "release.json"
+CARD_FILE = "README.md"
+FORMAT = 1
+CHUNK = 1 << 20  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """A file's size in bytes and the two hashes the Hub may know it by: LFS's SHA-256, git's SHA-1 of the blob."""
+
+    size: int
+    sha256: str
+    git_sha1: str
+
+
+def hash_file(file: Path) -> FileHash:
+    """Hash a file; it is read once, in pieces."""
+    size = file.stat().st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+    with file.open("rb") as stream:
+        while piece := stream.read(CHUNK):
+            sha256.update(piece)
+            git.update(piece)
+    return FileHash(size, sha256.hexdigest(), git.hexdigest())
+
+
+def hash_bytes(content: bytes) -> FileHash:
+    """Hash a file's content.
+
+    >>> hash_bytes(b"hello").git_sha1  # as `git hash-object` prints it
+    'b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0'
+    """
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content)
+    return FileHash(len(content), hashlib.sha256(content).hexdigest(), git.hexdigest())
+
+
+def release_files(folder: Path) -> dict[str, Path]:
+    """Return a release's files by their path in it (with `/`), sorted; hidden ones and Python's caches are none."""
+    places = ((file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file())
+    found = {
+        place.as_posix(): file
+        for place, file in places
+        if not any(part.startswith(".") or part == "__pycache__" for part in place.parts)
+    }
+    return dict(sorted(found.items()))
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 for several files: of the lines `sha256sum` would print for them, sorted by path."""
+    lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def make_record(
+    folder: Path, origin: dict[str, Any], fingerprint: dict[str, Any] | None, absent: str | None, linked: bool
+) -> dict[str, Any]:
+    """Describe a release folder that is otherwise finished.
+
+    Args:
+        folder: the release, with its code in place.
+        origin: what only the builder knows: "release", "repo_id", "backbone" and "adapter".
+        fingerprint: of `probe.fingerprint`, or None.
+        absent: why there is no fingerprint.
+        linked: the code files are to be links to a source tree, which may change: their hashes are left out.
+
+    Returns:
+        What release.json holds.
+    """
+    files = {name: hash_file(file) for name, file in release_files(folder).items() if name != RECORD_FILE}
+    sha256 = {name: found.sha256 for name, found in files.items()}
+    code = {name: value for name, value in sha256.items() if name.endswith(".py")}
+    adapter = {name: value for name, value in sha256.items() if name.startswith("adapter/")}
+    return {
+        "format": FORMAT,
+        **origin,
+        "code_sha256": None if linked else combined_hash(code),
+        "adapter_sha256": combined_hash(adapter) if adapter else None,
+        "libraries": {"python": platform.python_version(), **library_versions()},
+        "files": {name: value for name, value in sha256.items() if not (linked and name in code)},
+        "fingerprint": fingerprint,
+        "fingerprint_absent": absent,
+    }
+
+
+def write_record(record: dict[str, Any], folder: Path) -> None:
+    """Write release.json."""
+    (folder / RECORD_FILE).write_bytes(record_bytes(record))
+
+
+def record_bytes(record: dict[str, Any]) -> bytes:
+    """Return release.json as it is written: the same bytes for the same record."""
+    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a release's record.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: it is broken, or of another format.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there; give a release's name or the folder of a built release.")
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {RECORD_FILE}, so it is no release of publish.py, or an old one; build it again."
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); build the release again.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        written = record.get("format") if isinstance(record, dict) else None
+        raise ValueError(f"{file} has format {written!r}, this publish.py reads format {FORMAT}; build it again.")
+    missing = {"release", "repo_id", "backbone", "files", "libraries", "fingerprint"} - record.keys()
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; build the release again.")
+    fingerprint = record["fingerprint"]
+    if not (fingerprint is None or (isinstance(fingerprint, dict) and {"dtype", "texts"} <= fingerprint.keys())):
+        raise ValueError(f"{file}: `fingerprint` must be null or hold dtype and texts; build the release again.")
+    return record
+
+
+def changes_since(record: dict[str, Any], folder: Path) -> list[str]:
+    """Return what is no longer as recorded, a sentence each: files changed, missing or added.
+
+    Args:
+        record: what `read_record` returned.
+        folder: the release.
+    """
+    recorded: dict[str, str] = record["files"]
+    linked = record.get("code_sha256") is None
+    files = release_files(folder)
+    found = [f"{name} is missing; build the release again" for name in recorded if name not in files]
+    for name, file in files.items():
+        if name == RECORD_FILE or (linked and file.is_symlink() and name.endswith(".py")):
+            continue
+        if name not in recorded:
+            found.append(f"{name} was added since it was built; remove it, or build the release again")
+        elif hash_file(file).sha256 != recorded[name]:
+            found.append(f"{name} was changed since it was built; build the release again")
+    return found

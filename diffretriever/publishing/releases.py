@@ -1,0 +1,120 @@
+"""The table of releases that this repository knows, and what every release must keep to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import metadata
+
+# What AutoModel imports, no more. A release ships the sentence-transformers face as well, which AutoModel never reads.
+CODE_FILES = (
+    "adapter_loading.py",
+    "backbone_loading.py",
+    "batching.py",
+    "bidirectional_layers.py",
+    "configuration_diffretriever.py",
+    "modeling_diffretriever.py",
+    "scoring.py",
+    "sparse_head.py",
+    "tokenization_helpers.py",
+)
+SENTENCE_TRANSFORMERS_FILE = "st_diffretriever.py"
+AUTO_MAP = {
+    "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
+    "AutoModel": "modeling_diffretriever.DiffRetriever",
+}
+# The ranges of pyproject.toml: a release built or checked with other versions would say nothing about them.
+LIBRARIES = {
+    "torch": ">=2.6",
+    "transformers": ">=4.54,<6",
+    "peft": ">=0.18",
+    "safetensors": ">=0.5",
+    "huggingface_hub": ">=0.34",
+}
+BACKBONE_FOLDER = "backbone"  # where a release that brings its own backbone keeps it
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release that this repository knows.
+
+    Args:
+        base: the backbone's Hub id, or a folder of this source tree.
+        adapter: where its adapter is: a Hub id, or a folder of this source tree.
+        num_query_masks, num_passage_masks: K_q and K_p.
+        max_length: tokens of prompt and text.
+        recommended: the scoring mode that serves it best; None is `single_dense` for K = 1, else `multi_dense`.
+    """
+
+    base: str
+    adapter: str
+    num_query_masks: int
+    num_passage_masks: int
+    max_length: int = 156
+    recommended: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether backbone and adapter lie in this source tree."""
+        return self.base.startswith("checkpoints/")
+
+
+LLADA, DREAM = "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"
+RELEASES = {
+    "diffretriever-llada-8b-single": Release(LLADA, "ielabgroup/diffretriever-llada-8b-single", 1, 1),
+    "diffretriever-llada-8b-multi-q4-p4": Release(LLADA, "ielabgroup/diffretriever-llada-8b-multi-q4-p4", 4, 4),
+    "diffretriever-dream-7b-single": Release(DREAM, "ielabgroup/diffretriever-dream-7b-single", 1, 1),
+    "diffretriever-dream-7b-multi-q4-p16": Release(DREAM, "ielabgroup/diffretriever-dream-7b-multi-q4-p16", 4, 16),
+    "diffretriever-llada-tiny-single": Release(
+        "checkpoints/llada-tiny",
+        "checkpoints/diffretriever-llada-tiny-single/adapter",
+        1,
+        1,
+        152,
+        "fusion_single_sparse_max",
+    ),
+    "diffretriever-llada-tiny-multi-q4-p4": Release(
+        "checkpoints/llada-tiny",
+        "checkpoints/diffretriever-llada-tiny-multi-q4-p4/adapter",
+        4,
+        4,
+        152,
+        "fusion_multi_sparse_max",
+    ),
+}
+
+
+def check_name(what: str, value: str) -> None:
+    """Refuse a name that some supported transformers cannot load.
+
+    Raises:
+        ValueError: the name holds a character other than letters, digits, - and _.
+
+    >>> check_name("--name", "v1.0")
+    Traceback (most recent call last):
+    ...
+    ValueError: --name: 'v1.0' may hold only letters, digits, - and _ (a dot breaks transformers 4.54).
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", value):
+        raise ValueError(f"{what}: {value!r} may hold only letters, digits, - and _ (a dot breaks transformers 4.54).")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the installed version of each library that a release depends on.
+
+    Raises:
+        ImportError: one is not installed, or out of the range that releases support; the message has the pip command.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    versions = {}
+    for name, wanted in LIBRARIES.items():
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            raise ImportError(f'{name} is not installed: pip install "{name}{wanted}"') from error
+        if not SpecifierSet(wanted).contains(versions[name], prereleases=True):
+            raise ImportError(
+                f'{name} {versions[name]} is installed, but releases need {wanted}: pip install "{name}{wanted}"'
+            )
+    return versions
