@@ -1,0 +1,95 @@
+"""The notebook runs from the source tree, and what is stored of it holds no output."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_folders import ROOT
+from transformers import AutoModel
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+pytest.importorskip("matplotlib")
+
+NOTEBOOK = ROOT / "examples" / "diffretriever.ipynb"
+RELEASE = ROOT / "checkpoints" / "diffretriever-llada-tiny-multi-q4-p4"
+FIGURES = ["MaxSim of queries", "mean of maxima", "Sparse vector of", '"rank"']  # one figure to the cell with each
+
+
+def run(notebook: Any, folder: Path) -> Any:
+    """Execute a notebook in a folder, in a kernel of its own."""
+    resources = {"metadata": {"path": str(folder)}}
+    return nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+
+
+def printed(cell: Any) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+def test_stored_clean() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(code) >= 6
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/", NOTEBOOK.read_text())
+
+
+@pytest.fixture(scope="module")
+def executed() -> Any:
+    """The notebook as a user runs it: where it lies, with nothing set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DIFFRETRIEVER_MODEL", raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        return run(nbformat.read(NOTEBOOK, as_version=4), NOTEBOOK.parent)
+
+
+@pytest.mark.slow
+def test_figures(executed: Any) -> None:
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    drawn = [cell for cell in code if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    assert len(drawn) == len(FIGURES)
+    for cell, words in zip(drawn, FIGURES, strict=True):
+        assert words in cell.source
+        (png,) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+        assert len(png) > 8000  # an empty figure's is shorter
+
+
+@pytest.mark.slow
+def test_what_it_prints_is_what_the_model_gives(executed: Any) -> None:
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert printed(code[0]).strip() == f"release: {RELEASE.name}"
+    written = re.search(r"^passages = .*?^\]\n", code[1].source, re.DOTALL | re.MULTILINE)
+    assert written
+    texts: dict[str, Any] = {}
+    exec(written[0], texts)
+    model = AutoModel.from_pretrained(RELEASE, trust_remote_code=True)
+    names, queries = list(texts["passages"]), texts["queries"]
+    passages = model.encode_texts(list(texts["passages"].values()), is_query=False)
+    encoded = model.encode_texts(queries, is_query=True)
+    found = dict(line.split("dense ") for line in printed(code[-1]).splitlines())
+    assert [query.strip() for query in found] == queries
+    for mode, word in (("multi_dense", ""), ("sparse_max", "sparse "), ("fusion_multi_sparse_max", "fused ")):
+        for scores, line in zip(model.score(encoded, passages, mode), found.values(), strict=True):
+            assert word + names[int(scores.argmax())] in line
+    both = re.search(r"sum of products of shared words (\S+), sparse_max (\S+)", "".join(map(printed, code)))
+    assert both
+    assert abs(float(both[1]) - float(both[2])) < 2e-3
+    assert float(both[1]) > 0
+
+
+@pytest.mark.slow
+def test_outside_the_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first cell says what to set; a folder that the environment names is taken."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
+    monkeypatch.delenv("DIFFRETRIEVER_MODEL", raising=False)
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"set `release` to the folder or Hub id"):
+        run(notebook, tmp_path)
+    monkeypatch.setitem(os.environ, "DIFFRETRIEVER_MODEL", "some-lab/some-release")
+    assert printed(run(notebook, tmp_path).cells[0]) == "release: some-release\n"
