@@ -7,10 +7,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .retrieval import encode_command as encode
+from .retrieval.evaluation import command as evaluation
+from .retrieval.plots import command as plots
+from .retrieval.search import command as search
 from .training import commands as training
 
 # Functions that add sub-commands; a command sets `run`, which takes the parsed arguments and returns the exit status.
-REGISTER: tuple[Callable[[Any], None], ...] = (training.register,)
+REGISTER: tuple[Callable[[Any], None], ...] = (
+    encode.register,
+    search.register,
+    evaluation.register,
+    plots.register,
+    training.register,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

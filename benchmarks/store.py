@@ -1,0 +1,167 @@
+"""What a store costs: the speed of `diffretriever encode` next to bare encoding, and what each dtype loses.
+
+python benchmarks/store.py speed --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 --input corpus.jsonl
+python benchmarks/store.py dtypes --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 --data BEIR_DIR --scratch DIR
+
+`speed` encodes the same passages with `encode_texts` and with `encode_store`, in turn and in one process, and prints
+the medians and their ratio. `dtypes` encodes once into float32 stores (kept in the scratch folder), converts them, and
+compares each dtype's MaxSim ranking with float32's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from transformers import AutoModel  # noqa: E402
+
+from diffretriever.retrieval.corpus import read_corpus, read_qrels  # noqa: E402
+from diffretriever.retrieval.encode import encode_store  # noqa: E402
+from diffretriever.retrieval.manifest import STORE_DTYPES  # noqa: E402
+from diffretriever.retrieval.store import Shard, ShardContents, Store, write_store  # noqa: E402
+
+
+def main() -> None:
+    """Run one of the two measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measurements = parser.add_subparsers(required=True)
+    speed = measurements.add_parser("speed")
+    speed.add_argument("--input", required=True)
+    speed.add_argument("--passages", type=int, default=1024)
+    speed.add_argument("--shard-size", type=int, default=512)
+    speed.add_argument("--rounds", type=int, default=5)
+    speed.set_defaults(run=compare_speed)
+    dtypes = measurements.add_parser("dtypes")
+    dtypes.add_argument("--data", required=True, type=Path)
+    dtypes.add_argument("--split", default="test")
+    dtypes.add_argument("--scratch", required=True, type=Path, help="keeps the float32 stores for the next time")
+    dtypes.set_defaults(run=compare_dtypes)
+    for measurement in (speed, dtypes):
+        measurement.add_argument("--model", required=True)
+        measurement.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=True).to(options.device)
+    where = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or platform.machine()
+    print(f"{where}, {torch.get_num_threads()} threads; torch {torch.__version__}; {options.model}, {model.dtype}")
+    options.run(model, options)
+
+
+def compare_speed(model: Any, options: argparse.Namespace) -> None:
+    """Print the throughput of both ways and the median of their ratios, round by round."""
+    passages = list(islice(read_corpus(options.input), options.passages))
+    texts = [passage.text for passage in passages]
+    tokens = int(model.tokenize(texts, False)[1].sum())
+    with tempfile.TemporaryDirectory() as scratch:
+        source = write_tsv(Path(scratch) / "corpus.tsv", passages)
+        target = Path(scratch) / "store"
+        ways: dict[str, Callable[[], Any]] = {
+            "encode_texts": lambda: model.encode_texts(texts, False),
+            "encode_store": lambda: encode_store(model, source, target, shard_size=options.shard_size),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(options.rounds + 1):  # the first warms up
+            for name, way in ways.items():
+                shutil.rmtree(target, ignore_errors=True)
+                begun = time.perf_counter()
+                way()
+                times[name] += [time.perf_counter() - begun] * (turn > 0)
+    print(f"{len(texts)} passages, {tokens} tokens, shards of {options.shard_size}; {options.rounds} rounds, medians")
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        print(f"{name:>14}: {len(texts) / middle:8.1f} passages/s {tokens / middle:9.0f} tokens/s")
+    pairs = zip(times["encode_texts"], times["encode_store"], strict=True)
+    ratios = [bare / stored for bare, stored in pairs]
+    print(
+        f"encode_store runs at {statistics.median(ratios):.1%} of encode_texts ({min(ratios):.1%} … {max(ratios):.1%})"
+    )
+
+
+def write_tsv(file: Path, passages: list[Any]) -> Path:
+    """Write passages as MS MARCO does; returns the file."""
+    lines = [f"{number}\t{' '.join(passage.text.split())}\n" for number, passage in enumerate(passages)]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def compare_dtypes(model: Any, options: argparse.Namespace) -> None:
+    """Print, for each dtype, how much of float32's ranking it keeps and what the judgements say."""
+    exact = encode_store(model, options.data, options.scratch / "passages", dtype="float32", show_progress_bar=True)
+    encode_store(model, options.data, options.scratch / "queries", is_query=True, dtype="float32")
+    queries = Store.open(options.scratch / "queries")
+    qrels = read_qrels(options.data / "qrels" / f"{options.split}.tsv")
+    kept = [row for row, query in enumerate(queries.ids()) if query in qrels]
+    vectors = torch.cat([shard.dense(0, len(shard)) for shard in queries.shards()])[kept]  # float32 [Q, K_q, H]
+    names = [queries.ids()[row] for row in kept]
+    ids, best = exact.ids(), {}
+    for dtype in STORE_DTYPES:
+        folder = options.scratch / dtype
+        shutil.rmtree(folder, ignore_errors=True)
+        fields = {"dtype": dtype}
+        store = write_store(folder, map(contents_of, exact.shards()), fields)
+        size = sum(shard.repr_hidden.nbytes + shard_scale_bytes(shard) for shard in store.shards()) / len(store)
+        best[dtype] = (size, ranking(vectors, store, 100))
+        shutil.rmtree(folder)
+    reference = best["float32"][1]
+    print(f"{len(ids)} passages, {len(names)} queries, MaxSim")
+    print("dtype     bytes a passage  recall@10 of float32's  recall@100 of float32's  nDCG@10  recall@100")
+    for dtype, (size, found) in best.items():
+        overlap = [share_kept(found[:, :depth], reference[:, :depth]) for depth in (10, 100)]
+        gain, recall = quality([[ids[place] for place in row] for row in found.tolist()], names, qrels)
+        print(f"{dtype:<9} {size:15.0f} {overlap[0]:23.4f} {overlap[1]:24.4f} {gain:8.4f} {recall:11.4f}")
+
+
+def contents_of(shard: Shard) -> ShardContents:
+    """Return what a float32 shard holds."""
+    return ShardContents(shard.ids, shard.dense(0, len(shard)), shard.sparse_indices, shard.sparse_values)
+
+
+def shard_scale_bytes(shard: Shard) -> int:
+    """Return the size of an int8 shard's scales, else 0."""
+    return 0 if shard.repr_scale is None else shard.repr_scale.nbytes
+
+
+def ranking(queries: torch.Tensor, store: Store, depth: int) -> torch.Tensor:
+    """Return the positions of the best passages by MaxSim (paper Eq. 2), int64 [Q, depth]."""
+    blocks = []
+    for shard in store.shards():
+        passages = shard.dense(0, len(shard))  # [P, K_p, H]
+        similarity = queries.flatten(0, 1) @ passages.flatten(0, 1).T  # [Q·K_q, P·K_p]
+        best = similarity.view(*queries.shape[:2], len(passages), -1).amax(dim=3)  # [Q, K_q, P]
+        blocks.append(best.mean(dim=1))
+    return torch.cat(blocks, dim=1).topk(depth, dim=1).indices
+
+
+def share_kept(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return how much of the reference's lists the found lists hold, in any order."""
+    pairs = zip(found.tolist(), reference.tolist(), strict=True)
+    return statistics.mean(len(set(row) & set(wanted)) / len(wanted) for row, wanted in pairs)
+
+
+def quality(rankings: list[list[str]], names: list[str], qrels: dict[str, dict[str, int]]) -> tuple[float, float]:
+    """Return nDCG@10 and Recall@100 (ir_measures, pytrec_eval)."""
+    import ir_measures
+
+    run = {
+        query: {passage: float(-place) for place, passage in enumerate(row) if passage != query}
+        for query, row in zip(names, rankings, strict=True)
+    }
+    judged = {query: qrels[query] for query in names}
+    found = ir_measures.pytrec_eval.calc_aggregate([ir_measures.nDCG @ 10, ir_measures.R @ 100], judged, run)
+    return found[ir_measures.nDCG @ 10], found[ir_measures.R @ 100]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Retrieval: corpus → vectors in a store → ranking → metrics."""

@@ -1,0 +1,99 @@
+"""Files that appear whole or not at all, and survive a crash of the machine."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from .locks import create_locked, machine_name, remove_if_free
+
+TEMPORARY = ".unfinished-"  # begins the name of every file that is still being written
+BLOCK = 8 * 1024 * 1024  # bytes handed to one write
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+FORGOTTEN = 86400.0  # seconds after which a half-written file counts as left behind where locks do not tell
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview], keep: bool = False) -> None:
+    """Write a file under a temporary name, force it to the disk and only then give it its name.
+
+    Args:
+        path: the file; one that is there is replaced in one step.
+        chunks: its content, piece by piece.
+        keep: leave a file that is already there as it is, where the filesystem has hard links.
+
+    Raises:
+        OSError: the content could not be written; no file of this name has changed. A full disk is named as one.
+    """
+    temporary, handle, _ = create_locked(lambda: temporary_name(path))  # the lock says that its writer lives
+    try:
+        try:
+            for chunk in chunks:
+                _write_all(handle, memoryview(chunk).cast("B"))
+            os.fsync(handle)  # a power cut may not leave a name without its content
+            if keep:
+                _link_or_replace(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            os.close(handle)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            reason = f"{os.strerror(error.errno or 0)}; nothing of this file is kept. Make room"
+            raise OSError(error.errno, reason, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link_or_replace(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.replace(temporary, path)
+
+
+def _write_all(handle: int, content: memoryview) -> None:
+    while len(content):  # one call may write less than it was given
+        content = content[os.write(handle, content[:BLOCK]) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to the disk, where the system has that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left half-written, and nothing that a living one is writing."""
+    for file in folder.glob(f"{TEMPORARY}*"):
+        try:
+            ours = file.name.split("-")[-2] == _machine_mark()
+            if not (ours and remove_if_free(file)) and time.time() - file.stat().st_mtime > FORGOTTEN:
+                file.unlink()
+        except FileNotFoundError:  # it got its name this moment, or is removed
+            continue
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name for a file that is to become `path`; its writer holds a lock on it."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{_machine_mark()}-{uuid.uuid4().hex[:12]}")
+
+
+def _machine_mark() -> str:
+    return hashlib.sha256(machine_name().encode()).hexdigest()[:8]

@@ -1,0 +1,125 @@
+"""The sub-command `diffretriever encode`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .claims import LEASE
+from .durable import FULL_DISK
+from .manifest import STORE_DTYPES
+
+INCOMPLETE = 3
+FAILING_STORAGE = (*FULL_DISK, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS)
+DESCRIPTION = """Encode a corpus or queries into a store of vectors.
+
+Interrupted in any way, the same command resumes: finished shards are kept, and the result is the same to the byte.
+Given the same command, several processes share the work, on one machine or on a shared filesystem:
+accelerate launch -m diffretriever encode …
+
+Exit status: 0 the store is finished; 2 wrong input or options; 3 interrupted, or the disk is full or fails (run it
+again)."""
+
+
+def register(commands: Any) -> None:
+    """Adds the sub-command to the parser's `add_subparsers` object."""
+    parser = commands.add_parser(
+        "encode",
+        help="encode a corpus or queries into a store of vectors",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a release: Hub id or folder")
+    parser.add_argument("--input", required=True, help="BEIR folder, .jsonl, .tsv, .parquet, or hf:NAME[:SPLIT]")
+    parser.add_argument("--output", required=True, type=Path, help="the store's folder")
+    parser.add_argument("--queries", action="store_true", help="the input is queries, not passages")
+    parser.add_argument("--revision", help="of the release on the Hub")
+    parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="of the stored vectors")
+    parser.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16"), help="to run the model in")
+    parser.add_argument("--num-masks", type=int, help="K of this side (default: the release's)")
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
+    parser.add_argument("--sparse-top-k", type=int, help="sparse weights kept a text (default: the release's)")
+    parser.add_argument("--no-content-filter", action="store_true", help="let the whole vocabulary weigh")
+    parser.add_argument("--no-texts", action="store_true", help="store no texts")
+    parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
+    parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
+    parser.add_argument(
+        "--device", help='for example cuda:1; "auto" spreads one model over all (default: best there is)'
+    )
+    parser.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--lease", type=float, default=LEASE, help="seconds until a silent machine counts as dead")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    again = "Run the same command again to go on."
+    previous = signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite stop, handled as Ctrl-C is
+    try:
+        _encode(options)
+    except KeyboardInterrupt:
+        print(
+            f"\ndiffretriever encode: interrupted; finished shards are kept in {options.output}. {again}",
+            file=sys.stderr,
+        )
+        return INCOMPLETE
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        failing = error.errno in FAILING_STORAGE
+        print(f"diffretriever encode: {error}{f'. {again}' if failing else ''}", file=sys.stderr)
+        return INCOMPLETE if failing else 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from .corpus import source_files
+    from .encode import encode_store
+
+    if not options.input.startswith("hf:"):
+        source_files(options.input, "queries" if options.queries else "corpus")  # before a large model is loaded
+    store = encode_store(
+        _load(options),
+        options.input,
+        options.output,
+        is_query=options.queries,
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        tokens_per_batch=options.tokens_per_batch,
+        sparse_top_k=options.sparse_top_k,
+        content_filter=not options.no_content_filter,
+        keep_texts=not options.no_texts,
+        lease=options.lease,
+        show_progress_bar=not options.quiet and os.environ.get("LOCAL_RANK", "0") == "0",
+    )
+    print(f"{options.output}: {len(store)} texts in {len(store.manifest.shards)} shards")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """Load the model onto this process's device."""
+    import torch
+    from transformers import AutoModel
+
+    settings: dict[str, Any] = {"revision": options.revision, "attn_implementation": options.attn_implementation}
+    settings |= {"dtype": options.model_dtype, "max_length": options.max_length}
+    settings["num_query_masks" if options.queries else "num_passage_masks"] = options.num_masks
+    device = options.device
+    if device is None and torch.cuda.is_available():  # one process a device, as accelerate and torchrun number them
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    if device not in (None, "cpu"):
+        settings["device_map"] = device
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    return AutoModel.from_pretrained(options.model, trust_remote_code=True, **chosen)

@@ -1,0 +1,144 @@
+"""Numbered lines of text files, plain or compressed, one at a time."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+COMPRESSIONS = (".gz", ".xz", ".zst")
+CHUNK = 1 << 17  # bytes
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def open_bytes(path: str | Path) -> BinaryIO:
+    """Open a file for reading, decompressed by its suffix (.gz, .xz, .zst).
+
+    Args:
+        path: the file.
+
+    Returns:
+        A binary stream of its plain content.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: a .zst file without the package zstandard.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".xz":
+        return cast(BinaryIO, lzma.open(path, "rb"))
+    if path.suffix == ".zst":
+        return _open_zstandard(path)
+    return path.open("rb")
+
+
+def _open_zstandard(path: Path) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(f'{path}: .zst files need zstandard; pip install "diffretriever[retrieval]"') from error
+    return io.BufferedReader(_ZstandardStream(path, zstandard.ZstdDecompressor()), CHUNK)
+
+
+class _ZstandardStream(io.RawIOBase):
+    """The plain content of a .zst file of one or more frames; zstandard's own reader takes a cut-off file for whole."""
+
+    def __init__(self, path: Path, decompressor: Any) -> None:
+        self._file = path.open("rb")
+        self._decompressor = decompressor
+        self._frame: Any = None  # the frame being read
+        self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            packed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            packed = packed or self._file.read(CHUNK)
+            if not packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._plain = self._frame.decompress(packed)
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 text file with their numbers, from 1, without their line ends.
+
+    Only a line feed ends a line: other characters that Python takes for line ends may stand in texts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not UTF-8, or a compressed file that is damaged or cut off.
+    """
+    number = 0
+    with open_bytes(path) as stream:
+        lines = iter(stream)
+        while (raw := _next_line(lines, path, number)) is not None:
+            number += 1
+            if number == 1:
+                raw = raw.removeprefix(BYTE_ORDER_MARK)
+            try:
+                line = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not valid UTF-8 (byte {error.start + 1} of the line is "
+                    f"0x{raw[error.start]:02x}); convert the file to UTF-8."
+                ) from error
+            yield number, line
+
+
+def _next_line(lines: Iterator[bytes], path: str | Path, number: int) -> bytes | None:
+    try:
+        return next(lines, None)
+    except _damage() as error:
+        raise ValueError(
+            f"{path}, after line {number}: the compressed file is damaged or cut off ({error})."
+        ) from error
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """Return what reading a damaged compressed file raises."""
+    module = sys.modules.get("zstandard")  # imported only where a .zst file is open
+    errors: list[type[Exception]] = [EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile]
+    return (*errors, module.ZstdError) if module is not None else tuple(errors)
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSONL file with their line numbers; blank lines are passed over.
+
+    Raises:
+        ValueError: a line that is no JSON object; the message names file and line.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}).") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON (nested too deeply).") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}.")
+        yield number, record

@@ -1,0 +1,61 @@
+"""What all plots share: colours that colour-blind readers can tell apart, markers, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's palette, without its yellow, which is too light for lines
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure, in inches, whose parts make room for each other.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which would need a display and keep the figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "diffretriever[retrieval]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plain_axes(axes: Any) -> None:
+    """Take away the frame's right and top, add a light grid behind the data."""
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write the figure; the file's ending says the format.
+
+    Raises:
+        ValueError: an ending that is no picture format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: the picture's file must end in one of {', '.join(FORMATS)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+    return content

@@ -1,0 +1,135 @@
+"""What `diffretriever search` does: questions to passages, printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from .compression import open_store
+from .display import result_lines
+from .qdrant import QdrantEngine
+from .searcher import Hit, Searcher
+
+PROMPT = "question> "
+
+
+def search(options: argparse.Namespace) -> int:
+    """Run the command; returns its exit status.
+
+    Raises:
+        ValueError: options that do not go together, or a model that is not the store's.
+    """
+    _check(options)
+    searcher = _searcher(options)
+    if options.queries:
+        return _search_store(searcher, options)
+    model = _model(searcher, options)
+    for question in _questions(options):
+        _answer(searcher, model, question, options)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.store is None) == (options.qdrant is None):
+        raise ValueError("say where the passages are: --store FOLDER or --qdrant LOCATION, one of them.")
+    ways = [bool(options.question), options.interactive, options.queries is not None]
+    if sum(ways) != 1:
+        raise ValueError('ask one way: "a question", --interactive or --queries STORE.')
+    if options.queries is not None and options.run_file is None:
+        raise ValueError("--queries needs --run-file FILE, where the results go.")
+    if options.run_file is not None and options.queries is None:
+        raise ValueError("--run-file needs --queries STORE, for the queries' ids.")
+    if options.queries is None and options.model is None:
+        raise ValueError("questions need --model, the release that encoded the passages.")
+
+
+def _searcher(options: argparse.Namespace) -> Searcher:
+    if options.qdrant is not None:
+        return Searcher(QdrantEngine(options.qdrant, options.collection, options.api_key, options.timeout))
+    return Searcher(open_store(options.store), device=options.device, in_memory=options.in_memory)
+
+
+def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
+    """Load the model and refuse one that did not encode the passages."""
+    from transformers import AutoModel
+
+    from ..identity import check_searchable, describe_model
+
+    settings: dict[str, Any] = {"revision": options.revision, "device_map": options.device}
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, **chosen)
+    there = searcher.engine.settings
+    if there is not None:
+        check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))
+    return model
+
+
+def _place(options: argparse.Namespace) -> str:
+    return str(options.store or f"{options.qdrant}, collection {options.collection!r}")
+
+
+def _questions(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the questions, from the command line or a line each from standard input."""
+    if not options.interactive:
+        yield from options.question
+        return
+    asking = sys.stdin.isatty()
+    if asking:
+        print(f"{_place(options)}: a question a line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if asking:
+            print(PROMPT, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Namespace) -> None:
+    there = searcher.engine.settings
+    content_filter = True if there is None else bool(there.options.get("content_filter", True))
+    sparse = "sparse" in options.mode
+    query = model.encode_texts([question], is_query=True, compute_sparse=sparse, content_filter=content_filter)
+    hits = searcher.search(
+        query, options.mode, options.top_k, candidates=options.candidates, fusion_weight=options.fusion_weight
+    )[0]
+    texts = searcher.engine.texts([hit.position for hit in hits])
+    if options.json:
+        print(json.dumps(_as_json(question, options.mode, hits, texts), ensure_ascii=False), flush=True)
+        return
+    columns = shutil.get_terminal_size().columns
+    if len(options.question) > 1:
+        print(question)
+    for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1):
+        print("\n".join(result_lines(rank, hit.score, hit.id, text, columns)))
+    if not hits:
+        print("no passage found")
+    sys.stdout.flush()
+
+
+def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None]) -> dict[str, Any]:
+    rows = [
+        {"rank": rank, "id": hit.id, "score": hit.score, "text": text}
+        for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1)
+    ]
+    return {"query": question, "mode": mode, "hits": rows}
+
+
+def _search_store(searcher: Searcher, options: argparse.Namespace) -> int:
+    from ..evaluation.runs import write_run
+
+    results = searcher.search(
+        open_store(options.queries),
+        options.mode,
+        options.top_k,
+        candidates=options.candidates,
+        fusion_weight=options.fusion_weight,
+    )
+    write_run(options.run_file, results.run(), tag=f"diffretriever-{options.mode}")
+    print(f"{options.run_file}: {len(results)} queries")
+    return 0

@@ -1,0 +1,299 @@
+"""A store of encoded texts: memory-mapped shards and a manifest."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .manifest import MANIFEST_FILE, STORE_DTYPES, Manifest, Settings, ShardEntry
+from .plan import SHARD_NAME, describe_unfinished
+from .shard_file import DamagedShardError, ShardFile, pack_strings, texts_digest, unpack_string, write_shard
+
+
+@dataclass
+class ShardContents:
+    """What goes into one shard, n texts.
+
+    Args:
+        ids: n ids.
+        repr_hidden: float [n, K, H].
+        sparse_indices: integer [n, T].
+        sparse_values: float [n, T]; unused slots are 0.
+        texts: n texts, or None to store none.
+    """
+
+    ids: Sequence[str]
+    repr_hidden: torch.Tensor
+    sparse_indices: torch.Tensor
+    sparse_values: torch.Tensor
+    texts: Sequence[str] | None = None
+
+
+class Shard:
+    """n texts of a store; nothing is read from the disk until it is used.
+
+    Attributes:
+        offset: position of its first text in the store.
+    """
+
+    def __init__(self, file: ShardFile, offset: int, count: int) -> None:
+        self.file = file
+        self.offset = offset
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The ids of its texts."""
+        data = self.file.tensor("ids_bytes").numpy().tobytes()
+        offsets = self.file.tensor("ids_offsets").tolist()
+        return [data[start:end].decode("utf-8") for start, end in pairwise(offsets)]
+
+    @property
+    def repr_hidden(self) -> torch.Tensor:
+        """[n, K, H] in the stored dtype; int8 is to be multiplied by `repr_scale`."""
+        return self.file.tensor("repr_hidden")
+
+    @property
+    def repr_scale(self) -> torch.Tensor | None:
+        """float32 [n, K] for int8, else None."""
+        return self.file.tensor("repr_scale") if "repr_scale" in self.file else None
+
+    @property
+    def sparse_indices(self) -> torch.Tensor:
+        """int32 [n, T], token ids by falling value."""
+        return self.file.tensor("sparse_indices")
+
+    @property
+    def sparse_values(self) -> torch.Tensor:
+        """float16 (float32 in a float32 store) [n, T]; unused slots are 0."""
+        return self.file.tensor("sparse_values")
+
+    def dense(self, start: int, stop: int) -> torch.Tensor:
+        """Return the vectors of texts start … stop - 1 of this shard, float32 [stop - start, K, H]."""
+        vectors = self.repr_hidden[start:stop].float()
+        return vectors if self.repr_scale is None else vectors * self.repr_scale[start:stop, :, None]
+
+    def text(self, row: int) -> str:
+        """Return the text of one row.
+
+        Raises:
+            ValueError: the store was made without texts.
+        """
+        if "texts_offsets" not in self.file:
+            raise ValueError(f"{self.file.path.parent}: the store holds no texts; it was made with --no-texts.")
+        return unpack_string(self.file.tensor("texts_bytes"), self.file.tensor("texts_offsets"), row)
+
+
+class Store:
+    """A finished store; open it with `Store.open`.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it is.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, shards: list[Shard]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._shards = shards
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = False) -> Store:
+        """Open a store for reading.
+
+        Args:
+            folder: what `diffretriever encode` or `write_store` wrote.
+            verify: also read every byte and compare with the hashes; without it sizes and headers are compared.
+
+        Raises:
+            FileNotFoundError: no store there.
+            ValueError: the store is unfinished or being written, a shard is missing or damaged.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST_FILE).is_file():
+            _refuse_unfinished(folder)
+        manifest = Manifest.read(folder)
+        shards = []
+        for entry in manifest.shards:
+            file = check_entry(folder, entry)
+            if verify:
+                file.verify()
+            shards.append(Shard(file, entry.first, entry.count))
+        return cls(folder, manifest, shards)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the shards in order."""
+        yield from self._shards
+
+    def ids(self) -> list[str]:
+        """Return all ids in order."""
+        return [text_id for shard in self._shards for text_id in shard.ids]
+
+    def text(self, position: int) -> str:
+        """Return one text.
+
+        Args:
+            position: 0 … len(store) - 1.
+
+        Raises:
+            IndexError: no such position.
+            ValueError: the store was made without texts.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.folder}: position {position}; the store has {len(self)} texts, from 0.")
+        shard = self._shards[bisect_right([shard.offset for shard in self._shards], position) - 1]
+        return shard.text(position - shard.offset)
+
+
+def check_entry(folder: Path, entry: ShardEntry) -> ShardFile:
+    """Return an open shard that is as the manifest says, without reading its data.
+
+    Raises:
+        DamagedShardError: missing, cut off or altered.
+    """
+    file = ShardFile(folder / entry.file)
+    if file.size != entry.size or file.header_sha256 != entry.header_sha256:
+        raise DamagedShardError(
+            f"{file.path}: the shard is not the one that the manifest names (header hash {file.header_sha256[:12]}, "
+            f"expected {entry.header_sha256[:12]}); run the `diffretriever encode` command again to mend the store."
+        )
+    return file
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Say what is there instead of a finished store."""
+    if reason := describe_unfinished(folder):
+        raise ValueError(reason)
+    raise FileNotFoundError(
+        f"{folder}: no store here ({MANIFEST_FILE} is missing); make one with `diffretriever encode`."
+    )
+
+
+def shard_tensors(contents: ShardContents, dtype: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a shard file.
+
+    Args:
+        contents: what to store.
+        dtype: one of STORE_DTYPES. int8 keeps each vector's largest value as 127, with a float32 scale beside it.
+
+    Raises:
+        ValueError: sizes that do not go together, or values that the dtype cannot hold.
+    """
+    vectors = contents.repr_hidden.float()
+    count = len(contents.ids)
+    sizes = {"repr_hidden": len(vectors), "sparse_indices": len(contents.sparse_indices)}
+    sizes |= {"sparse_values": len(contents.sparse_values)}
+    sizes |= {} if contents.texts is None else {"texts": len(contents.texts)}
+    for name, size in sizes.items():
+        if size != count:
+            raise ValueError(f"a shard has {count} ids, but {name} has {size} rows.")
+    tensors: dict[str, torch.Tensor] = {}
+    if dtype == "int8":
+        scale = vectors.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127.0  # [n, K]
+        tensors["repr_scale"] = scale
+        tensors["repr_hidden"] = (vectors / scale[..., None]).round().clamp(-127, 127).to(torch.int8)
+    else:
+        tensors["repr_hidden"] = vectors.to(getattr(torch, dtype))
+    value_dtype = torch.float32 if dtype == "float32" else torch.float16
+    tensors["sparse_indices"] = contents.sparse_indices.to(torch.int32)
+    tensors["sparse_values"] = contents.sparse_values.to(value_dtype)
+    for name in ("repr_scale" if dtype == "int8" else "repr_hidden", "sparse_values"):
+        finite = torch.isfinite(tensors[name].flatten(1)).all(dim=1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            held = tensors[name].dtype
+            raise ValueError(
+                f"{name} of {contents.ids[row]!r} is NaN, infinite or too large for {held}; try --dtype bfloat16 or "
+                "float32, or look at the model."
+            )
+    tensors["ids_bytes"], tensors["ids_offsets"] = pack_strings(contents.ids)
+    if contents.texts is not None:
+        tensors["texts_bytes"], tensors["texts_offsets"] = pack_strings(contents.texts)
+    return tensors
+
+
+def write_store(folder: str | Path, shards: Iterable[ShardContents], manifest_fields: Mapping[str, Any]) -> Store:
+    """Write a store from vectors that are already there.
+
+    Args:
+        folder: a folder that is empty or not there yet.
+        shards: the shards in order; each is written before the next is asked for.
+        manifest_fields: fields of `Settings`; those left out are derived from the first shard or neutral.
+
+    Returns:
+        The store, open.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: no text at all, or a shard unlike the first.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: not empty; a store is written into a folder of its own.")
+    entries: list[ShardEntry] = []
+    settings: Settings | None = None
+    first = 0
+    for number, contents in enumerate(shards):
+        shape = (*contents.repr_hidden.shape[1:], contents.sparse_indices.shape[1])
+        if settings is None:
+            settings = settings_like(manifest_fields, shape)
+        if shape != (settings.num_masks, settings.hidden_size, settings.sparse_top_k):
+            raise ValueError(f"shard {number} has K, H and T of {shape}, unlike the settings.")
+        file = folder / SHARD_NAME.format(number)
+        texts = contents.texts if contents.texts is not None else [""] * len(contents.ids)
+        metadata = {"first": str(first), "count": str(len(contents.ids))}
+        metadata["texts_sha256"] = texts_digest(contents.ids, texts)
+        write_shard(file, shard_tensors(contents, settings.dtype), metadata)
+        entries.append(entry_of(ShardFile(file)))
+        first += len(contents.ids)
+    if settings is None:
+        raise ValueError(f"{folder}: no shards were given; a store holds at least one text.")
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
+    Manifest(**values, shards=tuple(entries)).write(folder)
+    return Store.open(folder)
+
+
+def entry_of(file: ShardFile) -> ShardEntry:
+    """Return the manifest's entry for a shard file.
+
+    Raises:
+        DamagedShardError: the header lacks what the entry needs.
+    """
+    try:
+        first, count = int(file.metadata["first"]), int(file.metadata["count"])
+        texts = file.metadata["texts_sha256"]
+    except (KeyError, ValueError) as error:
+        raise DamagedShardError(f"{file.path}: the shard's header is damaged ({error!r}).") from error
+    return ShardEntry(file.path.name, first, count, file.size, file.header_sha256, texts)
+
+
+def settings_like(given: Mapping[str, Any], shape: tuple[int, ...]) -> Settings:
+    """Return settings with K, H and T of `shape`, and neutral values for what is not given.
+
+    Raises:
+        ValueError: a field that settings do not have, or an unknown dtype.
+    """
+    unknown = set(given) - {entry.name for entry in fields(Settings)}
+    if unknown:
+        raise ValueError(f"manifest_fields holds {sorted(unknown)}, which no manifest has.")
+    neutral: dict[str, Any] = {"model": "", "revision": None, "weights_sha256": "", "adapter_sha256": None}
+    neutral |= {"side": "passage", "num_masks": shape[0], "hidden_size": shape[1], "sparse_top_k": shape[2]}
+    neutral |= {"vocab_size": 0, "dtype": "float16", "prompts": {}, "max_length": 0}
+    settings = Settings(**{**neutral, **given})
+    if settings.dtype not in STORE_DTYPES:
+        raise ValueError(f"dtype {settings.dtype!r}: a store's is one of {', '.join(STORE_DTYPES)}.")
+    return settings

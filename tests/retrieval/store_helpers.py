@@ -1,0 +1,29 @@
+"""Made-up texts and what is in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+WORDS = "the tilt of the axis gives the seasons their light and every river its own way to a quiet sea".split()
+
+
+def made_up_texts(count: int) -> list[tuple[str, str]]:
+    """Return ids and texts of many lengths; ids with blanks and other scripts."""
+    texts = [" ".join(WORDS[(number * 7 + k) % len(WORDS)] for k in range(number * 5 % 23)) for number in range(count)]
+    return [(f"id {number} é{'日本' * (number % 3)}", text) for number, text in enumerate(texts)]
+
+
+def write_jsonl(file: Path, texts: list[tuple[str, str]]) -> Path:
+    lines = [json.dumps({"_id": text_id, "text": text}, ensure_ascii=False) for text_id, text in texts]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def silent(message: str) -> None:
+    """Take a message for nobody."""
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Return every file of a folder, so that two folders can be compared."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
