@@ -18,8 +18,7 @@ def new_backbone(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
 
     Layer 0 starts with value and output projections at the identity, so that a mask's state is the attention-
     weighted mean of the text's embeddings; every other sublayer's output projection starts at zero and leaves the
-    state alone. The function computed by the whole network is then that of its first layer, which
-    `warm_start` trains at a twentieth of the cost.
+    state alone. The function computed by the whole network is then that of its first layer.
 
     Args:
         config: the shape; attention implementation sdpa.
@@ -75,7 +74,7 @@ def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor
 
 
 def mask_states(
-    model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, num_masks: int, num_tail: int = 3, depth: int = 0
+    model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, num_masks: int, num_tail: int = 3
 ) -> torch.Tensor:
     """Hidden states at the K masks of left-padded retrieval prompts; the last layer runs at the masks alone.
 
@@ -85,12 +84,11 @@ def mask_states(
         mask: 0/1 [B, L].
         num_masks: K.
         num_tail: tokens after the masks.
-        depth: how many layers to run (1: the first alone, for the warm start); 0 runs all.
 
     Returns:
         [B, K, H], after the final norm, not normalised, with gradient.
     """
-    layers: list[Any] = list(model.model.layers)[: depth or None]
+    layers: list[Any] = list(model.model.layers)
     states = model.model.embed_tokens(ids)  # [B, L, H]
     rope, additive = _rope(model, states), additive_mask(mask, states.dtype)
     for layer in layers[:-1]:

@@ -146,20 +146,21 @@ def word_loss(
     return (positive + (each * (1 - truth)).sum() / (1 - truth).sum().clamp(min=1)) / 2
 
 
-def denoising_loss(
-    logits: torch.Tensor, targets: torch.Tensor, t: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
+def denoising_loss(logits: torch.Tensor, targets: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Masked diffusion objective: cross-entropy on the masked tokens, each over its text's t, per token.
+
+    The divisor is the sum of 1/t over the masked tokens. Its expected value is the number of tokens, by which the
+    objective divides; the sum itself gives a loss that varies less with how many tokens happened to be masked.
 
     Args:
         logits: [M, V] at the M masked tokens.
         targets: int64 [M], the tokens that were masked.
         t: float [B], each text's masking probability.
-        lengths: int64 [B], each text's number of tokens.
         rows: int64 [M], the text each masked token is from.
 
     Returns:
-        Scalar: sum over masked tokens of cross-entropy / t, over the number of tokens.
+        Scalar: sum over masked tokens of cross-entropy / t, over the sum of 1 / t.
     """
     each = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
-    return (each / t[rows]).sum() / lengths.sum()
+    weight = 1 / t[rows]
+    return (each * weight).sum() / weight.sum()

@@ -1,7 +1,7 @@
 """`diffretriever pretrain`: a small LLaDA-format backbone from random weights.
 
-The objective is masked denoising (LLaDA's) together with the retrieval task itself: a backbone that a small
-budget trains on denoising alone gives every passage nearly the same mask states, and an adapter cannot repair that.
+First masked denoising (LLaDA's objective) on plain text, from weights that begin with the corpus's token statistics;
+then the retrieval prompt together with denoising: a small backbone does not follow a prompt it has never seen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from . import losses
-from .backbone import hidden_states, mask_states, new_backbone
+from .backbone import mask_states, new_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import (
     Batches,
@@ -36,13 +36,16 @@ from .data import (
     read_pairs,
     read_texts,
 )
+from .denoising import Denoiser
 from .evaluate import Vectors, evaluate, read_benchmark
 from .llada_format import llama_config, save_backbone
 from .neighbours import cached_neighbours, with_neighbours
 from .prompts import Prompt, prompt_training_texts
 from .recipe import PretrainRecipe, Stage
 from .tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, build_tokenizer, save_tokenizer
+from .warm_start import start_from_statistics
 
+HELD_OUT_EVERY = 400  # one plain text in so many measures the denoising loss and is never trained on
 MIN_CLOZE = 16  # tokens of a text that is split into a query and a passage
 
 
@@ -52,6 +55,7 @@ class Corpus:
 
     pairs: EncodedPairs
     texts: IdLists
+    held_out: IdLists  # plain texts that are never trained on
     neighbours: torch.Tensor | None
 
 
@@ -104,6 +108,8 @@ class Pretrainer:
             FloatingPointError: if the loss is not a number; the last checkpoint stays.
         """
         resumed = self._resume()
+        if resumed is None and self.recipe.start_from_statistics:
+            start_from_statistics(self.model, self.corpus.texts, self.recipe.seed)
         left = stop_after
         for number in range(self.stage_number, len(self.recipe.stages)):
             stage = self.recipe.stages[number]
@@ -113,7 +119,7 @@ class Pretrainer:
             if resumed is not None:
                 optimizer.load_state_dict(resumed)
                 resumed = None
-            plan = _Plan(stage, self.corpus, self.recipe.seed + number)
+            plan = _Plan(stage, self.corpus, self.ids, self.recipe.seed + number)
             while self.step < stage.steps:
                 if left == 0:
                     self.save(optimizer)
@@ -123,10 +129,10 @@ class Pretrainer:
                 if self.recipe.save_every and self.step % self.recipe.save_every == 0:
                     self.save(optimizer)
                 if self.recipe.eval_every and self.step % self.recipe.eval_every == 0:
-                    self.log(evaluation=self.evaluate(stage))
+                    self.log(evaluation=self.evaluate(stage, plan))
             self.save(optimizer)
             if not self.recipe.eval_every or stage.steps % self.recipe.eval_every:
-                self.log(evaluation=self.evaluate(stage))
+                self.log(evaluation=self.evaluate(stage, plan))
         self.export()
 
     def _resume(self) -> dict[str, Any] | None:
@@ -158,7 +164,7 @@ class Pretrainer:
             {"params": tables, "factor": stage.embedding_rate, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
-            groups, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay, fused=True
+            groups, lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=True
         )
 
     def _train_step(self, stage: Stage, plan: _Plan, optimizer: torch.optim.Optimizer) -> None:
@@ -170,7 +176,8 @@ class Pretrainer:
         kind, number = plan.kind(self.step)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
             if kind == "denoise":
-                loss = self._denoise(stage, plan.texts[number], rng)
+                loss = plan.denoiser.loss(self.model, number, rng)
+                self._note(denoise=loss.item())
             else:
                 loss = self._contrast(stage, plan.draw(kind, number, rng), plan.budget(self.step), rng)
         if not torch.isfinite(loss):
@@ -206,8 +213,8 @@ class Pretrainer:
         queries, passages, query_words, passage_words = batch
         if stage.token_drop:
             passages = [drop_tokens(ids, stage.token_drop, rng) for ids in passages]
-        query = self._masks(queries, True, k, stage.max_query, stage.depth)  # [B, K, H]
-        passage = self._masks(passages, False, k, stage.max_passage, stage.depth)  # [B, K, H]
+        query = self._masks(queries, True, k, stage.max_query)  # [B, K, H]
+        passage = self._masks(passages, False, k, stage.max_passage)  # [B, K, H]
         targets, head = torch.arange(len(queries)), self.model.lm_head.weight.__getitem__
         dense = losses.dense_loss(query, passage, targets, stage.temperature, symmetric=True)
         scores = losses.sparse_scores(query, passage, head, query_words, passage_words)
@@ -218,35 +225,19 @@ class Pretrainer:
         self._note(right=(scores.argmax(1) == targets).float().mean().item())
         return dense + stage.sparse_weight * sparse + stage.word_weight * words
 
-    def _masks(self, texts: Sequence[list[int]], is_query: bool, k: int, limit: int, depth: int) -> torch.Tensor:
+    def _masks(self, texts: Sequence[list[int]], is_query: bool, k: int, limit: int) -> torch.Tensor:
         prompt = self.prompts[is_query, k]
         ids, mask = pad_left([prompt.wrap(text, limit) for text in texts], self.ids["eos"])
-        return mask_states(self.model, ids, mask, k, len(prompt.tail), depth)
-
-    def _denoise(self, stage: Stage, numbers: Sequence[int], rng: random.Random) -> torch.Tensor:
-        """The masked diffusion objective on plain texts: mask with probability t, cross-entropy over t."""
-        rows = []
-        for number in numbers:
-            text = self.corpus.texts[number]
-            start = rng.randrange(max(len(text) - stage.denoise_length, 0) + 1)
-            rows.append([self.ids["bos"], *text[start : start + stage.denoise_length]])
-        ids, mask = pad_left(rows, self.ids["eos"])
-        t = torch.rand(len(rows)) * 0.95 + 0.05  # [B], kept away from 0, where 1/t has no finite variance
-        chosen = (torch.rand(ids.shape) < t[:, None]) & (mask == 1)  # [B, L]
-        chosen[:, -1] |= ~chosen.any(1)  # every row has at least one
-        states = hidden_states(self.model, ids.masked_fill(chosen, self.ids["mask"]), mask)
-        loss = losses.denoising_loss(
-            self.model.lm_head(states[chosen]), ids[chosen], t, mask.sum(1), chosen.nonzero()[:, 0]
-        )
-        self._note(denoise=loss.item())
-        return loss
+        return mask_states(self.model, ids, mask, k, len(prompt.tail))
 
     @torch.no_grad()
-    def evaluate(self, stage: Stage) -> dict[str, dict[str, float]]:
-        """nDCG@10 on the benchmark's dev split, for each K; empty without a benchmark."""
-        if self.benchmark is None:
-            return {}
-        return {
+    def evaluate(self, stage: Stage, plan: _Plan) -> dict[str, dict[str, float]]:
+        """Held-out denoising loss, and nDCG@10 on the benchmark's dev split for each K where the stage trains that."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+            found = {"denoise": plan.denoiser.held_out(self.model, self.corpus.held_out)}
+        if self.benchmark is None or set(stage.pattern) == {"denoise"}:
+            return found
+        return found | {
             f"K={k}": {
                 name: round(value, 4)
                 for name, value in evaluate(self._encoder(stage, k), self.benchmark, len(self.tokenizer)).items()
@@ -268,7 +259,7 @@ class Pretrainer:
             for start in range(0, len(order), 64):
                 rows = order[start : start + 64]
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
-                    states = self._masks([ids[n] for n in rows], is_query, k, limit, stage.depth).float()
+                    states = self._masks([ids[n] for n in rows], is_query, k, limit).float()
                     weights = losses.sparse_weights(states, self.model.lm_head.weight)  # [B, V]
                 dense[rows] = torch.nn.functional.normalize(states, dim=-1)
                 for n, weight in zip(rows, weights, strict=True):
@@ -285,17 +276,18 @@ Drawn = tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]
 class _Plan:
     """Which step does what: the stage's pattern, and the batches of each kind in order."""
 
-    def __init__(self, stage: Stage, corpus: Corpus, seed: int) -> None:
+    def __init__(self, stage: Stage, corpus: Corpus, special: dict[str, int], seed: int) -> None:
         self.stage, self.corpus = stage, corpus
         lengths = corpus.pairs.passages.lengths(stage.max_passage)
-        self.pairs = Batches(lengths, stage.batch_size, seed)
-        self.seeds = Batches(lengths, max(stage.batch_size // 2, 1), seed + 1)
+        if "pairs" in stage.pattern:
+            self.pairs = Batches(lengths, stage.batch_size, seed)
+        if "neighbours" in stage.pattern:
+            self.seeds = Batches(lengths, max(stage.batch_size // 2, 1), seed + 1)
         lengths = corpus.texts.lengths(stage.max_passage)
         self.long = [number for number, length in enumerate(lengths) if length >= MIN_CLOZE]
         if "cloze" in stage.pattern:
             self.cloze = Batches([lengths[number] for number in self.long], stage.batch_size, seed + 2)
-        if "denoise" in stage.pattern:
-            self.texts = Batches(corpus.texts.lengths(stage.denoise_length), stage.batch_size, seed + 3)
+        self.denoiser = Denoiser(corpus.texts, special, stage.denoise_length, stage.denoise_tokens, seed + 3)
 
     def kind(self, step: int) -> tuple[str, int]:
         """The kind of a step, and how many of that kind came before it."""
@@ -380,7 +372,9 @@ def read_corpus(
     if any("neighbours" in stage.pattern for stage in stages):
         found = cached_neighbours([q for q, _ in flat], [p for _, p in flat], recipe.neighbours, cache)
     ids, _ = encode_texts(texts, tokenizer, 512)
-    return Corpus(encoded, ids, found)
+    kept = [number for number in range(len(ids)) if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    held_out = [number for number in range(len(ids)) if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    return Corpus(encoded, IdLists(ids[n] for n in kept), IdLists(ids[n] for n in held_out or kept[:1]), found)
 
 
 def pretrain(

@@ -35,7 +35,6 @@ class Stage:
     name: str = "joint"
     steps: int = 1000
     pattern: list[str] = field(default_factory=lambda: ["pairs"])  # kinds of step, repeated
-    depth: int = 0  # layers that run; 0 is all
     batch_size: int = 48
     max_query: int = 32
     max_passage: int = 96
@@ -44,7 +43,8 @@ class Stage:
     sparse_weight: float = 1.0
     word_weight: float = 0.1
     token_drop: float = 0.0
-    denoise_length: int = 96
+    denoise_length: int = 128  # tokens of a text in a denoising step
+    denoise_tokens: int = 2048  # padded tokens of a denoising step's batch
     learning_rate: float = 1e-3
     embedding_rate: float = 1.0  # factor on the learning rate of embeddings and head
     final_rate: float = 0.1  # the rate falls to this fraction (cosine)
@@ -60,41 +60,11 @@ class PretrainRecipe:
     seed: int = 42
     shape: Shape = field(default_factory=Shape)
     stages: list[Stage] = field(default_factory=lambda: [Stage()])
+    start_from_statistics: bool = True  # embeddings, head and first layer from token statistics, else random
     tokenizer_characters: int = 2000  # of each text, for training the tokenizer
     tokenizer_every: int = 1  # use every n-th plain text for the tokenizer
     texts_every: int = 1  # use every n-th plain text for denoising and cloze
     neighbours: int = 8  # BM25 neighbours per query, for the steps of that name
-    bf16: bool = True
-    save_every: int = 200
-    log_every: int = 20
-    eval_every: int = 0
-    eval_passages: int = 5000
-
-
-@dataclass
-class AdapterRecipe:
-    """Everything `diffretriever train` does, besides the data, the base model and the output folder."""
-
-    seed: int = 42
-    num_query_masks: int = 1
-    num_passage_masks: int = 1
-    max_length: int = 156  # of the release: tokens of prefix + text + suffix
-    train_length: int = 0  # the same while training; 0 is max_length
-    steps: int = 1000
-    batch_size: int = 64
-    neighbour_share: float = 0.5  # of the batches: half pairs, half their BM25 neighbours
-    neighbours: int = 8
-    temperature: float = 0.01
-    sparse_weight: float = 1.0
-    symmetric: bool = False
-    rank: int = 16
-    alpha: int = 64
-    dropout: float = 0.05
-    learning_rate: float = 1e-4
-    warmup: float = 0.1
-    final_rate: float = 0.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
     bf16: bool = True
     save_every: int = 200
     log_every: int = 20
@@ -107,7 +77,7 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: dict[str, Any] 
 
     Args:
         path: a YAML file.
-        kind: `PretrainRecipe` or `AdapterRecipe`.
+        kind: the recipe's class, for example `PretrainRecipe`.
         overrides: values that replace those of the file (None: not given).
 
     Raises:

@@ -1,0 +1,151 @@
+"""Initial weights from the corpus's own word statistics, so that a small budget is not spent on finding them.
+
+Masked denoising from random weights stays at the unigram distribution for millions of tokens. Which tokens stand beside
+which is known after one pass of counting: the factors of that table are the embeddings and the output head (Levy &
+Goldberg 2014: word vectors factorise pointwise mutual information), and the first layer's heads begin by looking at the
+previous token, the next one, and the neighbourhood. Everything is trained from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from .data import IdLists
+from .llada_format import rope_theta
+
+WINDOW = 4  # tokens to each side that count as neighbours, with weight 1 / distance
+RAREST = 0.5  # a weighted count that is no more than this is one distant meeting: chance
+SMOOTHING = 0.75  # exponent on the context counts, as in word2vec
+SPARE_DIRECTIONS, POWER_ITERATIONS = 16, 4  # of the randomised factorisation
+EMBEDDING_NORM = 0.35  # median norm of an embedding's statistics beside its constant coordinate of 1
+HEAD_GAIN = 2.0  # the first layer averages over several tokens, which weakens each one's vote
+PEAK = 8.0  # attention logit of a head at the distance it looks at
+SLOWEST = 0.15  # radians a token: RoPE frequencies below it hardly tell neighbouring positions apart
+
+
+def _neighbour_counts(ids: IdLists, vocab_size: int) -> csr_array:
+    """Symmetric weighted counts of tokens within `WINDOW` of each other in one text: float32 [V, V]."""
+    flat, starts = np.frombuffer(ids.flat, dtype=np.int32), np.frombuffer(ids.starts, dtype=np.int64)
+    text = np.repeat(np.arange(len(ids)), np.diff(starts))
+    counts = csr_array((vocab_size, vocab_size), dtype=np.float32)
+    for distance in range(1, min(WINDOW, len(flat) - 1) + 1):
+        same = text[:-distance] == text[distance:]
+        weights = np.full(int(same.sum()), 1 / distance, dtype=np.float32)
+        pairs = (flat[:-distance][same], flat[distance:][same])
+        counts = counts + csr_array((weights, pairs), shape=counts.shape)  # equal pairs add up
+    return csr_array(counts + counts.T)
+
+
+def positive_pmi(counts: csr_array) -> csr_array:
+    """Positive pointwise mutual information: max(0, log(p(a, b) / (p(a) p(b)))), with p(b) smoothed.
+
+    Args:
+        counts: [V, V].
+
+    Returns:
+        float32 [V, V]; entries that are not positive are absent.
+    """
+    total, table = counts.sum(), counts.tocoo()
+    rows = counts.sum(axis=1)  # [V]
+    columns = rows**SMOOTHING
+    columns = columns * (total / columns.sum())
+    left, right = table.coords
+    value = np.log(table.data * total / (rows[left] * columns[right]))
+    kept = (value > 0) & (table.data > RAREST)
+    return csr_array((value[kept].astype(np.float32), (left[kept], right[kept])), shape=counts.shape)
+
+
+def _factors(table: csr_array, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The strongest `rank` directions of a table, its singular values shared by both factors: two float32 [V, rank].
+
+    Randomised SVD (Halko, Martinsson & Tropp 2011, alg. 4.4); the same seed gives the same factors, signs included.
+    """
+    width = min(rank + SPARE_DIRECTIONS, table.shape[0])
+    sketch = np.random.default_rng(seed).standard_normal((table.shape[1], width)).astype(np.float32)
+    span = np.linalg.qr(table @ sketch)[0]
+    for _ in range(POWER_ITERATIONS):
+        span = np.linalg.qr(table @ np.linalg.qr(table.T @ span)[0])[0]
+    left, strength, right = np.linalg.svd((table.T @ span).T, full_matrices=False)
+    root = np.sqrt(strength[:rank])
+    return torch.from_numpy(span @ left[:, :rank] * root).float(), torch.from_numpy(right[:rank].T * root).float()
+
+
+def _coordinates(width: int, heads: int) -> torch.Tensor:
+    """Where direction d of the factorisation goes: spread over the heads, the strongest ones first. Int64 [H].
+
+    Direction 0 is the constant; a head reads and writes its own block of width / heads coordinates.
+    """
+    direction = torch.arange(width)
+    return (direction % heads) * (width // heads) + direction // heads
+
+
+def start_from_statistics(model: LlamaForCausalLM, ids: IdLists, seed: int) -> None:
+    """Sets embeddings, output head and the first layer's attention from a corpus's token statistics.
+
+    Afterwards the other layers still add nothing (see `new_backbone`), and the model predicts a masked token from the
+    tokens around it, better than the unigram distribution does.
+
+    Args:
+        model: from `new_backbone`.
+        ids: the corpus.
+        seed: of the randomised factorisation.
+
+    Raises:
+        ValueError: if the corpus has no two neighbouring tokens.
+    """
+    config, vocab_size, width = model.config, model.config.vocab_size, model.config.hidden_size
+    if not len(ids) or int(np.diff(np.frombuffer(ids.starts, dtype=np.int64)).max()) < 2:
+        raise ValueError("the plain texts hold no text of two tokens or more; statistics need neighbouring tokens")
+    torch.manual_seed(seed)
+    left, right = _factors(positive_pmi(_neighbour_counts(ids, vocab_size)), width - 1, seed)
+    tokens = torch.from_numpy(np.frombuffer(ids.flat, dtype=np.int32).astype(np.int64))
+    uses = torch.bincount(tokens, minlength=vocab_size)  # [V]
+    place = _coordinates(width, config.num_attention_heads)
+    norms = left.norm(dim=1)[uses > 0]
+    scale = EMBEDDING_NORM / float(norms.median().clamp(min=1e-6))
+    log_p = torch.log((uses + 1.0) / (uses + 1.0).sum())
+    embedding, head = torch.zeros(vocab_size, width), torch.zeros(vocab_size, width)
+    embedding[:, place[0]] = 1.0
+    embedding[:, place[1:]] = left * scale
+    # A mask's state is the constant, which RMSNorm brings to sqrt(H), plus what attention adds.
+    head[:, place[0]] = (log_p - log_p.mean()) / math.sqrt(width)
+    head[:, place[1:]] = right * (HEAD_GAIN / (scale * math.sqrt(width)))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.copy_(head)
+        _look_at_neighbours(model, int(place[0]))
+
+
+def _look_at_neighbours(model: LlamaForCausalLM, constant: int) -> None:
+    """First layer: heads that look at the previous token, the next one, and around, in turn; values pass through."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    width, heads = config.hidden_size, config.num_attention_heads
+    size = width // heads
+    for projection in (attention.q_proj, attention.k_proj):
+        nn.init.normal_(projection.weight, std=0.02)
+    used = [(pair, angle) for pair, angle in _frequencies(rope_theta(config), size) if angle > SLOWEST]
+    # Query and key are this times the normalised constant, about sqrt(H) at a mask and 0.7 of it at a word.
+    amplitude = math.sqrt(PEAK / (0.7 * width * len(used)))
+    for number in range(heads):
+        offset, share = ((-1.0, 1.0), (1.0, 1.0), (0.0, 0.5))[number % 3]
+        for pair, angle in used:
+            row = number * size + pair
+            attention.q_proj.weight[row, constant] += amplitude
+            attention.k_proj.weight[row, constant] += share * amplitude * math.cos(angle * offset)
+            attention.k_proj.weight[row + size // 2, constant] -= share * amplitude * math.sin(angle * offset)
+    nn.init.eye_(attention.v_proj.weight).mul_(width**-0.25)
+    nn.init.eye_(attention.o_proj.weight).mul_(width**-0.25)
+    attention.v_proj.weight[constant] = 0.0
+
+
+def _frequencies(theta: float, size: int) -> Iterator[tuple[int, float]]:
+    """RoPE's (pair, radians a token), for heads of `size` coordinates."""
+    for pair in range(size // 2):
+        yield pair, theta ** (-2 * pair / size)
