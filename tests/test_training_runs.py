@@ -1,11 +1,9 @@
-"""Pretraining and adapter training end to end on a handful of pairs, interrupted and resumed."""
+"""Pretraining end to end on a handful of pairs, interrupted and resumed."""
 
 from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from diffretriever.cli import main
-from diffretriever.training.adapter import AdapterTrainer, add_adapter, prepare_pairs
-from diffretriever.training.data import read_pairs
 from diffretriever.training.pretrain import Pretrainer, read_corpus
-from diffretriever.training.recipe import AdapterRecipe, PretrainRecipe, read_recipe
+from diffretriever.training.recipe import PretrainRecipe, read_recipe
 
-REPOSITORY = Path(__file__).parents[1]
 PARITY = Path(__file__).parent / "parity"
 WORDS = "file network image sound text package kernel window game music server client mail printer disk".split()
 PRETRAIN = {
@@ -29,8 +24,8 @@ PRETRAIN = {
     "save_every": 2,
     "log_every": 1,
     "stages": [
-        {"name": "warm", "steps": 3, "depth": 1, "batch_size": 4, "pattern": ["pairs", "cloze"]},
-        {"name": "joint", "steps": 4, "batch_size": 4, "pattern": ["pairs", "denoise"], "token_drop": 0.1},
+        {"name": "denoise", "steps": 3, "pattern": ["denoise"], "denoise_tokens": 128},
+        {"name": "joint", "steps": 4, "batch_size": 4, "pattern": ["pairs", "cloze", "denoise"], "token_drop": 0.1},
     ],
 }
 
@@ -61,18 +56,6 @@ def pretrained(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("training-pretrained")
     arguments = ["--pairs", data["pairs"], "--texts", data["texts"], "--out", out, "--dev", data["bench"]]
     assert main(["pretrain", "--recipe", str(data["folder"] / "pretrain.yaml"), *map(str, arguments)]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def release(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zero-shot release of the pretrained backbone."""
-    return build(pretrained / "backbone", tmp_path_factory.mktemp("training-release") / "training-zero")
-
-
-def build(base: Path, out: Path, *more: str) -> Path:
-    command = [sys.executable, str(REPOSITORY / "publish.py"), "build", "--base", str(base), "--out", str(out), *more]
-    subprocess.run(command, check=True, capture_output=True, text=True)
     return out
 
 
@@ -143,70 +126,6 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(
         return state
 
     broken._resume = poisoned  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at stage 0, step 2 \(pairs\)"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at stage 0, step 2 \(denoise\)"):
         broken.run()
     assert (tmp_path / "run" / "pretrain.ckpt").read_bytes() == before
-
-
-def adapter_recipe(masks: int) -> AdapterRecipe:
-    return AdapterRecipe(
-        num_query_masks=masks, num_passage_masks=masks, max_length=64, steps=4, batch_size=4, neighbour_share=0.0,
-        learning_rate=1e-2, warmup=0.0, rank=4, alpha=8, bf16=False, save_every=1, log_every=1,
-    )  # fmt: skip
-
-
-def test_train_writes_the_methods_own_format_and_publish_takes_it(
-    pretrained: Path, release: Path, data: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe = tmp_path / "adapter.yaml"
-    fields = "num_query_masks num_passage_masks max_length steps batch_size neighbour_share rank alpha bf16".split()
-    recipe.write_text(yaml.safe_dump({name: getattr(adapter_recipe(4), name) for name in fields}))
-    out = tmp_path / "adapter"
-    arguments = ["--model", release, "--pairs", data["pairs"], "--out", out, "--dev", data["bench"]]
-    assert main(["train", "--recipe", str(recipe), *map(str, arguments)]) == 0
-    reference = PARITY / "adapters" / "llada-q4p4"
-    expected = {
-        name.replace("blocks.2", "blocks.0").replace("blocks.3", "blocks.1")
-        for name in load_file(str(reference / "adapter_model.safetensors"))
-    }
-    assert load_file(str(out / "adapter_model.safetensors")).keys() == expected
-    ours, theirs = (json.loads((f / "retriever_config.json").read_text()) for f in (out, reference))
-    assert list(ours) == list(theirs)
-    assert ours["k_adapter_options"] == theirs["k_adapter_options"] == [1, 2, 4]
-    built = json.loads(
-        (build(pretrained / "backbone", tmp_path / "training-built", "--adapter", str(out)) / "config.json").read_text()
-    )
-    assert (built["num_query_masks"], built["num_passage_masks"], built["max_length"]) == (4, 4, 64)
-
-
-def trainer(release: Path, data: dict[str, Path], out: Path) -> AdapterTrainer:
-    from transformers import AutoModel
-
-    recipe = adapter_recipe(1)
-    torch.manual_seed(recipe.seed)
-    model = AutoModel.from_pretrained(str(release), trust_remote_code=True, max_length=64)
-    add_adapter(model, recipe)
-    return AdapterTrainer(model, prepare_pairs(list(read_pairs(data["pairs"])), model, 32), None, recipe, out)
-
-
-def test_training_moves_the_adapter_alone_and_resumes_to_the_same_weights(
-    release: Path, data: dict[str, Path], tmp_path: Path
-) -> None:
-    whole = trainer(release, data, tmp_path / "whole")
-    start = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    whole.run()
-    for part in (1, 2, None):
-        pieces = trainer(release, data, tmp_path / "pieces")
-        pieces.run(stop_after=part)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, pieces.model.state_dict()[name]), name
-        if "lora_" not in name:
-            assert torch.equal(value, start[name]), name
-    assert any(not torch.equal(v, start[n]) for n, v in whole.model.state_dict().items() if "lora_B" in n)
-
-
-def test_the_command_line_reports_a_wrong_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "r.yaml").write_text("speed: 9")
-    paths = ["--pairs", "absent.jsonl", "--out", str(tmp_path / "out")]
-    assert main(["train", "--recipe", str(tmp_path / "r.yaml"), "--model", "m", *paths]) == 2
-    assert "unknown key 'speed'" in capsys.readouterr().err

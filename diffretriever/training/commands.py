@@ -1,4 +1,4 @@
-"""The sub-commands `diffretriever pretrain` and `diffretriever train`."""
+"""The sub-commands of training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from . import tool_commands, train_command
+
 
 def register(commands: Any) -> None:
     """Adds the sub-commands to the parser's `add_subparsers` object."""
     _pretrain(commands)
-    _train(commands)
+    train_command.register(commands)
+    tool_commands.register(commands)
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +32,6 @@ def _pretrain(commands: Any) -> None:
     parser.set_defaults(run=run_pretrain)
 
 
-def _train(commands: Any) -> None:
-    parser = commands.add_parser("train", help="train a LoRA adapter for retrieval on a frozen backbone")
-    _shared(parser)
-    parser.add_argument("--model", required=True, help="a release without an adapter (publish.py build): folder or id")
-    parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
-    parser.add_argument("--cache", type=Path, help="folder for mined hard negatives, to share between runs")
-    parser.set_defaults(run=run_train)
-
-
 def run_pretrain(options: argparse.Namespace) -> int:
     """Runs `diffretriever pretrain`."""
     from .pretrain import pretrain
@@ -45,16 +39,4 @@ def run_pretrain(options: argparse.Namespace) -> int:
 
     recipe = read_recipe(options.recipe, PretrainRecipe, {"seed": options.seed})
     pretrain(recipe, options.pairs, options.texts, options.out, options.dev, options.threads)
-    return 0
-
-
-def run_train(options: argparse.Namespace) -> int:
-    """Runs `diffretriever train`."""
-    from .adapter import train_adapter
-    from .recipe import AdapterRecipe, read_recipe
-
-    recipe = read_recipe(options.recipe, AdapterRecipe, {"seed": options.seed})
-    train_adapter(
-        recipe, options.model, options.pairs, options.out, options.dev, options.threads, options.cache, options.base
-    )
     return 0

@@ -1,0 +1,191 @@
+"""The recipe of `diffretriever train`: one YAML file, every key checked before any model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .recipe import read_recipe
+
+POOLINGS = ("masks", "mean")
+DTYPES = ("float32", "bfloat16")
+REPORTS = ("none", "tensorboard", "wandb")
+
+
+@dataclass
+class AdapterRecipe:
+    """Everything `diffretriever train` does, besides data, base model and output folder.
+
+    The defaults are the paper's (§3.4, §4.5, App. B.1) where it states a value.
+    """
+
+    seed: int = 42
+    pooling: str = "masks"  # "mean" trains the DiffEmbed baseline: no prompt, no masks, one mean-pooled vector
+    num_query_masks: int = 1  # K_q
+    num_passage_masks: int = 1  # K_p
+    max_length: int = 156  # of the release: tokens of prefix + text + suffix
+    train_length: int = 0  # the same while training; 0 is max_length
+    epochs: float = 3.0
+    max_steps: int = 0  # stop after so many optimiser steps; 0 leaves it to `epochs`
+    global_batch_size: int = 128  # queries a step, over all processes
+    accumulation_steps: int = 1  # micro-batches a step; each has its own in-batch negatives
+    grad_cache_chunk: int = 0  # texts whose activations are held at once (GradCache); 0 holds all
+    hard_negatives: int = 15  # sampled for each query
+    temperature: float = 0.01  # of the dense InfoNCE
+    sparse_weight: float = 1.0
+    rank: int = 16
+    alpha: int = 64
+    dropout: float = 0.05
+    learning_rate: float = 1e-4
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    bf16: bool = True  # mixed precision
+    backbone_dtype: str = "float32"  # of the frozen weights; bfloat16 halves their memory
+    gradient_checkpointing: bool = False
+    workers: int = 0  # processes that prepare batches
+    save_steps: int = 200
+    keep_checkpoints: int = 2
+    log_steps: int = 20
+    eval_steps: int = 0  # evaluate the dev split every so many steps; 0 never
+    eval_passages: int = 5000
+    report_to: str = "none"
+
+    def text_length(self) -> int:
+        """Tokens of prefix + text + suffix while training."""
+        return self.train_length or self.max_length
+
+    def total_steps(self, items: int) -> int:
+        """Optimiser steps of the whole run on so many training items."""
+        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(items))
+
+    def steps_per_epoch(self, items: int) -> int:
+        """Optimiser steps in one pass over the items; an incomplete last batch is left out.
+
+        Raises:
+            ValueError: there are fewer items than one batch needs.
+        """
+        if items < self.global_batch_size:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}, but the data has only {items} queries; "
+                "lower it, or add data"
+            )
+        return items // self.global_batch_size
+
+    def process_batch_size(self, processes: int) -> int:
+        """Queries that each process sees in one micro-batch.
+
+        Raises:
+            ValueError: the global batch does not divide evenly.
+        """
+        parts = processes * self.accumulation_steps
+        if self.global_batch_size % parts:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} does not divide into {processes} processes times "
+                f"accumulation_steps {self.accumulation_steps}; choose a multiple of {parts}"
+            )
+        return self.global_batch_size // parts
+
+
+def read_adapter_recipe(path: str | Path, assignments: Sequence[str] = (), **overrides: Any) -> AdapterRecipe:
+    """Reads a recipe and the command line's changes to it.
+
+    Args:
+        path: a YAML file.
+        assignments: "key=value" texts; they win over the file.
+        overrides: values that win over both (None: not given).
+
+    Raises:
+        FileNotFoundError: the file is absent.
+        ValueError: an unknown key, or a value that cannot be; the message names file and key.
+    """
+    changes = dict(map(read_assignment, assignments)) | {k: v for k, v in overrides.items() if v is not None}
+    recipe = read_recipe(path, AdapterRecipe, changes)
+    check_recipe(recipe, str(path))
+    return recipe
+
+
+def read_assignment(text: str) -> tuple[str, Any]:
+    """Splits "key=value"; the value is read as YAML.
+
+    >>> read_assignment("learning_rate=1e-3")
+    ('learning_rate', '1e-3')
+    >>> read_assignment("bf16=false")
+    ('bf16', False)
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip() or not value.strip():
+        raise ValueError(f"--set {text}: expected key=value, for example --set learning_rate=2e-4")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text}: the value is not valid YAML: {error}") from error
+
+
+_AT_LEAST: dict[str, int] = {
+    "num_query_masks": 1,
+    "num_passage_masks": 1,
+    "max_length": 1,
+    "train_length": 0,
+    "max_steps": 0,
+    "global_batch_size": 1,
+    "accumulation_steps": 1,
+    "grad_cache_chunk": 0,
+    "hard_negatives": 0,
+    "rank": 1,
+    "alpha": 1,
+    "workers": 0,
+    "save_steps": 1,
+    "keep_checkpoints": 1,
+    "log_steps": 1,
+    "eval_steps": 0,
+    "eval_passages": 1,
+    "seed": 0,
+}
+
+
+def check_recipe(recipe: AdapterRecipe, where: str) -> None:
+    """Refuses values that cannot work.
+
+    Raises:
+        ValueError: names the key, what it is and what it may be.
+    """
+    for name, least in _AT_LEAST.items():
+        if getattr(recipe, name) < least:
+            raise ValueError(f"{where}: {name} must be at least {least}, got {getattr(recipe, name)}")
+    for name in ("temperature", "learning_rate", "epochs", "max_grad_norm"):
+        value = getattr(recipe, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{where}: {name} must be positive, got {value}")
+    for name in ("sparse_weight", "weight_decay"):
+        value = getattr(recipe, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{where}: {name} must not be negative, got {value}")
+    for name in ("dropout", "warmup"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise ValueError(f"{where}: {name} must lie between 0 and 1, got {getattr(recipe, name)}")
+    for name, allowed in (("pooling", POOLINGS), ("backbone_dtype", DTYPES), ("report_to", REPORTS)):
+        if getattr(recipe, name) not in allowed:
+            raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {getattr(recipe, name)!r}")
+    if recipe.text_length() > recipe.max_length:
+        raise ValueError(
+            f"{where}: train_length {recipe.train_length} is longer than max_length {recipe.max_length}; "
+            "the release would cut what training has seen"
+        )
+    _check_pooling(recipe, where)
+
+
+def _check_pooling(recipe: AdapterRecipe, where: str) -> None:
+    if recipe.pooling != "mean":
+        return
+    for name, value in (("sparse_weight", 0.0), ("num_query_masks", 1), ("num_passage_masks", 1)):
+        if getattr(recipe, name) != value:
+            raise ValueError(
+                f"{where}: pooling: mean has one vector a text and no sparse side; set {name} to {value:g}, "
+                f"got {getattr(recipe, name):g}"
+            )

@@ -1,0 +1,162 @@
+"""From training items to the tensors of one micro-batch."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .adapter_recipe import AdapterRecipe
+from .mean_pooling import bare_sequences
+from .pair_files import PairFiles, TrainingItem, hash64
+
+CACHED_TEXTS = 200_000  # about 1.5 KB each
+Prepared = tuple["array[int]", "array[int]", bool]  # sequence, content word ids, whether the text was cut
+
+
+class SampledItems(torch.utils.data.Dataset[dict[str, Any]]):
+    """Training items as an epoch sees them: one positive and some hard negatives, drawn by (seed, epoch, item).
+
+    Args:
+        files: the data.
+        hard_negatives: how many to draw; an item with fewer gives all it has.
+        seed: fixes the draws.
+    """
+
+    def __init__(self, files: PairFiles, hard_negatives: int, seed: int) -> None:
+        self.files, self.hard_negatives, self.seed = files, hard_negatives, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Draws item (epoch, number)."""
+        epoch, number = key
+        item = self.files[number]
+        rng = random.Random(f"{self.seed}-{epoch}-{number}")
+        positive = rng.choice(item.positives)
+        negatives = rng.sample(item.negatives, min(self.hard_negatives, len(item.negatives)))
+        return {"item": item, "positive": positive, "negatives": negatives}
+
+
+class PreparedTexts:
+    """Sequences and content words of texts as the model's inference has them, remembered.
+
+    Args:
+        model: a DiffRetriever; its `texts` attribute has the rules.
+        pooling: "masks" for prompts, "mean" for bare texts.
+    """
+
+    def __init__(self, model: Any, pooling: str) -> None:
+        self.model, self.pooling = model, pooling
+        self._kept: dict[tuple[bool, str], Prepared] = {}
+
+    def __call__(self, texts: Sequence[str], is_query: bool) -> list[Prepared]:
+        """Returns (sequence, content word ids, whether the text was cut) of each text."""
+        missing = [text for text in dict.fromkeys(texts) if (is_query, text) not in self._kept]
+        if missing:
+            if len(self._kept) + len(missing) > CACHED_TEXTS:
+                self._kept.clear()
+                missing = list(dict.fromkeys(texts))
+            for text, made in zip(missing, self._prepare(missing, is_query), strict=True):
+                self._kept[is_query, text] = made
+        return [self._kept[is_query, text] for text in texts]
+
+    def _prepare(self, texts: list[str], is_query: bool) -> list[Prepared]:
+        rules = self.model.texts
+        ids, mask = self.model.tokenize(texts, is_query)
+        _, text_ids = rules.locate(ids, mask, is_query)
+        kept = [rules.text_of(row) for row in text_ids]
+        cut = [len(short) < len(text.rstrip()) and self._full(row, is_query)
+               for short, text, row in zip(kept, texts, text_ids, strict=True)]  # fmt: skip
+        words: list[list[int]]
+        if self.pooling == "mean":
+            sequences, words = bare_sequences(self.model, texts, is_query), [[]] * len(texts)
+        else:
+            sequences, words = rules.tokenize(texts, is_query), self.model.content_token_ids(kept)
+        return [(array("i", row), array("i", own), was) for row, own, was in zip(sequences, words, cut, strict=True)]
+
+    def _full(self, row: Sequence[int], is_query: bool) -> bool:
+        return len(row) >= self.room(is_query)
+
+    def room(self, is_query: bool) -> int:
+        """How many tokens of text fit."""
+        layout = self.model.texts.layouts[is_query]
+        return int(self.model.config.max_length - len(layout.prefix) - len(layout.suffix))
+
+    def text_tokens(self, sequence: Sequence[int], is_query: bool) -> Sequence[int]:
+        """The part of a sequence that is text."""
+        if self.pooling == "mean":
+            return sequence[:-1]
+        layout = self.model.texts.layouts[is_query]
+        return sequence[len(layout.prefix) : len(sequence) - len(layout.closing)]
+
+
+class Collator:
+    """Makes one process's micro-batch: the queries, and the passages with the positives in front.
+
+    Args:
+        model: a DiffRetriever.
+        recipe: pooling and grad_cache_chunk.
+    """
+
+    def __init__(self, model: Any, recipe: AdapterRecipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.prepared = PreparedTexts(model, recipe.pooling)
+
+    def __call__(self, drawn: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Turns Q items into tensors.
+
+        Returns:
+            "query" and "passage": {"chunks": [{"ids", "mask": int64 [b, L], "positions": [b, K]}], "order": [N]};
+            "query_words" [Q, W] and "passage_words" [P, W'], padded with -1; "query_hashes" [Q], "positive_hashes"
+            [Q, N], "passage_hashes" [P, 2] (see `known_positives`); "tokens" and "cut", numbers for the log; "where",
+            the lines that the items are from.
+        """
+        items: list[TrainingItem] = [each["item"] for each in drawn]
+        queries = [item.query for item in items]
+        positives = [each["positive"] for each in drawn]
+        negatives = [text for each in drawn for text in each["negatives"]]
+        prepared = self.prepared(queries, True), self.prepared(positives + negatives, False)
+        batch: dict[str, Any] = {}
+        for name, is_query, rows in (("query", True, prepared[0]), ("passage", False, prepared[1])):
+            batch[name] = self.chunked([row[0] for row in rows], is_query)
+            batch[f"{name}_words"] = padded_ids([row[1] for row in rows])
+        query_hashes = [hash64(query) for query in queries]
+        owners = query_hashes + [-1] * len(negatives)
+        texts = [hash64(text) for text in positives + negatives]
+        batch["query_hashes"] = torch.tensor(query_hashes)
+        batch["positive_hashes"] = padded_ids([[hash64(text) for text in item.positives] for item in items])
+        batch["passage_hashes"] = torch.tensor([texts, owners]).T.contiguous()
+        batch["tokens"] = sum(len(row[0]) for side in prepared for row in side)
+        batch["cut"] = sum(row[2] for side in prepared for row in side)
+        batch["where"] = [item.where for item in items]
+        return batch
+
+    def chunked(self, sequences: Sequence[Sequence[int]], is_query: bool) -> dict[str, Any]:
+        """Cuts one side into chunks of similar length, each padded for itself."""
+        size = self.recipe.grad_cache_chunk or len(sequences)
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        chunks = [self._pad([sequences[row] for row in order[start : start + size]], is_query)
+                  for start in range(0, len(order), size)]  # fmt: skip
+        return {"chunks": chunks, "order": torch.tensor(order).argsort()}
+
+    def _pad(self, rows: Sequence[Sequence[int]], is_query: bool) -> dict[str, torch.Tensor]:
+        ids, mask = self.model.texts.pad(rows)
+        chunk = {"ids": ids, "mask": mask}
+        if self.recipe.pooling == "masks":
+            chunk["positions"], _ = self.model.texts.locate(ids, mask, is_query)
+        return chunk
+
+
+def padded_ids(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Lists of ids as one tensor, padded with -1: int64 [N, longest, at least 1].
+
+    >>> padded_ids([[3, 5], []]).tolist()
+    [[3, 5], [-1, -1]]
+    """
+    width = max(1, *map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows])

@@ -1,0 +1,141 @@
+"""`diffretriever select-budget`: which (K_q, K_p) ranks training queries best by the fused score (paper §4.4)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel
+
+from .evaluate import Benchmark, Vectors, ndcg_at_10, rankings
+from .pair_files import PairFiles
+
+BUDGETS = (1, 2, 4, 8, 16)
+
+
+def training_benchmark(files: PairFiles, queries: int, passages: int, seed: int) -> Benchmark:
+    """Makes a small retrieval task of training data.
+
+    Args:
+        files: training pairs.
+        queries: how many to draw.
+        passages: size of the collection: the drawn queries' positives and negatives, then other queries' positives.
+        seed: fixes the draws.
+
+    Returns:
+        Queries, passages (each text once) and judgements: a query's positives have grade 1.
+    """
+    order = list(range(len(files)))
+    random.Random(seed).shuffle(order)
+    drawn = [files[number] for number in order[:queries]]
+    texts = dict.fromkeys(text for item in drawn for text in item.positives)
+    for item in drawn:
+        texts |= dict.fromkeys(item.negatives)
+    for number in order[queries:]:
+        if len(texts) >= passages:
+            break
+        texts |= dict.fromkeys(files[number].positives)
+    names = {text: str(place) for place, text in enumerate(texts)}
+    qrels = {str(place): {names[text]: 1 for text in item.positives} for place, item in enumerate(drawn)}
+    return Benchmark(list(qrels), [item.query for item in drawn], list(names.values()), list(names), qrels)
+
+
+def encode_with(model: Any, texts: Sequence[str], is_query: bool, masks: int) -> Vectors:
+    """Encodes one side with K masks, under the prompt that belongs to K."""
+    setattr(model.config, "num_query_masks" if is_query else "num_passage_masks", masks)
+    out = model.encode_texts(texts, is_query)
+    return Vectors(out["repr_hidden"], out["sparse_indices"], out["sparse_values"])
+
+
+def sweep(
+    model: Any, benchmark: Benchmark, budgets: Sequence[int] = BUDGETS, weight: float = 0.5
+) -> list[dict[str, Any]]:
+    """Scores every pair of budgets; each side is encoded once for each K.
+
+    Args:
+        model: a zero-shot DiffRetriever; its prompts must follow its budgets.
+        benchmark: queries, passages, judgements.
+        budgets: values of K_q and of K_p.
+        weight: the dense share of the fused score.
+
+    Returns:
+        {"num_query_masks", "num_passage_masks", "dense", "sparse", "fused"} with nDCG@10, for each pair.
+    """
+    queries = {masks: encode_with(model, benchmark.queries, True, masks) for masks in budgets}
+    grid = []
+    for k_p in budgets:  # the passages of one K_p are held at a time
+        passages = encode_with(model, benchmark.passages, False, k_p)
+        for k_q in budgets:
+            scores = rankings(queries[k_q], passages, model.config.vocab_size, weight)
+            names = benchmark.query_ids, benchmark.passage_ids, benchmark.qrels
+            figures = {mode: ndcg_at_10(found, *names) for mode, found in scores.items()}
+            grid.append({"num_query_masks": k_q, "num_passage_masks": k_p, **figures})
+    return sorted(grid, key=lambda cell: (cell["num_query_masks"], cell["num_passage_masks"]))
+
+
+def choose(grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cell with the best fused score; of equal ones that with the fewest masks, passages' first, as they cost most.
+
+    >>> cells = [(4, 4, 0.7), (4, 1, 0.7), (1, 1, 0.6)]
+    >>> choose([dict(zip(("num_query_masks", "num_passage_masks", "fused"), cell)) for cell in cells])
+    {'num_query_masks': 4, 'num_passage_masks': 1, 'fused': 0.7}
+    """
+    return min(grid, key=lambda cell: (-cell["fused"], cell["num_passage_masks"], cell["num_query_masks"]))
+
+
+def table(grid: Sequence[dict[str, Any]], mode: str = "fused") -> str:
+    """The grid as text: a row for each K_q, a column for each K_p."""
+    columns = sorted({cell["num_passage_masks"] for cell in grid})
+    lines = [f"{mode:>8}" + "".join(f"  K_p={k_p:<3}" for k_p in columns)]
+    for k_q in sorted({cell["num_query_masks"] for cell in grid}):
+        row = {cell["num_passage_masks"]: cell[mode] for cell in grid if cell["num_query_masks"] == k_q}
+        lines.append(f"{f'K_q={k_q}':<8}" + "".join(f"  {row[k_p]:7.4f}" for k_p in columns))
+    return "\n".join(lines)
+
+
+def load_zero_shot(release: str) -> Any:
+    """Loads a release whose prompts follow its budgets.
+
+    Raises:
+        ValueError: its prompts are fixed, as those of trained releases are.
+    """
+    model: Any = AutoModel.from_pretrained(release, trust_remote_code=True)
+    if model.config.query_prompt is not None or model.config.passage_prompt is not None:
+        raise ValueError(
+            f"{release} has fixed prompts, so it was made for one budget; give a zero-shot release "
+            "(publish.py build without --adapter)"
+        )
+    return model
+
+
+def select_budget(
+    release: str,
+    pair_files: Sequence[Path],
+    queries: int,
+    passages: int,
+    seed: int,
+    budgets: Sequence[int] = BUDGETS,
+    scratch: Path | None = None,
+) -> dict[str, Any]:
+    """Sweeps a release over the budgets.
+
+    Args:
+        release: folder or Hub id of a zero-shot release.
+        pair_files: training pairs.
+        queries, passages, seed: as for `training_benchmark`.
+        budgets: values of K_q and of K_p.
+        scratch: folder for unpacked copies of compressed files.
+
+    Returns:
+        {"metric", "queries", "passages", "grid": [...], "choice": {...}}
+    """
+    files = PairFiles(pair_files, scratch)
+    if queries > len(files):
+        raise ValueError(f"--queries {queries} is more than the {len(files)} queries of {', '.join(files.names)}")
+    benchmark = training_benchmark(files, queries, passages, seed)
+    files.close()
+    grid = sweep(load_zero_shot(release), benchmark, budgets)
+    sizes = {"queries": len(benchmark.queries), "passages": len(benchmark.passages)}
+    return {"metric": "nDCG@10", **sizes, "grid": grid, "choice": choose(grid)}

@@ -1,0 +1,187 @@
+"""The fine-tuning objective (paper §3.4): InfoNCE over MaxSim, plus InfoNCE over sparse dot products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .adapter_recipe import AdapterRecipe
+from .candidates import gather_ids, gather_rows, known_positives
+from .lora import head_logits, lora_parameters
+from .losses import info_nce, maxsim
+from .mean_pooling import mean_states
+
+# Vocabulary entries [C] and mask states [B, K, H] -> logits [B, K, C].
+Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The states of one side's texts and what they may say.
+
+    Args:
+        states: [N, K, H], at the masks, not normalised.
+        words: int64 [N, W], ids of each text's content words, padded with -1.
+    """
+
+    states: torch.Tensor
+    words: torch.Tensor
+
+
+def dense_scores(query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+    """MaxSim of the L2-normalised states (paper Eq. 2), in float32: [Q, K_q, H] and [P, K_p, H] -> [Q, P]."""
+    return maxsim(F.normalize(query.float(), dim=-1), F.normalize(passage.float(), dim=-1))
+
+
+def word_columns(words: torch.Tensor) -> torch.Tensor:
+    """The vocabulary entries that occur in lists of ids padded with -1: int64 [C], sorted, never empty."""
+    columns = torch.unique(words[words >= 0])
+    return columns if len(columns) else columns.new_zeros(1)  # the head must take part in every backward pass
+
+
+def sparse_weights(side: Side, head: Head, columns: torch.Tensor) -> torch.Tensor:
+    """Sparse weights log(1 + relu(max over K)) of each text's content words (paper Eq. 3).
+
+    Args:
+        side: N texts.
+        head: gives logits.
+        columns: int64 [C], sorted; the entries that are asked for.
+
+    Returns:
+        float32 [N, C].
+    """
+    weights = torch.log1p(torch.relu(head(side.states, columns).float().amax(dim=1)))
+    places = torch.searchsorted(columns, side.words.clamp(min=0)).clamp(max=len(columns) - 1)  # [N, W]
+    known = (columns[places] == side.words).float()
+    return weights * torch.zeros_like(weights).scatter_reduce(1, places, known, "amax")
+
+
+def sparse_scores(query: Side, passage: Side, head: Head) -> torch.Tensor:
+    """Dot products of content-filtered sparse vectors [Q, P]; no other columns than the queries' can contribute."""
+    columns = word_columns(query.words)
+    return sparse_weights(query, head, columns) @ sparse_weights(passage, head, columns).T
+
+
+def contrastive_loss(
+    query: Side,
+    passage: Side,
+    targets: torch.Tensor,
+    excluded: torch.Tensor,
+    head: Head | None,
+    temperature: float,
+    sparse_weight: float,
+) -> dict[str, torch.Tensor]:
+    """InfoNCE over dense scores / temperature, plus sparse_weight times InfoNCE over sparse scores (paper Eq. 5).
+
+    Args:
+        query: Q texts; passage: P texts, the positives and negatives of every query.
+        targets: int64 [Q], each query's positive among the passages.
+        excluded: bool [Q, P], candidates that are left out.
+        head: gives logits; None leaves the sparse side out.
+        temperature: of the dense scores; the sparse ones have none.
+        sparse_weight: of the sparse loss.
+
+    Returns:
+        "loss" with gradient; "dense", "sparse" and "right" (share of queries whose positive scores best) without.
+    """
+    scores = dense_scores(query.states, passage.states).masked_fill(excluded, -torch.inf)
+    loss = dense = info_nce(scores, targets, temperature)
+    sparse = dense.new_zeros(())
+    if head is not None:
+        found = sparse_scores(query, passage, head).masked_fill(excluded, -torch.inf)
+        sparse = info_nce(found, targets)
+        loss = dense + sparse_weight * sparse
+    right = (scores.argmax(dim=1) == targets).float().mean()
+    return {"loss": loss, "dense": dense.detach(), "sparse": sparse.detach(), "right": right.detach()}
+
+
+class ContrastiveModel(nn.Module):
+    """A release with LoRA matrices that turns a batch of texts into the loss.
+
+    Its state is the adapter alone: the frozen backbone is neither saved nor sent around.
+
+    Args:
+        retriever: a DiffRetriever after `add_lora`.
+        recipe: pooling, temperature, weights, grad_cache_chunk.
+    """
+
+    def __init__(self, retriever: Any, recipe: AdapterRecipe) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.recipe = recipe
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Computes the loss of one process's queries among all processes' passages.
+
+        Args:
+            batch: from `batches.Collator`.
+
+        Returns:
+            As `contrastive_loss`.
+        """
+        query = Side(self.encode(batch["query"], True), batch["query_words"])
+        own = self.encode(batch["passage"], False)
+        states, start = gather_rows(own)
+        passage = Side(states, gather_ids(batch["passage_words"]))
+        hashes, _ = gather_rows(batch["passage_hashes"])
+        targets = torch.arange(len(query.states), device=states.device) + start
+        excluded = known_positives(batch["query_hashes"], batch["positive_hashes"], hashes, targets)
+        head = None if self.recipe.pooling == "mean" else self.head
+        kind = states.device.type
+        with torch.autocast(kind, enabled=False):  # a score of bfloat16 precision over 0.01 would be noise
+            return contrastive_loss(
+                query, passage, targets, excluded, head, self.recipe.temperature, self.recipe.sparse_weight
+            )
+
+    def head(self, states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Logits of some vocabulary entries, float32 [B, K, C]."""
+        head = self.retriever.lm_head
+        weight = head.get_base_layer().weight if hasattr(head, "get_base_layer") else head.weight
+        return head_logits(head, states.to(weight.dtype), columns)
+
+    def encode(self, side: dict[str, Any], is_query: bool) -> torch.Tensor:
+        """States of one side's texts, a chunk at a time: [N, K, H], in the order before the chunks were cut.
+
+        With `grad_cache_chunk`, a chunk's activations are dropped after its forward pass and computed again, with
+        the same dropout, when its gradient is known (GradCache, arXiv:2101.06983): a large batch then costs the
+        memory of one chunk. The gradient is that of the whole batch.
+        """
+        found = []
+        for chunk in side["chunks"]:
+            if self.recipe.grad_cache_chunk and torch.is_grad_enabled():
+                found.append(checkpoint(self._states, chunk, is_query, use_reentrant=False))
+            else:
+                found.append(self._states(chunk, is_query))
+        return torch.cat(found)[side["order"]]
+
+    def _states(self, chunk: dict[str, torch.Tensor], is_query: bool) -> torch.Tensor:
+        if self.recipe.pooling == "mean":
+            return mean_states(self.retriever, chunk["ids"], chunk["mask"])
+        hidden: torch.Tensor = self.retriever(
+            chunk["ids"], chunk["mask"], is_query=is_query, mask_positions=chunk["positions"]
+        ).mask_hidden
+        return hidden
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The LoRA matrices only."""
+        kept = super().state_dict(*args, **kwargs)
+        for name in [name for name in kept if ".lora_" not in name]:
+            del kept[name]
+        return kept
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Takes what `state_dict` returned.
+
+        Raises:
+            ValueError: other keys than this adapter's.
+        """
+        wrong = sorted(lora_parameters(self).keys() ^ state_dict.keys())
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not in both the checkpoint and this run's adapter")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

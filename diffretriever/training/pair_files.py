@@ -1,0 +1,224 @@
+"""Training data on disk: JSONL pairs and Tevatron's MS MARCO layout, read a line at a time by offset."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import shutil
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TrainingItem:
+    """One query with the passages that answer it and passages known not to."""
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    identity: str | None = None
+    where: str = ""  # "file, line n"
+    dropped: int = 0  # negatives left out: equal to a positive, or given twice
+
+
+@dataclass
+class DataReport:
+    """What the scan of the data found."""
+
+    items: int = 0
+    dropped_negatives: int = 0
+    without_negatives: int = 0
+    most_negatives: int = 0
+    counts: list[int] = field(default_factory=list)  # items of each file
+    fingerprints: dict[str, str] = field(default_factory=dict)  # file name: sha256 of its (uncompressed) bytes
+    fewest_negatives: int = -1
+
+
+def read_item(line: bytes, where: str) -> TrainingItem:
+    """Reads one line of either layout.
+
+    Args:
+        line: UTF-8 JSON: {"query", "positive" or "positives", "negatives"}, or Tevatron's {"query_id", "query",
+            "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}.
+        where: names file and line in errors.
+
+    Raises:
+        ValueError: malformed, or a query or positive missing or empty.
+    """
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    query = record.get("query")
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"{where}: 'query' must be a text that is not empty")
+    if "positive_passages" in record:
+        names = ("positive_passages", "negative_passages")
+        positives, negatives = (_passages(record.get(name), where, name) for name in names)
+    else:
+        given = record["positives"] if "positives" in record else record.get("positive")
+        names = ("positives" if "positives" in record else "positive", "negatives")
+        positives, negatives = _texts(given, where, names[0]), _texts(record.get("negatives"), where, "negatives")
+    if not positives:
+        raise ValueError(f"{where}: '{names[0]}' is missing or empty; every query needs a passage that answers it")
+    kept = tuple(dict.fromkeys(text for text in negatives if text not in positives))
+    identity = record.get("query_id", record.get("_id"))
+    identity = None if identity is None else str(identity)
+    return TrainingItem(query, tuple(dict.fromkeys(positives)), kept, identity, where, len(negatives) - len(kept))
+
+
+def _texts(value: Any, where: str, name: str) -> list[str]:
+    """One text or a list of texts; blank ones refused."""
+    values = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(values, list):
+        raise ValueError(f"{where}: '{name}' must be a text or a list of texts, got {type(value).__name__}")
+    for text in values:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: '{name}' holds something that is not a text, or an empty one")
+    return values
+
+
+def _passages(value: Any, where: str, name: str) -> list[str]:
+    """Tevatron's list of {"docid", "title", "text"}: title and text, joined by a space."""
+    values = [] if value is None else value
+    if not isinstance(values, list):
+        raise ValueError(f"{where}: '{name}' must be a list of {{docid, title, text}}, got {type(value).__name__}")
+    found = []
+    for passage in values:
+        if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
+            raise ValueError(f"{where}: '{name}' holds an entry without a 'text'")
+        found.append(f"{passage.get('title') or ''} {passage['text']}".strip())
+    return _texts(found, where, name)
+
+
+class PairFiles:
+    """Training items by number, read from disk when asked for; memory holds 24 bytes an item.
+
+    Args:
+        paths: JSONL files; .gz and .xz are unpacked into `scratch` first.
+        scratch: folder for unpacked copies.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+        ValueError: a malformed line, an id given twice in one file, or no items at all; names file and line.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], scratch: Path | None = None) -> None:
+        self.names = [str(path) for path in paths]
+        self.paths = [_plain_file(Path(path), number, scratch) for number, path in enumerate(paths)]
+        self.report = DataReport()
+        self._offsets, self._lines, self.lengths = array("q"), array("q"), array("q")
+        for number in range(len(self.paths)):
+            self._scan(number)
+        if not self.report.items:
+            raise ValueError(f"{', '.join(self.names)}: no training pairs in it")
+        self._starts = np.cumsum([0, *self.report.counts])
+        self._handles: dict[tuple[int, int], int] = {}  # (process, file): descriptor; workers open their own
+
+    def _scan(self, number: int) -> None:
+        """Checks every line of one file and notes where it starts."""
+        digest, offset, report = hashlib.sha256(), 0, self.report
+        identities, before = array("q"), len(self._offsets)
+        with self.paths[number].open("rb") as lines:
+            for line_number, line in enumerate(lines, start=1):
+                digest.update(line)
+                if line.strip():
+                    item = read_item(line, f"{self.names[number]}, line {line_number}")
+                    self._offsets.append(offset)
+                    self._lines.append(line_number)
+                    self.lengths.append(len(item.positives[0]))
+                    identities.append(hash64(item.identity) if item.identity is not None else -line_number)
+                    self._count(item)
+                offset += len(line)
+        report.counts.append(len(self._offsets) - before)
+        report.fingerprints[self.names[number]] = digest.hexdigest()
+        self._refuse_repeated(number, before, np.asarray(identities))
+
+    def _count(self, item: TrainingItem) -> None:
+        report, count = self.report, len(item.negatives)
+        report.items += 1
+        report.dropped_negatives += item.dropped
+        report.without_negatives += not count
+        report.most_negatives = max(report.most_negatives, count)
+        report.fewest_negatives = count if report.items == 1 else min(report.fewest_negatives, count)
+
+    def _refuse_repeated(self, number: int, start: int, identities: np.ndarray) -> None:
+        order = np.argsort(identities, kind="stable")
+        same = np.flatnonzero(identities[order][1:] == identities[order][:-1])
+        if len(same):
+            first, second = (self._lines[start + int(order[place])] for place in (same[0], same[0] + 1))
+            raise ValueError(
+                f"{self.names[number]}, line {second}: its id is also that of line {first}; give each query one line, "
+                "with all its positives"
+            )
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, number: int) -> TrainingItem:
+        """Reads item `number`, from 0."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"item {number} of {len(self)}")
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        last = number + 1 == self._starts[file + 1]
+        end = os.path.getsize(self.paths[file]) if last else self._offsets[number + 1]
+        line = os.pread(self._descriptor(file), end - self._offsets[number], self._offsets[number])
+        return read_item(line.split(b"\n", 1)[0], f"{self.names[file]}, line {self._lines[number]}")
+
+    def __iter__(self) -> Iterator[TrainingItem]:
+        return (self[number] for number in range(len(self)))
+
+    def _descriptor(self, file: int) -> int:
+        key = os.getpid(), file
+        if key not in self._handles:
+            self._handles[key] = os.open(self.paths[file], os.O_RDONLY)
+        return self._handles[key]
+
+    def close(self) -> None:
+        """Closes the files."""
+        for (process, _), descriptor in self._handles.items():
+            if process == os.getpid():
+                os.close(descriptor)
+        self._handles.clear()
+
+
+def hash64(text: str) -> int:
+    """A 63-bit hash of a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+
+
+def _plain_file(path: Path, number: int, scratch: Path | None) -> Path:
+    """The file itself, or an unpacked copy of a compressed one: lines of a packed file cannot be read by offset."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file; give the path of a JSONL file (.jsonl, .gz or .xz)")
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    if path.suffix not in openers:
+        return path
+    if scratch is None:
+        raise ValueError(f"{path}: unpack it first; lines of a compressed file cannot be read by offset")
+    scratch.mkdir(parents=True, exist_ok=True)
+    stamp = path.stat()
+    copy = scratch / f"data-{number}-{stamp.st_size}-{stamp.st_mtime_ns}.jsonl"
+    if not copy.is_file():
+        partial = copy.with_suffix(f".partial-{os.getpid()}")
+        with ExitStack() as stack:
+            try:
+                packed: BinaryIO = stack.enter_context(openers[path.suffix](path, "rb"))
+                shutil.copyfileobj(packed, stack.enter_context(partial.open("wb")))
+            except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+                raise ValueError(f"{path}: cannot be unpacked: {error}") from error
+        os.replace(partial, copy)
+    return copy

@@ -1,0 +1,246 @@
+"""`diffretriever train`: from a recipe, a zero-shot release and text pairs to an adapter (paper §3.4, App. B.1)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
+
+from .adapter_output import WEIGHTS_FILE, save_adapter, save_tokenizer_files, write_json
+from .adapter_recipe import AdapterRecipe
+from .batches import PreparedTexts, SampledItems
+from .candidates import world
+from .checkpoints import checkpoints, remove_partial, step_of
+from .dev_evaluation import DevEvaluation
+from .lora import add_lora, load_lora
+from .objective import ContrastiveModel
+from .pair_files import PairFiles
+from .run_record import RUN_FILE, check_resumable, run_record
+from .trainer import RetrievalTrainer, StopOnSignal, training_arguments
+
+SAMPLED = 500  # items whose texts are measured before training
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal after saving a checkpoint.
+
+    Args:
+        signal: its number.
+        step: optimiser steps done.
+    """
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal} after step {step}; the same command goes on from there")
+        self.signal = signal
+
+
+def train_adapter(
+    recipe: AdapterRecipe,
+    release: str,
+    pair_files: Sequence[str | Path],
+    out: Path,
+    dev: Path | None = None,
+    base: str | None = None,
+) -> Path:
+    """Trains one adapter; called again after an interruption, it goes on from its last checkpoint.
+
+    Run by several processes at once (`accelerate launch`), it spreads each batch over them.
+
+    Args:
+        recipe: from `read_adapter_recipe`.
+        release: folder or Hub id of a zero-shot release (`publish.py build` without an adapter).
+        pair_files: JSONL of pairs, or Tevatron's layout.
+        out: the adapter's folder; working files go to <out>/state.
+        dev: BEIR-style folder whose dev split is evaluated along the way.
+        base: the backbone's name for adapter_config.json (default: the release's).
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: wrong input, before the model is loaded where that can be known.
+        FloatingPointError: the loss is not finite; the last checkpoint stays.
+        Interrupted: SIGTERM or SIGINT.
+        OSError: a checkpoint could not be saved; the previous one stays.
+    """
+    state = out / "state"
+    files = PairFiles(pair_files, state)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_data(recipe, files, processes)
+    name = base or base_name(release)
+    record = run_record(recipe, files, release, name, processes)
+    if is_main():
+        check_resumable(state, record)
+        remove_partial(state)
+    arguments = training_arguments(recipe, len(files), state, processes)
+    retriever = load_retriever(recipe, release)
+    say(describe(files, recipe), *measure_texts(files, PreparedTexts(retriever, recipe.pooling), recipe))
+    model = prepare_model(retriever, recipe)
+    trainer = RetrievalTrainer(model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, name)
+    if dev is not None:
+        trainer.add_callback(DevEvaluation(trainer, dev, recipe))
+    run(trainer, state)
+    if is_main():
+        retriever.config.max_length = recipe.max_length
+        save_adapter(retriever, recipe, out, name)
+        save_tokenizer_files(retriever.tokenizer, out)
+        write_json(out / RUN_FILE, record)
+        say(f"saved the adapter in {out}")
+    files.close()
+    return out
+
+
+def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
+    """Compares recipe, data and environment.
+
+    Raises:
+        ValueError: too few items, a batch that does not divide, several GPUs for one process, or negatives that no
+            item has.
+        ImportError: a package that the recipe needs is not installed.
+    """
+    recipe.steps_per_epoch(len(files))
+    recipe.process_batch_size(processes)
+    for package in ("peft", *([] if recipe.report_to == "none" else [recipe.report_to])):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"this recipe needs the package {package}: pip install {package}")
+    if processes == 1 and torch.cuda.device_count() > 1:  # transformers would split each batch, and its negatives
+        raise ValueError(
+            f"{torch.cuda.device_count()} GPUs, but one process: start with `accelerate launch -m diffretriever train "
+            "...`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if recipe.hard_negatives and not files.report.most_negatives:
+        raise ValueError(
+            f"{', '.join(files.names)}: no query has negatives, but the recipe asks for hard_negatives = "
+            f"{recipe.hard_negatives}. Mine some with `diffretriever mine-negatives`, or set hard_negatives=0"
+        )
+
+
+def base_name(release: str) -> str:
+    """The backbone that a zero-shot release names.
+
+    Raises:
+        ValueError: the release has an adapter already.
+    """
+    config: Any = AutoConfig.from_pretrained(release, trust_remote_code=True)
+    if config.adapter_name_or_path is not None or config.base_model_name_or_path is None:
+        raise ValueError(
+            f"{release} holds an adapter already; training starts from a zero-shot release, as "
+            "`publish.py build --base BACKBONE --out DIR` makes one"
+        )
+    name = str(config.base_model_name_or_path)
+    return Path(name).name if name.startswith((".", "/")) else name
+
+
+def load_retriever(recipe: AdapterRecipe, release: str) -> Any:
+    """Loads a release with the recipe's budgets, as any user does."""
+    model: Any = AutoModel.from_pretrained(
+        release,
+        trust_remote_code=True,
+        dtype=getattr(torch, recipe.backbone_dtype),
+        max_length=recipe.text_length(),
+        num_query_masks=recipe.num_query_masks,
+        num_passage_masks=recipe.num_passage_masks,
+    )
+    return model
+
+
+def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:
+    """Freezes the release and adds LoRA, to LLaDA's head, too, as the released adapters have it."""
+    torch.manual_seed(recipe.seed)
+    head = retriever.config.backbone_type == "llada" and recipe.pooling == "masks"
+    add_lora(retriever, recipe.rank, recipe.alpha, recipe.dropout, head)
+    if recipe.gradient_checkpointing:
+        checkpoint_layers(retriever)
+    return ContrastiveModel(retriever, recipe)
+
+
+def checkpoint_layers(retriever: Any) -> None:
+    """Turns on transformers' gradient checkpointing, which has another name in 5.x."""
+    newer = getattr(retriever, "activation_checkpointing_enable", None)
+    (newer or retriever.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def run(trainer: RetrievalTrainer, state: Path) -> None:
+    """Trains from the last checkpoint, if there is one, to the end.
+
+    Raises:
+        Interrupted: by SIGTERM or SIGINT.
+    """
+    kept = checkpoints(state)
+    last = kept[-1] if kept else None
+    if last is not None and step_of(last) >= trainer.args.max_steps:
+        retriever: Any = trainer.accelerator.unwrap_model(trainer.model).retriever
+        file = str(last / WEIGHTS_FILE)
+        load_lora(retriever, load_file(file), retriever.config.backbone_type, file)
+        say(f"all {trainer.args.max_steps} steps were done before")
+        return
+    if last is not None:
+        say(f"going on from {last}")
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if stop.received and trainer.state.global_step < trainer.args.max_steps:
+        raise Interrupted(stop.received, trainer.state.global_step)
+
+
+def describe(files: PairFiles, recipe: AdapterRecipe) -> str:
+    """One line on data and steps."""
+    report, steps = files.report, recipe.total_steps(len(files))
+    fewer = ""
+    if recipe.hard_negatives and report.fewest_negatives < recipe.hard_negatives:
+        fewer = f"; some have fewer than {recipe.hard_negatives} negatives ({report.without_negatives} have none)"
+    return (
+        f"{len(files)} queries, {steps} steps of {recipe.global_batch_size}; {report.dropped_negatives} negatives "
+        f"dropped (equal to a positive, or given twice){fewer}"
+    )
+
+
+def measure_texts(files: PairFiles, prepared: PreparedTexts, recipe: AdapterRecipe) -> list[str]:
+    """Measures an even sample of the texts.
+
+    Args:
+        files: the data.
+        prepared: tokenises.
+        recipe: mask budgets.
+
+    Returns:
+        A line for each side: how many are cut.
+
+    Raises:
+        ValueError: K masks for texts that have fewer tokens than K, all of them.
+    """
+    numbers = range(0, len(files), max(1, len(files) // SAMPLED))
+    sampled = [files[number] for number in numbers]
+    lines = []
+    sides = (("query", True, [item.query for item in sampled]), ("passage", False, [i.positives[0] for i in sampled]))
+    for side, is_query, texts in sides:
+        rows, room = prepared(texts, is_query), prepared.room(is_query)
+        longest = max(len(prepared.text_tokens(row[0], is_query)) for row in rows)
+        masks = recipe.num_query_masks if is_query else recipe.num_passage_masks
+        plural = "queries" if is_query else "passages"
+        if masks > max(longest, 1):
+            raise ValueError(
+                f"num_{side}_masks is {masks}, but the longest of {len(texts)} sampled {plural} has {longest} tokens: "
+                f"more masks than tokens have nothing to say. Set num_{side}_masks to {longest} or less"
+            )
+        cut = sum(row[2] for row in rows)
+        lines.append(f"{cut} of {len(texts)} sampled {plural} are longer than {room} tokens and are cut")
+    return lines
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return int(os.environ.get("RANK", "0")) == 0 and world()[0] == 0
+
+
+def say(*lines: str) -> None:
+    """Prints lines, once for all processes."""
+    if is_main():
+        print(*lines, sep="\n", flush=True)

@@ -1,0 +1,103 @@
+"""GradCache: the same gradient, dropout included, at the memory of one chunk."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_data import batch_of, contrastive_model, gradients, made_up_pairs, small_recipe
+
+from diffretriever.training.objective import ContrastiveModel
+from diffretriever.training.train import checkpoint_layers
+
+
+@pytest.fixture(scope="module", params=["tiny-llada", "tiny-dream"])
+def release(request: pytest.FixtureRequest, build_release: Callable[..., Path]) -> Path:
+    return build_release(request.param)
+
+
+def gradient_of(model: ContrastiveModel, batch: dict[str, Any], chunk: int) -> dict[str, torch.Tensor]:
+    model.recipe.grad_cache_chunk = chunk
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(11)
+    model(batch)["loss"].backward()
+    return gradients(model)
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], share: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=share * scale, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+def test_gradients_equal_the_plain_ones(release: Path, tmp_path: Path, chunk: int) -> None:
+    model = contrastive_model(release, small_recipe(num_query_masks=2, num_passage_masks=3, dropout=0.0))
+    records = made_up_pairs(4, negatives=2)
+    plain = gradient_of(model, batch_of(model, records, tmp_path / "p.jsonl"), 0)
+    model.recipe.grad_cache_chunk = chunk
+    cached = gradient_of(model, batch_of(model, records, tmp_path / "q.jsonl"), chunk)
+    assert_equal(cached, plain, 2e-4)
+
+
+def test_dropout_is_the_same_in_both_forward_passes(release: Path, tmp_path: Path) -> None:
+    model = contrastive_model(release, small_recipe(dropout=0.3, grad_cache_chunk=3))
+    batch = batch_of(model, made_up_pairs(4, negatives=2), tmp_path / "p.jsonl")  # chunks of three, with or without
+    plain = gradient_of(model, batch, 0)
+    assert_equal(gradient_of(model, batch, 3), plain, 2e-5)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(12)
+    model(batch)["loss"].backward()
+    other = gradients(model)
+    name = next(iter(other))
+    assert not torch.allclose(other[name], plain[name])  # other dropout, another gradient
+
+
+def test_gradient_checkpointing_inside_gives_the_same(release: Path, tmp_path: Path) -> None:
+    model = contrastive_model(release, small_recipe(dropout=0.0, grad_cache_chunk=3))
+    batch = batch_of(model, made_up_pairs(4, negatives=2), tmp_path / "p.jsonl")
+    plain = gradient_of(model, batch, 0)
+    checkpoint_layers(model.retriever)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    for chunk in (0, 3):
+        assert_equal(gradient_of(model, batch, chunk), plain, 2e-4)
+
+
+def test_gradient_checkpointing_inside_keeps_the_dropout(release: Path, tmp_path: Path) -> None:
+    model = contrastive_model(release, small_recipe(dropout=0.3, grad_cache_chunk=3))
+    batch = batch_of(model, made_up_pairs(4, negatives=2), tmp_path / "p.jsonl")
+    checkpoint_layers(model.retriever)
+    assert_equal(gradient_of(model, batch, 3), gradient_of(model, batch, 0), 2e-5)
+
+
+def test_memory_is_that_of_one_chunk(build_release: Callable[..., Path], tmp_path: Path) -> None:
+    """Counts the MLP activations of all layers and chunks that are alive at once."""
+    model = contrastive_model(build_release("tiny-llada"), small_recipe(grad_cache_chunk=2, dropout=0.0))
+    batch = batch_of(model, made_up_pairs(8, negatives=2), tmp_path / "p.jsonl")
+    chunks = len(batch["passage"]["chunks"]) + len(batch["query"]["chunks"])
+    layers = len(model.retriever.backbone.layers)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal most
+        alive.append(weakref.ref(output))
+        most = max(most, sum(reference() is not None for reference in alive))
+
+    for layer in model.retriever.backbone.layers:
+        layer.mlp.act_fn.register_forward_hook(note)
+    counts = {}
+    for chunk in (0, 2):
+        alive.clear()
+        most = 0
+        gradient_of(model, batch, chunk)
+        counts[chunk] = most
+    assert chunks == 16
+    assert counts[0] == chunks * layers
+    assert counts[2] <= 2 * layers

@@ -1,0 +1,197 @@
+"""Runs that are stopped, killed, out of disk or out of numbers, and what is left of them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import arguments, assert_same_weights, fork_train, wait, wait_for, write_pairs, write_recipe
+
+from diffretriever.cli import main
+from diffretriever.training import checkpoints, trainer
+from diffretriever.training.adapter_output import save_adapter
+
+# Six steps an epoch, so that the run crosses one; dropout, negatives and two micro-batches a step are all drawn.
+SETTINGS: dict[str, Any] = {
+    "max_steps": 8, "save_steps": 3, "hard_negatives": 1, "dropout": 0.2, "accumulation_steps": 2, "warmup": 0.25,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(build_release: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = write_recipe(folder / "recipe.yaml", **SETTINGS)
+    made = {"recipe": recipe, "release": build_release("tiny-llada"), "pairs": write_pairs(folder / "pairs.jsonl")}
+    assert main(arguments(**made, out=folder / "out")) == 0
+    return made | {"out": folder / "out"}
+
+
+def command(whole: dict[str, Path], out: Path) -> list[str]:
+    return arguments(whole["recipe"], whole["release"], whole["pairs"], out)
+
+
+def resume(whole: dict[str, Path], out: Path) -> None:
+    """Goes on to the end, and compares with the uninterrupted run bit for bit."""
+    assert main(command(whole, out)) == 0
+    assert_same_weights(out, whole["out"])
+    assert [path.name for path in checkpoints.checkpoints(out / "state")] == ["checkpoint-6", "checkpoint-8"]
+    assert not (out / "state" / checkpoints.PARTIAL).exists() or not list(
+        (out / "state" / checkpoints.PARTIAL).iterdir()
+    )
+
+
+def test_a_run_repeats_itself(whole: dict[str, Path], tmp_path: Path) -> None:
+    assert main(command(whole, tmp_path / "again")) == 0
+    assert_same_weights(tmp_path / "again", whole["out"])
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_stops(whole: dict[str, Path], tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def slow() -> None:
+        original = trainer.RetrievalTrainer.training_step
+
+        def step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            (tmp_path / f"step-{self.state.global_step}").touch()
+            return original(self, *args, **kwargs)
+
+        trainer.RetrievalTrainer.training_step = step  # type: ignore[method-assign]
+
+    child = fork_train(command(whole, out), log, slow)
+    wait_for(tmp_path / "step-4")
+    os.kill(child, signal.SIGTERM)
+    assert wait(child) == 128 + signal.SIGTERM
+    step = checkpoints.step_of(checkpoints.checkpoints(out / "state")[-1])
+    assert 5 <= step < 8
+    assert f"stopped by signal 15 after step {step}; the same command goes on from there" in log.read_text()
+    assert not (out / "adapter_model.safetensors").exists()
+    resume(whole, out)
+
+
+def test_a_second_sigterm_does_not_kill() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop = trainer.StopOnSignal()
+    with stop.listening():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def die_at(target: Any, name: str, call: int) -> Callable[[], None]:
+    """Arranges that the process is killed at the n-th call of a function."""
+
+    def prepare() -> None:
+        original, calls = getattr(target, name), 0
+
+        def deadly(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(target, name, deadly)
+
+    return prepare
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accident", "left"),
+    [
+        (die_at(trainer.RetrievalTrainer, "compute_loss", 2), None),
+        (die_at(trainer.RetrievalTrainer, "compute_loss", 10), 3),
+        (die_at(trainer, "save_adapter", 2), 3),
+        (die_at(torch, "save", 4), 3),  # optimiser, schedule and random numbers of step 3 come first
+        (die_at(trainer, "publish_checkpoint", 2), 3),
+        (die_at(checkpoints.os, "replace", 13), 6),
+    ],
+    ids=["first step", "fifth step", "saving the adapter", "saving the optimiser", "a whole checkpoint", "later"],
+)
+def test_sigkill_leaves_whole_checkpoints(
+    whole: dict[str, Path], tmp_path: Path, accident: Callable[[], None], left: int | None
+) -> None:
+    out = tmp_path / "out"
+    assert wait(fork_train(command(whole, out), tmp_path / "log", accident)) == -signal.SIGKILL
+    kept = checkpoints.checkpoints(out / "state")
+    assert (checkpoints.step_of(kept[-1]) if kept else None) == left
+    resume(whole, out)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(whole: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for call in (9, 4, 5):
+        accident = die_at(trainer.RetrievalTrainer, "compute_loss", call)
+        assert wait(fork_train(command(whole, out), tmp_path / "log", accident)) == -signal.SIGKILL
+    resume(whole, out)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_previous_checkpoint(whole: dict[str, Path], tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def fill() -> None:
+        original = trainer.RetrievalTrainer.log
+
+        def limit(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self.state.global_step == 5:  # no file may grow beyond 5000 bytes from here on
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+        trainer.RetrievalTrainer.log = limit  # type: ignore[method-assign]
+
+    assert wait(fork_train(command(whole, out), log, fill)) == 1
+    said = log.read_text()
+    assert "the checkpoint could not be saved (" in said
+    assert f"the previous one, {out / 'state' / 'checkpoint-3'}, is whole" in said
+    assert [path.name for path in checkpoints.checkpoints(out / "state")] == ["checkpoint-3"]
+    resume(whole, out)
+
+
+def test_a_loss_that_is_not_a_number_stops(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = ["--set", "learning_rate=1e30", "--set", "save_steps=1", "--set", "warmup=0"]
+    assert main([*command(whole, out), *more]) == 2
+    said = capsys.readouterr().err
+    assert "the loss is nan at step 2, on the batch of " in said
+    assert f"{whole['pairs']}, line " in said
+    assert f"the last good checkpoint is {out / 'state' / 'checkpoint-1'}" in said
+    assert [path.name for path in checkpoints.checkpoints(out / "state")] == ["checkpoint-1"]
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+def test_weights_that_are_not_numbers_are_not_saved(whole: dict[str, Path], tmp_path: Path) -> None:
+    from training_data import contrastive_model, small_recipe
+
+    model = contrastive_model(whole["release"], small_recipe())
+    save_adapter(model.retriever, small_recipe(), tmp_path, "base")
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"1 adapter weights hold NaN or infinite values, base_model.model"):
+        save_adapter(model.retriever, small_recipe(), tmp_path, "base")
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_another_recipe_or_other_data_is_no_resumption(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(whole, whole["out"]), "--set", "temperature=0.5"]) == 2
+    assert (
+        "this run was started with temperature = 0.05, now it is 0.5. Choose another --out" in capsys.readouterr().err
+    )
+    other = write_pairs(tmp_path / "pairs.jsonl", count=25)
+    assert main(arguments(whole["recipe"], whole["release"], other, whole["out"])) == 2
+    assert "this run was started with other data" in capsys.readouterr().err
+    assert main([*command(whole, whole["out"]), "--set", "log_steps=3"]) == 0  # all steps were done before

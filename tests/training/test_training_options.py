@@ -1,0 +1,163 @@
+"""Options that save memory or time must not change what is learned; runs over two processes, and their reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_data import contrastive_model, small_recipe
+from training_runs import arguments, assert_same_weights, wait_for, weights, write_pairs, write_recipe
+
+from diffretriever.cli import main
+from diffretriever.training.checkpoints import checkpoints, step_of
+
+ROOT = Path(__file__).parents[2]
+SETTINGS: dict[str, Any] = {"max_steps": 3, "hard_negatives": 2, "dropout": 0.0, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module", params=["tiny-llada", "tiny-dream"])
+def plain(
+    request: pytest.FixtureRequest, build_release: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A run without any option."""
+    folder = tmp_path_factory.mktemp("plain")
+    recipe, pairs = write_recipe(folder / "recipe.yaml", **SETTINGS), write_pairs(folder / "pairs.jsonl")
+    made = {"recipe": recipe, "release": build_release(request.param), "pairs": pairs}
+    assert main(arguments(**made, out=folder / "out")) == 0
+    return made | {"out": folder / "out"}
+
+
+def run(plain: dict[str, Path], out: Path, *settings: str) -> None:
+    more = [word for setting in settings for word in ("--set", setting)]
+    assert main(arguments(plain["recipe"], plain["release"], plain["pairs"], out, *more)) == 0
+
+
+def distance(found: Path, expected: Path) -> float:
+    """How far apart two adapters' products B A are, as a share of the expected ones' size; B alone moved far."""
+    ours, theirs = (torch.cat([_products(weights(folder))]) for folder in (found, expected))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def _products(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
+    names = sorted(name for name in matrices if "lora_A" in name)
+    return torch.cat([(matrices[name.replace("lora_A", "lora_B")] @ matrices[name]).flatten() for name in names])
+
+
+def test_workers_change_nothing(plain: dict[str, Path], tmp_path: Path) -> None:
+    run(plain, tmp_path / "out", "workers=1")
+    assert_same_weights(tmp_path / "out", plain["out"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["grad_cache_chunk=2"], ["gradient_checkpointing=true"], ["gradient_checkpointing=true", "grad_cache_chunk=3"]],
+)
+def test_saving_memory_changes_rounding_alone(plain: dict[str, Path], tmp_path: Path, options: list[str]) -> None:
+    run(plain, tmp_path / "out", *options)
+    assert distance(tmp_path / "out", plain["out"]) < 0.01
+    run(plain, tmp_path / "other", *options, "seed=7")
+    assert distance(tmp_path / "other", plain["out"]) > 0.1
+
+
+def test_bfloat16_stays_close(plain: dict[str, Path], tmp_path: Path) -> None:
+    run(plain, tmp_path / "out", "bf16=true", "backbone_dtype=bfloat16")
+    found = weights(tmp_path / "out")
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert distance(tmp_path / "out", plain["out"]) < 0.6  # Adam's first steps are signs; small gradients flip
+    own = _products(found) @ _products(weights(plain["out"]))
+    assert own / (_products(found).norm() * _products(weights(plain["out"])).norm()) > 0.8
+
+
+def test_the_adapter_of_a_bfloat16_backbone_is_float32(plain: dict[str, Path]) -> None:
+    from diffretriever.training.train import load_retriever, prepare_model
+
+    recipe = small_recipe(backbone_dtype="bfloat16")
+    model = prepare_model(load_retriever(recipe, str(plain["release"])), recipe)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in model.parameters() if not p.requires_grad}
+
+
+def test_scores_are_float32_under_autocast(plain: dict[str, Path], tmp_path: Path) -> None:
+    """At temperature 0.01 a score of bfloat16 precision is off by up to 0.4; the loss must see none of that."""
+    from training_data import batch_of, made_up_pairs
+
+    model = contrastive_model(plain["release"], small_recipe(temperature=0.01, dropout=0.0)).eval()
+    batch = batch_of(model, made_up_pairs(6), tmp_path / "p.jsonl")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        states = model.encode(batch["query"], True), model.encode(batch["passage"], False)
+        found = float(model(batch)["dense"])
+    query, passage = (torch.nn.functional.normalize(side.double()[:, 0], dim=-1) for side in states)
+    expected = torch.nn.functional.cross_entropy(query @ passage.T / 0.01, torch.arange(6))
+    assert found == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_tensorboard_gets_the_figures(plain: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(plain, tmp_path / "out", "report_to=tensorboard", "max_steps=1")
+    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_missing_reporter_is_named(
+    plain: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(plain["recipe"], plain["release"], plain["pairs"], tmp_path / "out")
+    assert main([*command, "--set", "report_to=wandb"]) == 2
+    assert "this recipe needs the package wandb: pip install wandb" in capsys.readouterr().err
+
+
+def launch(plain: dict[str, Path], out: Path, home: Path, *more: str) -> subprocess.Popen[str]:
+    """Starts a run of two CPU processes, as a user does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port)]
+    command = arguments(plain["recipe"], plain["release"], plain["pairs"], out, *more)
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *start, "-m", "diffretriever", *command],
+        env=os.environ | quiet, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_two_processes(plain: dict[str, Path], tmp_path: Path) -> None:
+    said, _ = (running := launch(plain, tmp_path / "out", tmp_path)).communicate(timeout=500)
+    assert running.returncode == 0, said[-3000:]
+    assert said.count("saved the adapter in") == 1
+    assert distance(tmp_path / "out", plain["out"]) < 0.01
+
+
+@pytest.mark.slow
+def test_two_processes_stop_after_the_same_step_and_go_on(build_release: Callable[..., Path], tmp_path: Path) -> None:
+    settings = SETTINGS | {"max_steps": 24, "save_steps": 4, "dropout": 0.1, "keep_checkpoints": 9}
+    recipe, pairs = write_recipe(tmp_path / "recipe.yaml", **settings), write_pairs(tmp_path / "pairs.jsonl")
+    made = {"recipe": recipe, "release": build_release("tiny-llada"), "pairs": pairs}
+    whole = launch(made, tmp_path / "whole", tmp_path)
+    said, _ = whole.communicate(timeout=500)
+    assert whole.returncode == 0, said[-3000:]
+    stopped = launch(made, tmp_path / "out", tmp_path)
+    try:
+        wait_for(tmp_path / "out" / "state" / "checkpoint-4", seconds=400)
+    finally:
+        os.killpg(stopped.pid, signal.SIGTERM)  # to all of them, as a batch system does
+        said, _ = stopped.communicate(timeout=500)
+    assert stopped.returncode != 0
+    step = step_of(checkpoints(tmp_path / "out" / "state")[-1])
+    assert 4 <= step < 24
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    resumed = launch(made, tmp_path / "out", tmp_path)
+    said, _ = resumed.communicate(timeout=500)
+    assert resumed.returncode == 0, said[-3000:]
+    assert f"going on from {tmp_path / 'out' / 'state' / f'checkpoint-{step}'}" in said
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")

@@ -1,0 +1,97 @@
+"""Two CPU processes against one with the whole batch: the same loss and the same gradient."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import run_python
+from safetensors.torch import load_file
+from training_data import batch_of, contrastive_model, gradients, made_up_pairs, small_recipe
+
+FOLDER = Path(__file__).parent
+
+# One process of two: its half of the queries, gradients averaged by DistributedDataParallel as Trainer has it.
+WORKER = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/..", sys.argv[1] + "/../.."]
+import json
+from pathlib import Path
+import torch, torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from training_data import batch_of, contrastive_model, gradients, small_recipe
+
+torch.set_num_threads(1)
+folder, cases = Path(sys.argv[2]), json.loads(sys.argv[3])
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for name, (release, records, recipe) in cases.items():
+    model = contrastive_model(release, small_recipe(**recipe))
+    mine = records[: len(records) // 2] if rank == 0 else records[len(records) // 2 :]
+    batch = batch_of(model, mine, folder / f"part-{rank}.jsonl")
+    wrapped = DistributedDataParallel(model)  # reduces gradients for as long as it lives
+    found = wrapped(batch)
+    found["loss"].backward()
+    save_file(gradients(model) | {"loss": found["loss"].detach()}, str(folder / f"{name}-{rank}.safetensors"))
+dist.destroy_process_group()
+"""
+
+START = """
+import os, subprocess, sys
+workers = [
+    subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], env={**os.environ, "RANK": str(rank)}) for rank in range(2)
+]
+status = [worker.wait(300) for worker in workers]
+assert status == [0, 0], status
+"""
+
+CASES = {"plain": ("tiny-llada", 0), "grad-cache": ("tiny-llada", 2), "dream": ("tiny-dream", 3)}
+
+
+def case(name: str, build_release: Callable[..., Path]) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+    kind, chunk = CASES[name]
+    changes: dict[str, Any] = {"num_query_masks": 2, "num_passage_masks": 3, "dropout": 0.0, "grad_cache_chunk": chunk}
+    records = made_up_pairs(4, negatives=2)
+    records[3]["negatives"].append("forest " * 30)  # another number of passages, and a longer text, in one process
+    records[0]["positive"] = records[2]["positive"]  # a positive of one process's query among the other's passages
+    return str(build_release(kind)), records, changes
+
+
+@pytest.fixture(scope="module")
+def parts(build_release: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each of two processes computed, for all cases."""
+    folder = tmp_path_factory.mktemp("two-processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    cases = {name: case(name, build_release) for name in CASES}
+    run_python(START, WORKER, FOLDER, folder, json.dumps(cases), **settings)
+    return {name: [load_file(str(folder / f"{name}-{rank}.safetensors")) for rank in range(2)] for name in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_the_gradient_of_one(
+    name: str, parts: dict[str, Any], build_release: Callable[..., Path], tmp_path: Path
+) -> None:
+    release, records, changes = case(name, build_release)
+    model = contrastive_model(Path(release), small_recipe(**changes))
+    found = model(batch_of(model, records, tmp_path / "whole.jsonl"))
+    found["loss"].backward()
+    assert sum(float(part["loss"]) for part in parts[name]) / 2 == pytest.approx(found["loss"].item(), rel=1e-5)
+    expected = gradients(model)
+    for part in parts[name]:
+        assert part.keys() - {"loss"} == expected.keys()
+        for key, gradient in expected.items():
+            torch.testing.assert_close(part[key], gradient, rtol=0, atol=3e-4 * float(gradient.abs().max()), msg=key)
+    alone = contrastive_model(Path(release), small_recipe(**changes))
+    alone(batch_of(alone, records[:2], tmp_path / "half.jsonl"))["loss"].backward()
+    largest = max(expected, key=lambda key: float(expected[key].abs().max()))
+    assert not torch.allclose(gradients(alone)[largest], expected[largest], rtol=0.01)  # the other half matters
