@@ -1,4 +1,4 @@
-"""Memory over a long encode: many short passages through `encode_store`, this process's resident memory over time.
+"""Memory over a long run: many short passages through `encode_store` and search, resident memory over time.
 
 python benchmarks/soak.py --model checkpoints/diffretriever-llada-tiny-single --passages 100000 --scratch DIR
 """
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoModel  # noqa: E402
 
 from diffretriever.retrieval.encode import encode_store  # noqa: E402
+from diffretriever.retrieval.search import MODES, Searcher, open_store  # noqa: E402
 from diffretriever.retrieval.store import Store  # noqa: E402
 
 WORDS = "retrieval light from water systems index sun energy document moving passage library tool server audio".split()
@@ -61,14 +63,34 @@ class Watch(threading.Thread):
             )
 
 
+def search_repeatedly(model: Any, folder: Path, rounds: int) -> None:
+    """Search the store in all five modes again and again and print memory after each round."""
+    searcher = Searcher(open_store(folder))
+    for number in range(rounds):
+        numbers = random.Random(number)
+        texts = [" ".join(numbers.choices(WORDS, k=4)) for _ in range(32)]
+        queries = model.encode_texts(texts, is_query=True)
+        begun = time.perf_counter()
+        for mode in MODES:
+            searcher.search(queries, mode=mode, top_k=100)
+        took = (time.perf_counter() - begun) * 1000 / (len(texts) * len(MODES))
+        total, anonymous = resident()
+        print(
+            f"search round {number + 1:>3}: {took:.1f} ms a query and mode, resident {total:.0f} MB, anonymous "
+            f"{anonymous:.0f} MB",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Encode and print memory over time, then read the whole store back."""
+    """Encode and print memory over time, read the whole store back, and search it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--passages", type=int, default=100_000)
     parser.add_argument("--shard-size", type=int, default=2048)
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two lines")
     parser.add_argument("--short-prompt", action="store_true", help="the text alone: memory is what is looked at")
+    parser.add_argument("--search-rounds", type=int, default=10, help="of 32 queries in each of the five modes")
     parser.add_argument("--scratch", type=Path, required=True)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
@@ -88,6 +110,7 @@ def main() -> None:
         at = [memory for texts, memory in watch.seen if texts <= share * options.passages]
         if at:
             print(f"after {share:4.0%} of the texts: {at[-1]:.0f} MB anonymous")
+    search_repeatedly(model, options.scratch / "store", options.search_rounds)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python examples/quickstart.py [--model DIR_OR_HUB_ID]
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
 import time
 from pathlib import Path
@@ -13,55 +14,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "diffretriever-llada-tiny-multi-q4-p4"
+EXAMPLES = Path(__file__).resolve().parent
+CHECKPOINT = EXAMPLES.parent / "checkpoints" / "diffretriever-llada-tiny-multi-q4-p4"
+CORPUS = EXAMPLES / "corpus"  # some queries share their words with the answer, some hardly any
 
-PASSAGES = {
-    "photo editor": "An image manipulation program for retouching photographs, composing pictures and converting "
-    "between graphics formats, with layers, brushes, filters and plug-ins.",
-    "music player": "Plays MP3, Ogg Vorbis and FLAC files from your collection, with playlists, album covers, an "
-    "equalizer and internet radio stations.",
-    "mail reader": "A graphical e-mail client that reads messages over IMAP and POP3, filters spam and keeps an "
-    "address book.",
-    "web server": "A fast and small HTTP daemon that serves static pages, speaks CGI and FastCGI and can act as a "
-    "reverse proxy in front of other servers.",
-    "backup": "Copies directories to a remote machine incrementally, compresses and encrypts the archive and restores "
-    "files as they were on any earlier day.",
-    "chess": "A program that plays chess against a human opponent. It has an opening book and endgame tables, and a "
-    "board drawn in three dimensions.",
-    "spell checker": "Finds misspelled words in a document and suggests corrections from dictionaries for many "
-    "languages.",
-    "regular expressions": "This library matches strings against patterns with Perl 5 syntax, including look-behind "
-    "assertions and Unicode character classes.",
-    "firewall": "Sets up packet filtering rules in the Linux kernel to block unwanted connections from the internet "
-    "and to share one address among several computers.",
-    "database": "An SQL engine in a single library that keeps tables and indexes in one ordinary disk file, with "
-    "transactions and no separate server process.",
-    "astronomy": "Shows a realistic sky with stars, constellations and planets as seen from any place on Earth, and "
-    "can steer a telescope.",
-    "compiler": "Translates C and C++ source code into optimised machine instructions for many processor "
-    "architectures.",
-    "video": "Records the screen and the webcam, cuts and joins clips on a timeline, and renders movies with "
-    "transitions and titles.",
-    "dns": "Answers queries that turn host names into IP addresses, as a caching resolver or as an authoritative name "
-    "server for a zone.",
-    "molecules": "Draws proteins and small molecules in three dimensions and measures distances and angles between "
-    "their atoms.",
-    "threads": "Creates a new thread of execution in the calling process; the thread starts by invoking the given "
-    "start routine and ends when it returns.",
-}
-
-# Some share their words with the answer, some hardly any.
-QUERIES = [
-    "chess playing program",
-    "SQL database engine",
-    "touch up pictures from my camera",
-    "listen to songs",
-    "stop attackers from reaching my network",
-    "keep a safe copy of my files",
-    "look at planets at night",
-    "fix typing errors in a text",
-]
 MODES = {"dense": "multi_dense", "sparse": "sparse_max", "fused": "fusion_multi_sparse_max"}
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Return {id: text} of a file in BEIR's layout."""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {record["_id"]: record["text"] for record in records}
 
 
 def ranking(scores: torch.Tensor, names: list[str]) -> str:
@@ -83,21 +46,22 @@ def main() -> None:
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    names, texts = list(PASSAGES), list(PASSAGES.values())
+    corpus, questions = read_texts(CORPUS / "corpus.jsonl"), list(read_texts(CORPUS / "queries.jsonl").values())
+    names, texts = list(corpus), list(corpus.values())
     passages = model.encode_texts(texts, is_query=False)
-    queries = model.encode_texts(QUERIES, is_query=True)
+    queries = model.encode_texts(questions, is_query=True)
     scores = {name: model.score(queries, passages, mode=mode) for name, mode in MODES.items()}  # [Q, P] each
     took = time.perf_counter() - started
 
     budgets = f"{model.config.num_query_masks} vectors a query, {model.config.num_passage_masks} a passage"
     print(f"{Path(options.model).name} on {device}: {budgets}, {model.config.hidden_size} dimensions\n")
-    for row, query in enumerate(QUERIES):
+    for row, query in enumerate(questions):
         print(f"\N{BLACK RIGHT-POINTING SMALL TRIANGLE} {query}")
         for name in MODES:
             print(f"    {name:<7}{ranking(scores[name][row], names)}")
         first = texts[int(scores["fused"][row].argmax())]
         print(textwrap.fill(first, 100, initial_indent="    \N{RIGHTWARDS ARROW} ", subsequent_indent="      ") + "\n")
-    print(f"{len(texts)} passages and {len(QUERIES)} queries loaded, encoded and scored in {took:.1f} s.")
+    print(f"{len(texts)} passages and {len(questions)} queries loaded, encoded and scored in {took:.1f} s.")
 
 
 if __name__ == "__main__":

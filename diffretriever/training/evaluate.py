@@ -52,7 +52,8 @@ def read_benchmark(folder: str | Path, split: str, limit: int | None = None) -> 
     queries = {r["_id"]: r["text"] for _, r in read_jsonl(_present(folder, "queries.jsonl")) if r["_id"] in qrels}
     judged = {passage for row in qrels.values() for passage in row}
     corpus = {
-        r["_id"]: f"{r.get('title', '')} {r['text']}".strip() for _, r in read_jsonl(_present(folder, "corpus.jsonl"))
+        r["_id"]: f"{r['title']}. {r['text']}" if r.get("title", "").strip() else r["text"]
+        for _, r in read_jsonl(_present(folder, "corpus.jsonl"))
     }
     ids = list(corpus)
     if limit is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 import pytest
 from checkpoint_folders import hub_repository
 from sentence_transformers_folders import Folders, add_files, make_folder
+
+from diffretriever.retrieval.encode import encode_store
+from diffretriever.retrieval.evaluation.benchmark import read_benchmark
+from diffretriever.retrieval.evaluation.evaluate import Options, evaluate
+from diffretriever.retrieval.evaluation.metrics import means
 
 mteb = pytest.importorskip("mteb", "2")
 pytrec_eval = pytest.importorskip("pytrec_eval")
@@ -78,6 +84,35 @@ def test_same_ndcg(
     expected = our_ndcg(folders.plain("multi"), data, mode)
     assert 0.1 < expected < 0.999  # else a wrong ranking could go unseen
     assert abs(float(found[1]) - expected) < 2e-4  # MTEB rounds to 5 decimals
+
+
+@pytest.fixture(scope="module")
+def untitled(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus without titles: MTEB joins them by a blank, the method by a full stop."""
+    folder = tmp_path_factory.mktemp("untitled") / "beir"
+    shutil.copytree(data, folder)
+    passages = rows(folder / "corpus.jsonl")
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({**row, "title": ""}) + "\n" for row in passages))
+    return folder
+
+
+@pytest.mark.parametrize("mode", models.MODES)
+def test_same_ndcg_as_our_evaluation(
+    folders: Folders,
+    untitled: Path,
+    tmp_path: Path,
+    example: Callable[[str], Any],
+    run_example: Callable[..., str],
+    mode: str,
+) -> None:
+    folder = folders.folder("multi", KINDS.get(mode, "dense"))
+    printed = run_example(example("mteb_evaluation"), "--data", str(untitled), "--model", str(folder), "--mode", mode)
+    found = re.search(r"ndcg_at_10=(\d\.\d{4})", printed)
+    assert found, printed
+    model = folders.plain("multi")
+    store = encode_store(model, untitled, tmp_path / "store", dtype="float32")
+    evaluation, _ = evaluate(model, read_benchmark(untitled, "test"), store, Options(modes=[mode]))
+    assert abs(float(found[1]) - means(evaluation.rows[mode])["nDCG@10"]) < 2e-4
 
 
 def test_wrong_side_would_show(folders: Folders, data: Path) -> None:
