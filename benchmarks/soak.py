@@ -25,13 +25,14 @@ from diffretriever.retrieval.store import Store  # noqa: E402
 WORDS = "retrieval light from water systems index sun energy document moving passage library tool server audio".split()
 
 
-def write_corpus(file: Path, count: int) -> Path:
-    """Write made-up passages of 3 to 12 words, each with a word of its own; returns the file."""
+def write_corpus(file: Path, count: int, new_words: bool) -> Path:
+    """Write made-up passages of 3 to 12 words, each with a word of its own if `new_words`; returns the file."""
     numbers = random.Random(0)
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
             words = numbers.choices(WORDS, k=numbers.randrange(3, 13))
-            stream.write(f"passage-{number}\tword{number} {' '.join(words)}\n")
+            own = f"word{number} " if new_words else ""
+            stream.write(f"passage-{number}\t{own}{' '.join(words)}\n")
     return file
 
 
@@ -90,11 +91,14 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=2048)
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two lines")
     parser.add_argument("--short-prompt", action="store_true", help="the text alone: memory is what is looked at")
+    parser.add_argument(
+        "--new-words", action="store_true", help="a new word in each passage: the model keeps up to 200,000 words"
+    )
     parser.add_argument("--search-rounds", type=int, default=10, help="of 32 queries in each of the five modes")
     parser.add_argument("--scratch", type=Path, required=True)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
-    source = write_corpus(options.scratch / "corpus.tsv", options.passages)
+    source = write_corpus(options.scratch / "corpus.tsv", options.passages, options.new_words)
     prompt = {"passage_prompt": {"system": "", "user": "{text}", "assistant": ""}} if options.short_prompt else {}
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True, **prompt)
     watch = Watch(options.scratch / "store", options.shard_size, options.every)

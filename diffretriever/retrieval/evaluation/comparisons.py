@@ -1,7 +1,7 @@
 """Which rows of a table are significantly better than which: the marks † and ‡.
 
-The paper marks with † a multi-vector result that is better than its single-vector counterpart (§5.1 counts them), and
-with ‡ one that is also better than a baseline of another method; here that baseline is BM25.
+† marks a multi-vector result that is better than its single-vector counterpart (our reading of the paper's Table 2; its
+count of marks fits §5.1), ‡ one that is better than a baseline of another method; here that baseline is BM25.
 """
 
 from __future__ import annotations
