@@ -33,6 +33,7 @@ def start(work: Callable[[], object], pause: float = 0.0) -> int:
     child = os.fork()
     if child:
         return child
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     status = 1
     original = encoding_run.encode_batch
 
