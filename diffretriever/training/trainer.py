@@ -202,6 +202,8 @@ def training_arguments(recipe: AdapterRecipe, items: int, folder: Path, processe
     """
     steps = recipe.total_steps(items)
     on_cpu = not torch.accelerator.is_available()
+    # The recipe decides: transformers takes an environment's bf16 over bf16=False, and leaves its own behind in 4.x.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.bf16 else "no"
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.process_batch_size(processes),

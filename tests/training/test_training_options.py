@@ -77,6 +77,15 @@ def test_bfloat16_stays_close(plain: dict[str, Path], tmp_path: Path) -> None:
     assert own / (_products(found).norm() * _products(weights(plain["out"])).norm()) > 0.8
 
 
+def test_the_recipe_decides_on_bfloat16(
+    plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the environment, where `accelerate launch` or a run before this one may have left another answer."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(plain, tmp_path / "out")
+    assert_same_weights(tmp_path / "out", plain["out"])
+
+
 def test_the_adapter_of_a_bfloat16_backbone_is_float32(plain: dict[str, Path]) -> None:
     from diffretriever.training.train import load_retriever, prepare_model
 
