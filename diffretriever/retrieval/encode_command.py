@@ -13,6 +13,7 @@ from typing import Any
 
 from .claims import LEASE
 from .durable import FULL_DISK
+from .load_model import load_model
 from .manifest import STORE_DTYPES
 
 INCOMPLETE = 3
@@ -109,17 +110,10 @@ def _encode(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    """Load the model onto this process's device."""
-    import torch
-    from transformers import AutoModel
-
-    settings: dict[str, Any] = {"revision": options.revision, "attn_implementation": options.attn_implementation}
-    settings |= {"dtype": options.model_dtype, "max_length": options.max_length}
-    settings["num_query_masks" if options.queries else "num_passage_masks"] = options.num_masks
-    device = options.device
-    if device is None and torch.cuda.is_available():  # one process a device, as accelerate and torchrun number them
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    if device not in (None, "cpu"):
-        settings["device_map"] = device
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    return AutoModel.from_pretrained(options.model, trust_remote_code=True, **chosen)
+    """Load the model with this side's budget."""
+    masks = "num_query_masks" if options.queries else "num_passage_masks"
+    settings = {masks: options.num_masks, "max_length": options.max_length, "dtype": options.model_dtype}
+    attention = options.attn_implementation
+    return load_model(
+        options.model, options.device, revision=options.revision, attn_implementation=attention, **settings
+    )

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..load_model import load_model
+
 INCOMPLETE = 3
 DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
 
@@ -114,26 +116,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     benchmark = read_benchmark(options.data, options.split, options.relevance_level)
     if options.tune_split:
         read_benchmark(options.data, options.tune_split)
-    model = _load(options)
+    model = load_model(
+        options.model,
+        options.device,
+        revision=options.revision,
+        dtype=options.model_dtype,
+        num_query_masks=options.num_query_masks,
+        num_passage_masks=options.num_passage_masks,
+    )
     with encoded_corpus(model, benchmark, options.store, options.dtype, how.progress) as store:
         sizes = f"{len(benchmark.queries):,} queries, {len(store):,} passages"
         title = f"{options.model} on {options.data}, split {options.split}: {sizes}"
         evaluation, runs = evaluate(model, benchmark, store, how, title)
     print(to_terminal(evaluation), end="")
     _write(options, evaluation, runs)
-
-
-def _load(options: argparse.Namespace) -> Any:
-    """Load the model."""
-    import torch
-    from transformers import AutoModel
-
-    settings = {"revision": options.revision, "torch_dtype": options.model_dtype}
-    settings |= {"num_query_masks": options.num_query_masks, "num_passage_masks": options.num_passage_masks}
-    device = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    settings["device_map"] = None if device == "cpu" else device
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    return AutoModel.from_pretrained(options.model, trust_remote_code=True, **chosen)
 
 
 def _write(options: argparse.Namespace, evaluation: Any, runs: Mapping[str, Any]) -> None:

@@ -63,7 +63,9 @@ def _search(parser: Any) -> None:
     parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
     parser.add_argument("--interactive", action="store_true", help="keep the model loaded; a question a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
-    parser.add_argument("--device", help="for the model and exact search, for example cuda")
+    parser.add_argument(
+        "--device", help="for example cuda (default: the model on the first GPU, else the CPU; exact search on the CPU)"
+    )
     parser.add_argument("--in-memory", action="store_true", help="copy the vectors to the device's memory first")
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ..load_model import load_model
 from .compression import open_store
 from .display import result_lines
 from .qdrant import QdrantEngine
@@ -55,13 +56,9 @@ def _searcher(options: argparse.Namespace) -> Searcher:
 
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     """Load the model and refuse one that did not encode the passages."""
-    from transformers import AutoModel
-
     from ..identity import check_searchable, describe_model
 
-    settings: dict[str, Any] = {"revision": options.revision, "device_map": options.device}
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, **chosen)
+    model = load_model(options.model, options.device, revision=options.revision)
     there = searcher.engine.settings
     if there is not None:
         check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))

@@ -95,7 +95,7 @@ def test_wrong_input_is_status_2_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(command, "_load", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     assert evaluate(*arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("diffretriever evaluate: ")
@@ -166,10 +166,10 @@ def test_an_interruption_is_status_3(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(command, "_load", fail)
+    monkeypatch.setattr(command, "load_model", fail)
     assert evaluate("--store", tmp_path / "store") == 3
     said = capsys.readouterr().err
     assert words in said
