@@ -19,7 +19,9 @@ from transformers import AutoModel, AutoTokenizer
 import publish
 from diffretriever.cli import main
 from diffretriever.training.backbone import mask_states
+from diffretriever.training.checkpoint import load_checkpoint
 from diffretriever.training.data import encode_texts
+from diffretriever.training.denoising import Denoiser
 from diffretriever.training.formats import FORMATS
 from diffretriever.training.pretrain import Pretrainer, read_corpus
 from diffretriever.training.prompts import Prompt, rendered_prompt
@@ -133,6 +135,23 @@ def test_interrupted_pretraining_ends_with_the_same_weights(
     once, again = (load_file(str(p / "backbone" / "model.safetensors")) for p in (pretrained, tmp_path / "run"))
     for name, value in once.items():
         assert torch.equal(value, again[name]), name
+
+
+def test_the_run_measures_the_formats_own_objective(
+    kind: str, recipe: PretrainRecipe, pretrained: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """The logged loss is that of predicting a token from its own state (LLaDA) or from the one before it (Dream)."""
+    logged = json.loads((pretrained / "log.jsonl").read_text().splitlines()[-1])["evaluation"]["denoise"]
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(pretrained / "tokenizer"))
+    corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], tokenizer, tmp_path)
+    model, special = FORMATS[kind].load(pretrained / "backbone"), FORMATS[kind].tokenizer.special_ids(tokenizer)
+    state = load_checkpoint(pretrained / "pretrain.ckpt")  # in float32, unlike the backbone
+    assert state is not None
+    model.load_state_dict(state["model"])
+    found = [Denoiser(corpus.texts, special, 128, 2048, 0, n).held_out(model, corpus.held_out) for n in (0, 1)]
+    right = {"llada": 0, "dream": 1}[kind]
+    assert found[right] == pytest.approx(logged, abs=2e-4)
+    assert found[1 - right] != pytest.approx(logged, abs=5e-3)
 
 
 def test_a_folder_with_another_formats_tokenizer_is_refused(
