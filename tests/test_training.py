@@ -1,4 +1,4 @@
-"""Losses against brute force, the LLaDA format, readers, pretraining and adapter training end to end."""
+"""Losses against brute force, the small backbone, readers, recipes and the small evaluation."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from diffretriever.training import losses
+from diffretriever.training.adapter_recipe import AdapterRecipe
 from diffretriever.training.backbone import hidden_states, mask_states, new_backbone
 from diffretriever.training.data import Batches, IdLists, bucketed_sizes, cloze_pair, pad_left, read_pairs, read_texts
 from diffretriever.training.evaluate import Vectors, ndcg_at_10, sparse_product, top_fused
-from diffretriever.training.llada_format import load_backbone, save_backbone, to_llada_name, to_llama_name
-from diffretriever.training.recipe import PretrainRecipe, read_recipe
+from diffretriever.training.formats import FORMATS
+from diffretriever.training.recipe import PretrainRecipe, Shape, read_recipe
 
 PARITY = Path(__file__).parent / "parity"
 RECIPES = Path(__file__).parents[1] / "diffretriever" / "training" / "recipes"
-TINY_SHAPE = {"vocab_size": 640, "d_model": 32, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 48}
 WORDS = "file network image sound text package kernel window game music server client mail printer disk".split()
 
 
@@ -94,10 +93,8 @@ def test_temperature_must_be_positive() -> None:
 
 
 def tiny_backbone() -> Any:
-    from diffretriever.training.llada_format import llama_config
-
     config = json.loads((PARITY / "backbones" / "tiny-llada" / "config.json").read_text())
-    return new_backbone(llama_config(config), seed=1)
+    return new_backbone(FORMATS["llada"], FORMATS["llada"].read_config(config), seed=1)
 
 
 def test_masks_alone_give_the_same_states_as_every_position_and_padding_changes_nothing() -> None:
@@ -127,33 +124,6 @@ def test_the_bidirectional_model_sees_the_future() -> None:
     first = hidden_states(model, torch.tensor([[5, 6, 7, 8]]), mask)
     second = hidden_states(model, torch.tensor([[5, 6, 7, 9]]), mask)
     assert not torch.allclose(first[:, 0], second[:, 0])
-
-
-def test_names_map_both_ways() -> None:
-    stored = load_file(str(PARITY / "backbones" / "tiny-llada" / "model.safetensors"))
-    for name in stored:
-        assert to_llada_name(to_llama_name(name)) == name
-    with pytest.raises(KeyError, match="no counterpart"):
-        to_llada_name("model.layers.0.self_attn.q_norm.weight")
-
-
-def test_format_round_trip_equals_the_reference_checkpoint(tmp_path: Path) -> None:
-    source = PARITY / "backbones" / "tiny-llada"
-    save_backbone(load_backbone(source), source, tmp_path / "copy", {"mask": 2006, "bos": 2000, "eos": 2001})
-    old, new = (load_file(str(folder / "model.safetensors")) for folder in (source, tmp_path / "copy"))
-    assert old.keys() == new.keys()
-    for name, value in old.items():
-        assert value.dtype == new[name].dtype
-        assert torch.equal(value, new[name]), name
-    assert json.loads((source / "config.json").read_text()) == json.loads(
-        (tmp_path / "copy" / "config.json").read_text()
-    )
-    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-
-
-def test_load_backbone_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config.json is missing: expected a backbone in LLaDA's format"):
-        load_backbone(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -228,18 +198,41 @@ def test_neighbours_leave_out_the_own_passage() -> None:
 # ------------------------------------------------------------------------------------------------ recipes
 
 
-def test_shipped_recipe_reads() -> None:
-    assert read_recipe(RECIPES / "llada-tiny.yaml", PretrainRecipe).shape.n_layers == 4
+@pytest.mark.parametrize(("kind", "budgets"), [("llada", [1, 4]), ("dream", [1, 4, 16])])
+def test_shipped_recipes_read(kind: str, budgets: list[int]) -> None:
+    recipe = read_recipe(RECIPES / f"{kind}-tiny.yaml", PretrainRecipe)
+    assert (recipe.backbone_type, recipe.stages[1].budgets) == (kind, budgets)
+    assert recipe.shape == Shape(12288, d_model=192, n_layers=4, n_heads=3, mlp_hidden_size=576)
+
+
+@pytest.mark.parametrize(("name", "masks"), [("dream-tiny-single", (1, 1)), ("dream-tiny-multi-q4-p16", (4, 16))])
+def test_shipped_adapter_recipes_for_dream_read(name: str, masks: tuple[int, int]) -> None:
+    recipe = read_recipe(RECIPES / f"{name}.yaml", AdapterRecipe)
+    assert (recipe.num_query_masks, recipe.num_passage_masks) == masks
+
+
+def test_an_open_value_may_be_given_or_left_out(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("shape: {rope_theta: 1e4, rms_norm_eps: null}")
+    shape = read_recipe(tmp_path / "r.yaml", PretrainRecipe).shape
+    assert (shape.rope_theta, shape.rms_norm_eps) == (10_000.0, None)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stagez: 3", r"r.yaml: unknown key 'stagez'; the recipe has bf16, "),
+        ("stagez: 3", r"r.yaml: unknown key 'stagez'; the recipe has backbone_type, bf16, "),
         ("stages: [{steps: many}]", r"steps must be of type int, got 'many'"),
         ("stages: [{steps: 0}]", r"steps must be at least 1, got 0"),
         ("stages: [{temperature: hot}]", r"temperature must be a number, got 'hot'"),
         ("stages: [{temperature: -1}]", r"temperature must be positive, got -1"),
+        ("backbone_type: lama", r"r.yaml: unknown backbone_type 'lama'; expected one of llada, dream"),
+        ("backbone_type: 3", r"backbone_type must be of type str, got 3"),
+        ("shape: {rope_theta: big}", r"shape: rope_theta must be a number, got 'big'"),
+        ("shape: {n_layers: 0}", r"shape: n_layers must be positive, got 0"),
+        (
+            "shape: {d_model: 100, n_heads: 4}",
+            r"d_model must be a multiple of twice n_heads.*got d_model 100 and n_heads 4",
+        ),
         ("a: [", r"r.yaml: not valid YAML"),
         ("- 1", r"expected keys and values, got list"),
     ],

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .llada_format import make_bidirectional
+from .backbone_format import Backbone, BackboneFormat, Config, make_bidirectional
 
 
-def new_backbone(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+def new_backbone(kind: BackboneFormat, config: Config, seed: int) -> Backbone:
     """Makes a backbone whose first attention layer pools embeddings and whose other sublayers start at zero.
 
     Layer 0 starts with value and output projections at the identity, so that a mask's state is the attention-
@@ -21,12 +20,12 @@ def new_backbone(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
     state alone. The function computed by the whole network is then that of its first layer.
 
     Args:
-        config: the shape; attention implementation sdpa.
+        kind: which model it is; biases, where it has them, start at zero.
+        config: from the format's `new_config` or `read_config`.
         seed: of the random weights.
     """
     torch.manual_seed(seed)
-    config._attn_implementation = "sdpa"
-    model = make_bidirectional(LlamaForCausalLM(config))
+    model = make_bidirectional(kind.model_class(config))
     with torch.no_grad():
         nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
         for number, layer in enumerate(model.model.layers):
@@ -49,13 +48,13 @@ def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return inverted * torch.finfo(dtype).min
 
 
-def _rope(model: LlamaForCausalLM, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rope(model: Backbone, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(states.shape[1], device=states.device)[None]
     cos, sin = model.model.rotary_emb(states, positions)
     return cos, sin
 
 
-def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: Backbone, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Final hidden states at every position.
 
     Args:
@@ -74,7 +73,7 @@ def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor
 
 
 def mask_states(
-    model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, num_masks: int, num_tail: int = 3
+    model: Backbone, ids: torch.Tensor, mask: torch.Tensor, num_masks: int, num_tail: int = 3
 ) -> torch.Tensor:
     """Hidden states at the K masks of left-padded retrieval prompts; the last layer runs at the masks alone.
 

@@ -26,7 +26,9 @@ def _shared(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(commands: Any) -> None:
-    parser = commands.add_parser("pretrain", help="train a small LLaDA-format backbone from random weights")
+    parser = commands.add_parser(
+        "pretrain", help="train a small backbone in LLaDA's or Dream's format from random weights"
+    )
     _shared(parser)
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="JSONL files of {text} lines")
     parser.set_defaults(run=run_pretrain)

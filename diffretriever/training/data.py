@@ -196,7 +196,12 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, limit: int) -> tuple[IdLi
     kept: list[str] = []
     for start in range(0, len(texts), 1000):
         part = list(texts[start : start + 1000])
-        batch = tokenizer([text[: limit * 12] for text in part], add_special_tokens=False, return_offsets_mapping=True)
+        batch = tokenizer(
+            [text[: limit * 12] for text in part],
+            add_special_tokens=False,
+            split_special_tokens=True,  # a special token's name inside a text is only text
+            return_offsets_mapping=True,
+        )
         for text, row, offsets in zip(part, batch["input_ids"], batch["offset_mapping"], strict=True):
             ids.append(row[:limit])
             kept.append(text[: offsets[limit - 1][1]] if len(row) >= limit else text)

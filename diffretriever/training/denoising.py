@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
 
 from .backbone import hidden_states
+from .backbone_format import Backbone
 from .data import IdLists, pad_left
 from .losses import denoising_loss
 
@@ -71,13 +71,16 @@ class Denoiser:
         length: tokens of a text that are used, with the bos token.
         tokens: padded tokens in a batch.
         seed: fixes the order of the batches.
+        shift: a token is predicted from the state so many positions before it: 0 for LLaDA, 1 for Dream.
     """
 
-    def __init__(self, texts: IdLists, special: dict[str, int], length: int, tokens: int, seed: int) -> None:
-        self.texts, self.special, self.length, self.tokens = texts, special, length, tokens
+    def __init__(
+        self, texts: IdLists, special: dict[str, int], length: int, tokens: int, seed: int, shift: int = 0
+    ) -> None:
+        self.texts, self.special, self.length, self.tokens, self.shift = texts, special, length, tokens, shift
         self.batches = TokenBatches([n + 1 for n in texts.lengths(length - 1)], tokens, seed)
 
-    def loss(self, model: LlamaForCausalLM, number: int, rng: random.Random) -> torch.Tensor:
+    def loss(self, model: Backbone, number: int, rng: random.Random) -> torch.Tensor:
         """The objective on batch `number`: mask each token with probability t, cross-entropy over t."""
         ids, mask = self._rows(self.texts, self.batches[number], rng)
         # t is uniform in every row, and spread over its range within the batch: a lower variance at no cost.
@@ -89,7 +92,7 @@ class Denoiser:
         return denoising_loss(self._logits(model, ids, mask, chosen), ids[chosen], t, rows)
 
     @torch.no_grad()
-    def held_out(self, model: LlamaForCausalLM, texts: IdLists) -> dict[str, float]:
+    def held_out(self, model: Backbone, texts: IdLists) -> dict[str, float]:
         """Mean cross-entropy (nats) on masked tokens of other texts at three masking probabilities; same masks always.
 
         Args:
@@ -128,10 +131,10 @@ class Denoiser:
         chosen[:, -1] |= ~chosen.any(1)
         return chosen
 
-    def _logits(
-        self, model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits at the masked tokens alone: [M, V]."""
+    def _logits(self, model: Backbone, ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Logits for the masked tokens alone: [M, V]."""
         states = hidden_states(model, ids.masked_fill(chosen, self.special["mask"]), mask)
-        logits: torch.Tensor = model.lm_head(states[chosen])
+        # A row begins with padding or bos, which is never chosen: no masked token is lost.
+        before = states[:, : states.shape[1] - self.shift][chosen[:, self.shift :]]
+        logits: torch.Tensor = model.lm_head(before)
         return logits

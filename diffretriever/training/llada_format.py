@@ -1,22 +1,88 @@
-"""LLaDA's on-disk format: config.json, original parameter names, and the way back into transformers' Llama.
+"""LLaDA's on-disk format: config.json, tokenizer, original parameter names, and the way back into transformers' Llama.
 
 LLaDA is `LlamaModel` without the causal mask; its parameters map one to one (only the names differ).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+from .backbone_format import BackboneFormat, rope_theta
+from .tokenizer import ROLES, TokenizerForm, prompt_spelling
+
+# transformers' field of a size -> LLaDA's.
+SIZES = {
+    "hidden_size": "d_model",
+    "intermediate_size": "mlp_hidden_size",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "num_hidden_layers": "n_layers",
+    "vocab_size": "embedding_size",
+    "max_position_embeddings": "max_sequence_length",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+CHAT_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+TOKENIZER = TokenizerForm(
+    special_tokens=(
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "[CLS]",
+        "[gMASK]",
+        "<|reserved_token_0|>",
+        "<|reserved_token_1|>",
+        "<|mdm_mask|>",
+        "<role>",
+        "</role>",
+        "<|arithmetic_start|>",
+        "<|arithmetic_end|>",
+        "<|number_start|>",
+        "<|number_end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ),
+    mask="<|mdm_mask|>",
+    bos="<|startoftext|>",
+    eos="<|endoftext|>",
+    end_of_turn="<|eot_id|>",
+    named={
+        "additional_special_tokens": [
+            "<role>",
+            "</role>",
+            "<|arithmetic_start|>",
+            "<|arithmetic_end|>",
+            "<|number_start|>",
+            "<|number_end|>",
+        ],
+        "bos_token": "<|startoftext|>",
+        "cls_token": "[CLS]",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    },
+    chat_template=CHAT_TEMPLATE,
+    turn_start="\n\n",
+    turn_break="\n\n",
+    spelling=(
+        *(
+            (f"<|start_header_id|> {role}<|end_header_id|> \n\n", f"<|start_header_id|>{role}<|end_header_id|>\n\n")
+            for role in ROLES
+        ),
+        *prompt_spelling("<|end_header_id|>\n\n", "<|end_header_id|>\n\n"),
+    ),
+)
 
 # LLaDA's name of a block's weight -> Llama's.
 BLOCK_NAMES = {
@@ -77,13 +143,12 @@ def to_llama_name(name: str) -> str:
     return prefix + table[key] + suffix
 
 
-def llada_config(config: LlamaConfig, mask_token_id: int, eos_token_id: int) -> dict[str, Any]:
+def llada_config(config: LlamaConfig, special_ids: dict[str, int]) -> dict[str, Any]:
     """Returns LLaDA's config.json for a Llama of the same shape.
 
     Args:
         config: the Llama's configuration; every size is read from it.
-        mask_token_id: id of `<|mdm_mask|>`.
-        eos_token_id: id of `<|endoftext|>`, which also pads.
+        special_ids: ids of "mask" (`<|mdm_mask|>`) and "eos" (`<|endoftext|>`, which also pads).
     """
     return {
         "activation_type": "silu",
@@ -104,7 +169,7 @@ def llada_config(config: LlamaConfig, mask_token_id: int, eos_token_id: int) -> 
         "d_model": config.hidden_size,
         "embedding_dropout": 0.0,
         "embedding_size": config.vocab_size,
-        "eos_token_id": eos_token_id,
+        "eos_token_id": special_ids["eos"],
         "flash_attention": False,
         "include_bias": False,
         "include_qkv_bias": False,
@@ -115,7 +180,7 @@ def llada_config(config: LlamaConfig, mask_token_id: int, eos_token_id: int) -> 
         "input_emb_norm": False,
         "layer_norm_type": "rms",
         "layer_norm_with_affine": True,
-        "mask_token_id": mask_token_id,
+        "mask_token_id": special_ids["mask"],
         "max_sequence_length": config.max_position_embeddings,
         "mlp_hidden_size": config.intermediate_size,
         "mlp_ratio": 4,
@@ -124,7 +189,7 @@ def llada_config(config: LlamaConfig, mask_token_id: int, eos_token_id: int) -> 
         "n_heads": config.num_attention_heads,
         "n_kv_heads": config.num_key_value_heads,
         "n_layers": config.num_hidden_layers,
-        "pad_token_id": eos_token_id,
+        "pad_token_id": special_ids["eos"],
         "precision": "amp_bf16",
         "residual_dropout": 0.0,
         "rms_norm_eps": config.rms_norm_eps,
@@ -139,107 +204,23 @@ def llada_config(config: LlamaConfig, mask_token_id: int, eos_token_id: int) -> 
     }
 
 
-def rope_theta(config: LlamaConfig) -> float:
-    """Reads RoPE's base, wherever this version of transformers keeps it."""
-    parameters = getattr(config, "rope_parameters", None)
-    return float(parameters["rope_theta"] if parameters else config.rope_theta)
+def generation_config(special_ids: dict[str, int]) -> dict[str, Any]:
+    """Returns LLaDA's generation_config.json."""
+    ids = {"bos_token_id": special_ids["bos"], "eos_token_id": special_ids["eos"]}
+    return {"_from_model_config": True, **ids, "transformers_version": "4.38.2"}
 
 
-def llama_config(llada: dict[str, Any]) -> LlamaConfig:
-    """Returns the Llama configuration of a LLaDA config.json (as a dict).
-
-    Raises:
-        KeyError: if a size is missing.
-    """
-    fields: dict[str, Any] = {
-        "hidden_size": llada["d_model"],
-        "intermediate_size": llada["mlp_hidden_size"],
-        "num_attention_heads": llada["n_heads"],
-        "num_key_value_heads": llada["n_kv_heads"],
-        "num_hidden_layers": llada["n_layers"],
-        "vocab_size": llada["embedding_size"],
-        "max_position_embeddings": llada["max_sequence_length"],
-        "rms_norm_eps": llada["rms_norm_eps"],
-        "rope_theta": llada["rope_theta"],
-        "bos_token_id": None,
-        "eos_token_id": llada["eos_token_id"],
-        "pad_token_id": llada["pad_token_id"],
-        "tie_word_embeddings": False,
-    }
-    config = LlamaConfig(**fields)
-    config._attn_implementation = "sdpa"
-    return config
-
-
-def make_bidirectional(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Switches the causal mask off in every attention module (sdpa) and returns the model."""
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
-    return model
-
-
-def save_backbone(
-    model: LlamaForCausalLM,
-    tokenizer_folder: str | Path,
-    folder: str | Path,
-    special_ids: dict[str, int],
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Writes a backbone in LLaDA's format: config.json, generation_config.json, model.safetensors, tokenizer.
-
-    Args:
-        model: the Llama to write.
-        tokenizer_folder: where tokenizer.json, tokenizer_config.json and special_tokens_map.json are.
-        folder: the target; made if absent. The weights are replaced in one step, so that an interrupted
-            write leaves the previous file.
-        special_ids: ids of "mask", "bos" and "eos".
-        dtype: of the stored weights.
-    """
-    folder, tokenizer_folder = Path(folder), Path(tokenizer_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {to_llada_name(name): value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}
-    partial = folder / "model.safetensors.partial"
-    save_file(weights, str(partial), metadata={"format": "pt"})
-    partial.chmod(0o644)
-    os.replace(partial, folder / "model.safetensors")
-    config = llada_config(model.config, special_ids["mask"], special_ids["eos"])
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {
-        "_from_model_config": True,
-        "bos_token_id": special_ids["bos"],
-        "eos_token_id": special_ids["eos"],
-        "transformers_version": "4.38.2",
-    }
-    (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    if tokenizer_folder.resolve() != folder.resolve():
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(tokenizer_folder / name, folder / name)
-
-
-def load_backbone(folder: str | Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Reads a LLaDA-format folder into a bidirectional `LlamaForCausalLM`.
-
-    Args:
-        folder: with config.json and model.safetensors.
-        dtype: of the loaded weights.
-
-    Raises:
-        FileNotFoundError: if one of the two files is absent.
-        ValueError: if a weight is missing, left over, or of another shape; names the keys.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: expected a backbone in LLaDA's format")
-    config = llama_config(json.loads((folder / "config.json").read_text()))
-    model: Any = LlamaForCausalLM(config)
-    weights = load_file(str(folder / "model.safetensors"))
-    renamed = {to_llama_name(name): value.to(dtype) for name, value in weights.items()}
-    expected = model.state_dict()
-    wrong = sorted(expected.keys() ^ renamed.keys())
-    wrong += [k for k in expected.keys() & renamed.keys() if expected[k].shape != renamed[k].shape]
-    if wrong:
-        raise ValueError(f"{folder / 'model.safetensors'}: missing, left-over or misshapen weights: {wrong}")
-    model.load_state_dict(renamed)
-    model.to(dtype)
-    return make_bidirectional(model)
+LLADA = BackboneFormat(
+    title="LLaDA's",
+    config_class=LlamaConfig,
+    model_class=LlamaForCausalLM,
+    tokenizer=TOKENIZER,
+    rope_theta=500_000.0,
+    rms_norm_eps=1e-5,
+    shift=0,
+    sizes=SIZES,
+    original_config=llada_config,
+    generation_config=generation_config,
+    to_original=to_llada_name,
+    from_original=to_llama_name,
+)

@@ -1,7 +1,8 @@
-"""`diffretriever pretrain`: a small LLaDA-format backbone from random weights.
+"""`diffretriever pretrain`: a small backbone in LLaDA's or Dream's format from random weights.
 
-First masked denoising (LLaDA's objective) on plain text, from weights that begin with the corpus's token statistics;
-then the retrieval prompt together with denoising: a small backbone does not follow a prompt it has never seen.
+First masked denoising (the backbone's own objective) on plain text, from weights that begin with the corpus's token
+statistics; then the retrieval prompt together with denoising: a small backbone does not follow a prompt it has never
+seen.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from . import losses
 from .backbone import mask_states, new_backbone
@@ -38,11 +39,11 @@ from .data import (
 )
 from .denoising import Denoiser
 from .evaluate import Vectors, evaluate, read_benchmark
-from .llada_format import llama_config, save_backbone
+from .formats import FORMATS
 from .neighbours import cached_neighbours, with_neighbours
 from .prompts import Prompt, prompt_training_texts
 from .recipe import PretrainRecipe, Stage
-from .tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, build_tokenizer, save_tokenizer
+from .tokenizer import build_tokenizer, save_tokenizer
 from .warm_start import start_from_statistics
 
 HELD_OUT_EVERY = 400  # one plain text in so many measures the denoising loss and is never trained on
@@ -75,31 +76,20 @@ class Pretrainer:
     ) -> None:
         self.recipe, self.corpus, self.out, self.tokenizer_folder = recipe, corpus, out, tokenizer_folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder))
-        named = {"mask": MASK_TOKEN, "bos": BOS_TOKEN, "eos": EOS_TOKEN}
-        self.ids: dict[str, int] = {name: self.tokenizer.get_vocab()[token] for name, token in named.items()}
-        self.model = self._new_model()
+        self.format = FORMATS[recipe.backbone_type]
+        self.ids = self.format.tokenizer.special_ids(self.tokenizer)
+        self.model = new_backbone(self.format, self.format.new_config(recipe.shape, self.ids), recipe.seed)
         budgets = sorted({k for stage in recipe.stages for k in stage.budgets})
         self.prompts = {
-            (is_query, k): Prompt.build(self.tokenizer, is_query, k) for k in budgets for is_query in (True, False)
+            (is_query, k): Prompt.build(self.tokenizer, self.format.tokenizer, is_query, k)
+            for k in budgets
+            for is_query in (True, False)
         }
         self.words = WordIds(self.tokenizer)
         self.benchmark = read_benchmark(dev, "dev", recipe.eval_passages) if dev else None
         self.stage_number, self.step = 0, 0
         self.started = time.monotonic()
         self.averages: dict[str, float] = {}
-
-    def _new_model(self) -> LlamaForCausalLM:
-        shape = self.recipe.shape
-        config = llama_config(
-            {
-                **dataclasses.asdict(shape),
-                "n_kv_heads": shape.n_heads,
-                "embedding_size": shape.vocab_size,
-                "eos_token_id": self.ids["eos"],
-                "pad_token_id": self.ids["eos"],
-            }
-        )
-        return new_backbone(config, self.recipe.seed)
 
     def run(self, stop_after: int | None = None) -> None:
         """Trains to the end (or for `stop_after` more steps) and writes the backbone.
@@ -109,7 +99,7 @@ class Pretrainer:
         """
         resumed = self._resume()
         if resumed is None and self.recipe.start_from_statistics:
-            start_from_statistics(self.model, self.corpus.texts, self.recipe.seed)
+            start_from_statistics(self.model, self.corpus.texts, self.recipe.seed, self.format.shift)
         left = stop_after
         for number in range(self.stage_number, len(self.recipe.stages)):
             stage = self.recipe.stages[number]
@@ -119,7 +109,9 @@ class Pretrainer:
             if resumed is not None:
                 optimizer.load_state_dict(resumed)
                 resumed = None
-            plan = _Plan(stage, self.corpus, self.ids, self.recipe.seed + number)
+            plan = _Plan(
+                stage, self.corpus, self._denoiser(stage, self.recipe.seed + number + 3), self.recipe.seed + number
+            )
             while self.step < stage.steps:
                 if left == 0:
                     self.save(optimizer)
@@ -152,8 +144,12 @@ class Pretrainer:
         save_checkpoint(self.out / "pretrain.ckpt", {**state, "stage": self.stage_number, "step": self.step})
 
     def export(self) -> None:
-        """Writes the backbone in LLaDA's format to <out>/backbone."""
-        save_backbone(self.model, self.tokenizer_folder, self.out / "backbone", self.ids)
+        """Writes the backbone in its format to <out>/backbone."""
+        self.format.save(self.model, self.tokenizer_folder, self.out / "backbone", self.ids)
+
+    def _denoiser(self, stage: Stage, seed: int) -> Denoiser:
+        sizes = stage.denoise_length, stage.denoise_tokens
+        return Denoiser(self.corpus.texts, self.ids, *sizes, seed, self.format.shift)
 
     def _optimizer(self, stage: Stage) -> torch.optim.AdamW:
         tables = [self.model.model.embed_tokens.weight, self.model.lm_head.weight]
@@ -276,8 +272,8 @@ Drawn = tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]
 class _Plan:
     """Which step does what: the stage's pattern, and the batches of each kind in order."""
 
-    def __init__(self, stage: Stage, corpus: Corpus, special: dict[str, int], seed: int) -> None:
-        self.stage, self.corpus = stage, corpus
+    def __init__(self, stage: Stage, corpus: Corpus, denoiser: Denoiser, seed: int) -> None:
+        self.stage, self.corpus, self.denoiser = stage, corpus, denoiser
         lengths = corpus.pairs.passages.lengths(stage.max_passage)
         if "pairs" in stage.pattern:
             self.pairs = Batches(lengths, stage.batch_size, seed)
@@ -287,7 +283,6 @@ class _Plan:
         self.long = [number for number, length in enumerate(lengths) if length >= MIN_CLOZE]
         if "cloze" in stage.pattern:
             self.cloze = Batches([lengths[number] for number in self.long], stage.batch_size, seed + 2)
-        self.denoiser = Denoiser(corpus.texts, special, stage.denoise_length, stage.denoise_tokens, seed + 3)
 
     def kind(self, step: int) -> tuple[str, int]:
         """The kind of a step, and how many of that kind came before it."""
@@ -399,12 +394,11 @@ def pretrain(
     """
     if threads:
         torch.set_num_threads(threads)
-    tokenizer_folder = out / "tokenizer"
+    tokenizer_folder, form = out / "tokenizer", FORMATS[recipe.backbone_type].tokenizer
     if not (tokenizer_folder / "tokenizer_config.json").is_file():
-        save_tokenizer(
-            build_tokenizer(_tokenizer_texts(recipe, text_files), recipe.shape.vocab_size, prompt_training_texts()),
-            tokenizer_folder,
-        )
+        texts = _tokenizer_texts(recipe, text_files)
+        built = build_tokenizer(form, texts, recipe.shape.vocab_size, prompt_training_texts(form))
+        save_tokenizer(form, built, tokenizer_folder)
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
     corpus = read_corpus(recipe, pair_files, text_files, tokenizer, out)
     print(f"{len(corpus.pairs)} pairs, {len(corpus.texts)} texts, {len(corpus.texts.flat)} tokens", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .tokenizer import MASK_TOKEN
+from .tokenizer import TokenizerForm
 
 SYSTEM = "You are an AI assistant that can understand human language."
 USER = '{side}: "{text}". Use {amount} to represent the {what} in a retrieval task. Make sure your {noun} in lowercase.'
@@ -56,15 +56,22 @@ class Prompt:
     num_masks: int
 
     @classmethod
-    def build(cls, tokenizer: Any, is_query: bool, num_masks: int) -> Prompt:
-        """Tokenises each part on its own (paper §3.1, §3.2)."""
+    def build(cls, tokenizer: Any, form: TokenizerForm, is_query: bool, num_masks: int) -> Prompt:
+        """Tokenises each part on its own (paper §3.1, §3.2).
+
+        Args:
+            tokenizer: a transformers tokenizer of that form.
+            form: knows the mask token and the tail.
+            is_query: the query's wording, else the passage's.
+            num_masks: K.
+        """
         prefix, suffix = rendered_prompt(tokenizer, is_query, num_masks)
 
         def ids(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        tail = ids('"') + [tokenizer.convert_tokens_to_ids(t) for t in ("<|eot_id|>", "<|endoftext|>")]
-        return cls(ids(prefix), ids(suffix), tail, int(tokenizer.convert_tokens_to_ids(MASK_TOKEN)), num_masks)
+        tail = ids('"') + [tokenizer.convert_tokens_to_ids(t) for t in (form.end_of_turn, form.eos)]
+        return cls(ids(prefix), ids(suffix), tail, int(tokenizer.convert_tokens_to_ids(form.mask)), num_masks)
 
     def wrap(self, text_ids: list[int], max_text: int) -> list[int]:
         """Returns the whole sequence for one text, cut to max_text tokens of text."""
@@ -75,12 +82,16 @@ class Prompt:
         return len(self.prefix) + len(self.suffix) + self.num_masks + len(self.tail)
 
 
-def prompt_training_texts() -> list[str]:
-    """The prompt's pieces as the tokenizer will meet them, for training its merges."""
-    texts = ["\n\n" + SYSTEM, "\n\n", '"', '".']
+def prompt_training_texts(form: TokenizerForm) -> list[str]:
+    """The prompt's pieces as a tokenizer of this form will meet them, for training its merges."""
+
+    def turn(role: str, content: str) -> str:
+        return form.turn_start.format(role=role) + content
+
+    texts = [turn("system", SYSTEM), form.turn_break, '"', '".']
     for is_query in (True, False):
         for num_masks in (1, 4):
             _, user, opening = prompt_strings(is_query, num_masks)
             before, after = user.split(_TEXT_MARK)
-            texts += ["\n\n" + before.removesuffix(' "'), after, "\n\n" + opening]
+            texts += [turn("user", before.removesuffix(' "')), after, turn("assistant", opening)]
     return texts

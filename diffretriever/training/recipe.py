@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, TypeVar
 import yaml
 
 Recipe = TypeVar("Recipe")
+BACKBONE_TYPES = ("llada", "dream")
 STEP_KINDS = ("pairs", "neighbours", "cloze", "denoise")
 
 
 @dataclass
 class Shape:
-    """Size of the backbone, in LLaDA's terms."""
+    """Size of the backbone, in LLaDA's terms for either format."""
 
     vocab_size: int = 8192
     d_model: int = 256
@@ -24,8 +26,8 @@ class Shape:
     n_heads: int = 4
     mlp_hidden_size: int = 768
     max_sequence_length: int = 1024
-    rope_theta: float = 500000.0
-    rms_norm_eps: float = 1e-5
+    rope_theta: float | None = None  # left open: the format's own
+    rms_norm_eps: float | None = None
 
 
 @dataclass
@@ -58,6 +60,7 @@ class PretrainRecipe:
     """Everything `diffretriever pretrain` does, besides the data and the output folder."""
 
     seed: int = 42
+    backbone_type: str = "llada"  # whose original format: llada or dream
     shape: Shape = field(default_factory=Shape)
     stages: list[Stage] = field(default_factory=lambda: [Stage()])
     start_from_statistics: bool = True  # embeddings, head and first layer from token statistics, else random
@@ -113,6 +116,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """Checks one value against its type; whole numbers and strings like 1e-3 pass as floats."""
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type[Any], hint), value, where)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _convert(typing.get_args(hint)[0], value, where)
     if typing.get_origin(hint) is list:
         if not isinstance(value, list) or not value:
             raise ValueError(f"{where} must be a list with at least one entry, got {value!r}")
@@ -129,6 +134,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _check(recipe: Any, where: str) -> None:
     """Refuses values that cannot work."""
+    named = getattr(recipe, "backbone_type", BACKBONE_TYPES[0])
+    if named not in BACKBONE_TYPES:
+        raise ValueError(f"{where}: unknown backbone_type {named!r}; expected one of {', '.join(BACKBONE_TYPES)}")
     parts = [recipe, *getattr(recipe, "stages", [])]
     for part in parts:
         for name in ("steps", "batch_size", "num_query_masks", "num_passage_masks", "rank", "max_passage", "max_query"):
@@ -137,7 +145,21 @@ def _check(recipe: Any, where: str) -> None:
         for name in ("temperature", "learning_rate"):
             if hasattr(part, name) and getattr(part, name) <= 0:
                 raise ValueError(f"{where}: {name} must be positive, got {getattr(part, name)}")
+    if hasattr(recipe, "shape"):
+        _check_shape(recipe.shape, f"{where}: shape")
     for stage in getattr(recipe, "stages", []):
         unknown = sorted(set(stage.pattern) - set(STEP_KINDS))
         if unknown:
             raise ValueError(f"{where}: unknown kind of step {unknown[0]!r}; expected one of {', '.join(STEP_KINDS)}")
+
+
+def _check_shape(shape: Shape, where: str) -> None:
+    """Refuses sizes of which no backbone can be made."""
+    for name, value in dataclasses.asdict(shape).items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{where}: {name} must be positive, got {value}")
+    if shape.d_model % (2 * shape.n_heads):
+        raise ValueError(
+            f"{where}: d_model must be a multiple of twice n_heads, as a head's coordinates turn in pairs; "
+            f"got d_model {shape.d_model} and n_heads {shape.n_heads}"
+        )

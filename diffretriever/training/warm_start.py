@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import nn
-from transformers import LlamaForCausalLM
 
+from .backbone_format import Backbone, rope_theta
 from .data import IdLists
-from .llada_format import rope_theta
 
 WINDOW = 4  # tokens to each side that count as neighbours, with weight 1 / distance
 RAREST = 0.5  # a weighted count that is no more than this is one distant meeting: chance
@@ -27,6 +26,9 @@ SPARE_DIRECTIONS, POWER_ITERATIONS = 16, 4  # of the randomised factorisation
 EMBEDDING_NORM = 0.35  # median norm of an embedding's statistics beside its constant coordinate of 1
 HEAD_GAIN = 2.0  # the first layer averages over several tokens, which weakens each one's vote
 PEAK = 8.0  # attention logit of a head at the distance it looks at
+# By the format's shift: distance from the predicted token and share of the peak, for the first layer's heads in turn.
+# With shift 1 the state that predicts a token is the previous token's own: the heads look at those that follow.
+HEADS = {0: ((-1.0, 1.0), (1.0, 1.0), (0.0, 0.5)), 1: ((1.0, 1.0), (1.0, 1.0), (2.0, 1.0))}
 SLOWEST = 0.15  # radians a token: RoPE frequencies below it hardly tell neighbouring positions apart
 
 
@@ -86,7 +88,7 @@ def _coordinates(width: int, heads: int) -> torch.Tensor:
     return (direction % heads) * (width // heads) + direction // heads
 
 
-def start_from_statistics(model: LlamaForCausalLM, ids: IdLists, seed: int) -> None:
+def start_from_statistics(model: Backbone, ids: IdLists, seed: int, shift: int = 0) -> None:
     """Sets embeddings, output head and the first layer's attention from a corpus's token statistics.
 
     Afterwards the other layers still add nothing (see `new_backbone`), and the model predicts a masked token from the
@@ -96,6 +98,7 @@ def start_from_statistics(model: LlamaForCausalLM, ids: IdLists, seed: int) -> N
         model: from `new_backbone`.
         ids: the corpus.
         seed: of the randomised factorisation.
+        shift: a token is predicted from the state so many positions before it: 0 for LLaDA, 1 for Dream.
 
     Raises:
         ValueError: if the corpus has no two neighbouring tokens.
@@ -120,11 +123,11 @@ def start_from_statistics(model: LlamaForCausalLM, ids: IdLists, seed: int) -> N
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(embedding)
         model.lm_head.weight.copy_(head)
-        _look_at_neighbours(model, int(place[0]))
+        _look_at_neighbours(model, int(place[0]), shift)
 
 
-def _look_at_neighbours(model: LlamaForCausalLM, constant: int) -> None:
-    """First layer: heads that look at the previous token, the next one, and around, in turn; values pass through."""
+def _look_at_neighbours(model: Backbone, constant: int, shift: int) -> None:
+    """First layer: heads that look at the predicted token's neighbours (`HEADS`); values pass through."""
     config, attention = model.config, model.model.layers[0].self_attn
     width, heads = config.hidden_size, config.num_attention_heads
     size = width // heads
@@ -134,7 +137,8 @@ def _look_at_neighbours(model: LlamaForCausalLM, constant: int) -> None:
     # Query and key are this times the normalised constant, about sqrt(H) at a mask and 0.7 of it at a word.
     amplitude = math.sqrt(PEAK / (0.7 * width * len(used)))
     for number in range(heads):
-        offset, share = ((-1.0, 1.0), (1.0, 1.0), (0.0, 0.5))[number % 3]
+        distance, share = HEADS[shift][number % len(HEADS[shift])]
+        offset = distance + shift
         for pair, angle in used:
             row = number * size + pair
             attention.q_proj.weight[row, constant] += amplitude

@@ -7,16 +7,16 @@ from typing import Any
 
 from diffretriever.training.backbone import new_backbone
 from diffretriever.training.data import IdLists
-from diffretriever.training.llada_format import llama_config
+from diffretriever.training.formats import FORMATS
+from diffretriever.training.recipe import Shape
 
 VOCABULARY, MASK, BOS, EOS = 103, 100, 101, 102
 SPECIAL = {"mask": MASK, "bos": BOS, "eos": EOS}
 
 
-def tiny_model(heads: int = 3) -> Any:
-    sizes = {"d_model": 48, "mlp_hidden_size": 64, "n_heads": heads, "n_kv_heads": heads, "n_layers": 2}
-    sizes |= {"embedding_size": VOCABULARY, "max_sequence_length": 128, "eos_token_id": EOS, "pad_token_id": EOS}
-    return new_backbone(llama_config({**sizes, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}), seed=1)
+def tiny_model(kind: str = "llada", heads: int = 3) -> Any:
+    shape = Shape(VOCABULARY, d_model=48, n_layers=2, n_heads=heads, mlp_hidden_size=64, max_sequence_length=128)
+    return new_backbone(FORMATS[kind], FORMATS[kind].new_config(shape, SPECIAL), seed=1)
 
 
 def paired_texts(count: int, seed: int) -> IdLists:

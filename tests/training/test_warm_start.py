@@ -9,11 +9,13 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from checkpoint_folders import KINDS
 from paired_texts import MASK, SPECIAL, paired_texts, tiny_model
 from scipy.sparse import csr_array
 
 from diffretriever.training.data import IdLists
 from diffretriever.training.denoising import Denoiser
+from diffretriever.training.formats import FORMATS
 from diffretriever.training.warm_start import (
     RAREST,
     SMOOTHING,
@@ -58,18 +60,22 @@ def test_pmi_by_its_definition() -> None:
             assert table[a, b] == pytest.approx(value, abs=1e-4)
 
 
-def test_the_start_beats_the_unigram_distribution() -> None:
-    model, texts = tiny_model(), paired_texts(400, seed=0)
-    start_from_statistics(model, texts, seed=0)
-    denoiser = Denoiser(texts, SPECIAL, length=32, tokens=512, seed=0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_start_beats_the_unigram_distribution(kind: str) -> None:
+    model, texts, shift = tiny_model(kind), paired_texts(400, seed=0), FORMATS[kind].shift
+    start_from_statistics(model, texts, 0, shift)
+    denoiser = Denoiser(texts, SPECIAL, length=32, tokens=512, seed=0, shift=shift)
     unigram = math.log(100)  # the hundred tokens are equally frequent
     assert denoiser.held_out(model, paired_texts(50, seed=1))["t=0.15"] < unigram - 0.25
 
 
-@pytest.mark.parametrize(("head", "offset"), [(0, -1), (1, 1)])
-def test_the_first_heads_look_at_the_previous_and_the_next_token(head: int, offset: int) -> None:
-    model = tiny_model()
-    start_from_statistics(model, paired_texts(100, seed=0), seed=0)
+@pytest.mark.parametrize(
+    ("kind", "head", "offset"), [("llada", 0, -1), ("llada", 1, 1), ("dream", 0, 2), ("dream", 1, 2), ("dream", 2, 3)]
+)
+def test_the_first_heads_look_at_the_neighbours_of_the_predicted_token(kind: str, head: int, offset: int) -> None:
+    """From a mask in LLaDA; from the position before it in Dream, which holds the previous token itself."""
+    model, shift = tiny_model(kind), FORMATS[kind].shift
+    start_from_statistics(model, paired_texts(100, seed=0), 0, shift)
     model.model.config._attn_implementation = "eager"
     ids = torch.tensor([[10, 20, 30, 40, MASK, 50, 60, 70, 80]])
     probabilities: list[torch.Tensor] = []
@@ -79,7 +85,8 @@ def test_the_first_heads_look_at_the_previous_and_the_next_token(head: int, offs
     rotation = model.model.rotary_emb(states, torch.arange(ids.shape[1])[None])
     model.model.layers[0](states, attention_mask=mask, position_embeddings=rotation)
     hook.remove()
-    assert int(probabilities[0][0, head, 4].argmax()) == 4 + offset
+    reader = 4 - shift
+    assert int(probabilities[0][0, head, reader].argmax()) == reader + offset
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
