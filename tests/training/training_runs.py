@@ -74,7 +74,7 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def wait_for(path: Path, seconds: float = 120) -> None:
+def wait_for(path: Path, seconds: float = 500) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"

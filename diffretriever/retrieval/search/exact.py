@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from .sources import QueryVectors, Segment, resident, segments_of
 from .sparse import Postings, build_postings
 from .topk import MAX_POSITIONS, TopK
 
-# Numbers held at once in a block of vectors and in its similarities. On a CPU both should stay in its caches; with few
-# queries the product is short, and larger blocks save more in calls than the caches would.
+# Numbers held at once in a block of vectors and in its similarities. On a CPU a thread's share should stay in its
+# caches; with few queries the product is short, and larger blocks save more in calls than the caches would.
 BLOCK_NUMBERS = 64 * 1024 * 1024
-CPU_BLOCK_NUMBERS, CPU_FEW, CPU_FEW_BLOCK_NUMBERS = 256 * 1024, 32, 1024 * 1024
+CPU_BLOCK_NUMBERS, CPU_FEW, CPU_FEW_BLOCK_NUMBERS = 384 * 1024, 32, 1024 * 1024
+MOST_THREADS = 16  # of which a block takes account; memory stays bounded
 MAX_COLUMNS = 256  # query vectors multiplied with a block at once
 
 
@@ -56,7 +58,7 @@ class ExactEngine:
         if self._length >= MAX_POSITIONS:
             raise ValueError(f"one searcher holds at most {MAX_POSITIONS - 1} passages, got {self._length}.")
         self._postings: list[Postings] | None = None
-        self._workspace = Workspace(self.device)
+        self._spare: list[Workspace] = []  # that no thread uses now
 
     def __len__(self) -> int:
         return self._length
@@ -96,12 +98,13 @@ class ExactEngine:
         batch = max(1, MAX_COLUMNS // columns)
         groups = [PreparedQueries.of(part, kind, self.device) for part in queries.batches(batch)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
-        for segment in self._segments:
-            for first, vectors, mask in self._blocks(segment, max(len(group.matrix) for group in groups)):
+        columns = max(len(group.matrix) for group in groups)
+        with self._workspace() as workspace:
+            for first, vectors, mask in self._blocks(columns, workspace):
                 if kind == "single_dense":
                     vectors, mask = mean_vectors(vectors, mask)
                 for group, kept in zip(groups, best, strict=True):
-                    kept.update(maxsim(vectors, mask, group, self._workspace), first)
+                    kept.update(maxsim(vectors, mask, group, workspace), first)
         results = [kept.result() for kept in best]
         return torch.cat([positions for positions, _ in results]), torch.cat([scores for _, scores in results])
 
@@ -119,18 +122,23 @@ class ExactEngine:
         for query, wanted in zip(queries.batches(1), positions, strict=True):
             if kind == "sparse_max":
                 scores.append(self._sparse_scores(query)[0][wanted])
-                continue
-            found = torch.empty(len(wanted))
-            prepared = PreparedQueries.of(query, kind, self.device)
+            else:
+                scores.append(self._dense_scores(query, kind, wanted))
+        return scores
+
+    def _dense_scores(self, query: QueryVectors, kind: str, wanted: torch.Tensor) -> torch.Tensor:
+        """Return the dense scores of one query with the passages at rising positions, float32 [C]."""
+        found = torch.empty(len(wanted))
+        prepared = PreparedQueries.of(query, kind, self.device)
+        with self._workspace() as workspace:
             for segment, inside, rows in self._locate(wanted):
                 vectors = segment.rows(rows).to(self.device)
                 mask = segment.mask(0, segment.length)
                 mask = None if mask is None else mask[rows.to(mask.device)]
                 if kind == "single_dense":
                     vectors, mask = mean_vectors(vectors, mask)
-                found[inside] = maxsim(vectors, mask, prepared, self._workspace)[:, 0].cpu()
-            scores.append(found)
-        return scores
+                found[inside] = maxsim(vectors, mask, prepared, workspace)[:, 0].cpu()
+        return found
 
     def _locate(self, positions: torch.Tensor) -> Iterator[tuple[Segment, torch.Tensor, torch.Tensor]]:
         """Yield (segment, which of the positions lie in it, their rows there)."""
@@ -139,25 +147,41 @@ class ExactEngine:
             if bool(inside.any()):
                 yield segment, inside, positions[inside] - segment.offset
 
-    def _blocks(self, segment: Segment, columns: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    def _blocks(self, columns: int, workspace: Workspace) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Yield (first position, float32 [p, K_p, H] in reused memory, mask) of consecutive passages."""
-        if not segment.length:
-            return
+        for segment in self._segments:
+            step = self._step(segment, columns)
+            for start in range(0, segment.length, step):
+                stop = min(start + step, segment.length)
+                stored = segment.block(start, stop)
+                vectors = stored
+                if stored.dtype != torch.float32 or stored.device.type != self.device.type:
+                    vectors = workspace.take("vectors", tuple(stored.shape)).copy_(stored)
+                mask = segment.mask(start, stop)
+                yield segment.offset + start, vectors, None if mask is None else mask.to(self.device)
+
+    def _step(self, segment: Segment, columns: int) -> int:
+        """Return how many passages make a block."""
+        if self.block_size is not None or not segment.length:
+            return self.block_size or 1
         _, num_vectors, width = segment.block(0, 1).shape
-        step = self.block_size
-        if step is None:
-            budget = BLOCK_NUMBERS
-            if self.device.type == "cpu":
-                budget = CPU_FEW_BLOCK_NUMBERS if columns < CPU_FEW else CPU_BLOCK_NUMBERS
-            step = max(1, budget // max(1, ROW_TILE * num_vectors * max(width, columns))) * ROW_TILE
-        for start in range(0, segment.length, step):
-            stop = min(start + step, segment.length)
-            stored = segment.block(start, stop)
-            vectors = stored
-            if stored.dtype != torch.float32 or stored.device.type != self.device.type:
-                vectors = self._workspace.take("vectors", tuple(stored.shape)).copy_(stored)
-            mask = segment.mask(start, stop)
-            yield segment.offset + start, vectors, None if mask is None else mask.to(self.device)
+        budget = BLOCK_NUMBERS
+        if self.device.type == "cpu":
+            each = CPU_FEW_BLOCK_NUMBERS if columns < CPU_FEW else CPU_BLOCK_NUMBERS
+            budget = each * min(MOST_THREADS, torch.get_num_threads())
+        return max(1, budget // max(1, ROW_TILE * num_vectors * max(width, columns))) * ROW_TILE
+
+    @contextmanager
+    def _workspace(self) -> Iterator[Workspace]:
+        """Lend memory to one thread; what earlier searches used is used again."""
+        try:
+            workspace = self._spare.pop()
+        except IndexError:
+            workspace = Workspace(self.device)
+        try:
+            yield workspace
+        finally:
+            self._spare.append(workspace)
 
     def _rank_sparse(self, queries: QueryVectors, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         indices, values = queries.require_sparse()

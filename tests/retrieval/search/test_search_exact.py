@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -160,3 +161,16 @@ def test_similarities_that_are_all_negative_keep_their_order() -> None:
     results = Searcher(passages).search({"repr_hidden": torch.tensor([[[1.0, 0.0]]])}, "multi_dense", top_k=3)
     assert results.positions.tolist() == [[1, 2, 0]]
     assert results.scores[0].tolist() == pytest.approx([-0.6, -0.8, -1.0])
+
+
+def test_searches_at_the_same_time_do_not_share_memory() -> None:
+    """Each of many threads gets what one gets alone."""
+    passages = made_up(1, texts=400, k=3, width=16, terms=4, whole=False, missing=True)
+    queries = [made_up(seed, 5, 2, 16, 4, whole=False, missing=False) for seed in range(12)]
+    searcher = Searcher(passages)
+    alone = [searcher.search(asked, "multi_dense", 7) for asked in queries]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda asked: searcher.search(asked, "multi_dense", 7), queries))
+    for found, expected in zip(together, alone, strict=True):
+        assert found.ids == expected.ids
+        assert torch.equal(torch.as_tensor(found.scores), torch.as_tensor(expected.scores))
