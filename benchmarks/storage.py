@@ -86,7 +86,7 @@ def hardware(options: argparse.Namespace) -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}"
+    return f"{name}, {torch.get_num_threads()} thread(s); torch {torch.__version__}"
 
 
 def report(content: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True).to(options.device)
     where = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or platform.machine()
-    print(f"{where}, {torch.get_num_threads()} threads; torch {torch.__version__}; {options.model}, {model.dtype}")
+    print(f"{where}, {torch.get_num_threads()} thread(s); torch {torch.__version__}; {options.model}, {model.dtype}")
     options.run(model, options)
 
 

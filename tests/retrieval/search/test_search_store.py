@@ -122,8 +122,9 @@ def test_memory_does_not_grow_with_the_collection() -> None:
         passages = {"repr_hidden": vectors(0, count, k=4, width=64, terms=1)["repr_hidden"].half()}
         engine = ExactEngine(passages, block_size=500)
         Searcher(engine).search(vectors(1, 50, k=4, width=64), "multi_dense", 10)
-        held.append(sum(buffer.numel() for buffer in engine._workspace._held.values()))
-    assert held[0] == held[1] > 0
+        held.append([sum(buffer.numel() for buffer in spare._held.values()) for spare in engine._spare])
+    assert held[0] == held[1]
+    assert [size > 0 for size in held[0]] == [True]  # one thread, one workspace, given back
 
 
 def test_an_empty_collection_and_no_queries() -> None:
