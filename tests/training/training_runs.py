@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,22 @@ def fork_train(command: list[str], log: Path, prepare: Callable[[], None] = lamb
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
             sys.stdout = sys.stderr = stream
-            prepare()
-            status = main(command)
-            stream.flush()
+            with _errors_shown():
+                prepare()
+                status = main(command)
     finally:
         os._exit(status)
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Prints what would be lost where a process ends by `os._exit`."""
+    try:
+        yield
+    finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stderr.flush()
 
 
 def wait(child: int) -> int:
