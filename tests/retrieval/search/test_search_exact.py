@@ -165,8 +165,8 @@ def test_similarities_that_are_all_negative_keep_their_order() -> None:
 
 def test_searches_at_the_same_time_do_not_share_memory() -> None:
     """Each of many threads gets what one gets alone."""
-    passages = made_up(1, texts=400, k=3, width=16, terms=4, whole=False, missing=True)
-    queries = [made_up(seed, 5, 2, 16, 4, whole=False, missing=False) for seed in range(12)]
+    passages = made_up(1, texts=4000, k=3, width=16, terms=4, whole=False, missing=True)
+    queries = [made_up(seed, 5, 2, 16, 4, whole=False, missing=False) for seed in range(40)]
     searcher = Searcher(passages)
     alone = [searcher.search(asked, "multi_dense", 7) for asked in queries]
     with ThreadPoolExecutor(4) as pool:
