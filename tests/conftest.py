@@ -23,6 +23,13 @@ PARITY = Path(__file__).parent / "parity"
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the models are tiny, and two runs at once would wait for each other's threads
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew_threads)
+
+
+def renew_threads() -> None:
+    """Renew torch's thread pool: a fork breaks it, and threads that mend it together fail ("Invalid thread pool!")."""
+    torch.set_num_threads(torch.get_num_threads())
 
 
 @pytest.fixture(scope="session")
