@@ -1,0 +1,185 @@
+"""The table of the small releases: rows over seeds, and a test behind every claim.
+
+Reads what `diffretriever evaluate --per-query` wrote for each row and seed (and, of mean-pooled encoders, the runs of
+`evaluate-mean-pooling --run`, and of bm25_on_tokens.py), named ROW.SEED.DATASET.queries.json (.run), for example
+llada-single.42.debian.queries.json. Rows without training have the seed 0. checkpoints/README.md has the commands.
+
+python benchmarks/small_releases.py --results results --data debian=DATA/debian scifact=DATA/scifact
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffretriever.retrieval.evaluation.benchmark import read_benchmark
+from diffretriever.retrieval.evaluation.metrics import evaluate_run, parse_metric
+from diffretriever.retrieval.evaluation.report import read_per_query
+from diffretriever.retrieval.evaluation.runs import read_run
+from diffretriever.retrieval.evaluation.significance import TTest, bonferroni, paired_t_test
+
+METRIC = "nDCG@10"
+PerQuery = dict[str, float]  # {query id: nDCG@10}
+ROWS = {  # name of the files: title; the dense mode that counts; which commands of checkpoints/README.md make it
+    "llada-tokens": ("BM25 over `llada-tiny`'s tokens", "bm25", "E"),
+    "llada-zero-mean": ("LLaDA, zero-shot, mean pooling", "dense", "B"),
+    "llada-zero-single": ("LLaDA, zero-shot, K = 1", "single_dense", "A"),
+    "llada-zero-multi": ("LLaDA, zero-shot, K_q = K_p = 4", "multi_dense", "A"),
+    "llada-mean": ("LLaDA, fine-tuned, mean pooling (DiffEmbed)", "dense", "D"),
+    "llada-single": ("`diffretriever-llada-tiny-single`", "single_dense", "C"),
+    "llada-multi": ("`diffretriever-llada-tiny-multi-q4-p4`", "multi_dense", "C"),
+    "dream-tokens": ("BM25 over `dream-tiny`'s tokens", "bm25", "E"),
+    "dream-zero-mean": ("Dream, zero-shot, mean pooling", "dense", "B"),
+    "dream-zero-single": ("Dream, zero-shot, K = 1", "single_dense", "A"),
+    "dream-zero-multi": ("Dream, zero-shot, K_q = 4, K_p = 16", "multi_dense", "A"),
+    "dream-mean": ("Dream, fine-tuned, mean pooling (DiffEmbed)", "dense", "D"),
+    "dream-single": ("`diffretriever-dream-tiny-single`", "single_dense", "C"),
+    "dream-multi": ("`diffretriever-dream-tiny-multi-q4-p16`", "multi_dense", "C"),
+}
+COLUMNS = ("dense", "sparse", "fused", "fused + BM25")
+BM25 = "bm25"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` should have a higher score than `worse`; both are (row, column), the row may be BM25."""
+
+    text: str
+    better: tuple[str, str]
+    worse: tuple[str, str]
+
+
+def claims(backbone: str) -> Iterator[Claim]:
+    """Yield what the method promises, for one backbone."""
+    for kind in ("single", "multi"):
+        for column in ("dense", "sparse", "fused"):
+            tuned, zero = (f"{backbone}-{kind}", column), (f"{backbone}-zero-{kind}", column)
+            yield Claim(f"{kind}, {column}: fine-tuned > zero-shot", tuned, zero)
+        yield Claim(f"{kind}: fused > BM25", (f"{backbone}-{kind}", "fused"), (BM25, "sparse"))
+        yield Claim(
+            f"{kind}: fused > BM25 over its tokens", (f"{backbone}-{kind}", "fused"), (f"{backbone}-tokens", "sparse")
+        )
+        yield Claim(f"{kind}: fused + BM25 > BM25", (f"{backbone}-{kind}", "fused + BM25"), (BM25, "sparse"))
+        yield Claim(
+            f"{kind}: masks > mean pooling, dense", (f"{backbone}-{kind}", "dense"), (f"{backbone}-mean", "dense")
+        )
+    yield Claim("multi > single, dense", (f"{backbone}-multi", "dense"), (f"{backbone}-single", "dense"))
+
+
+def modes(dense: str) -> dict[str, str]:
+    """Name the evaluation's rows behind the table's columns."""
+    if dense == BM25:
+        return {"sparse": BM25}
+    fused = "fusion_multi_sparse_max" if dense == "multi_dense" else "fusion_single_sparse_max"
+    with_bm25 = "fusion_multi_sparse_max+bm25@0.5"  # with one vector MaxSim is the cosine
+    return {"dense": dense, "sparse": "sparse_max", "fused": fused, "fused + BM25": with_bm25, BM25: BM25}
+
+
+class Results:
+    """Per-query values of every row, seed and column on one dataset.
+
+    Args:
+        folder: of the files.
+        dataset: its name in theirs.
+        data: its folder in BEIR's layout.
+        split: of the judgements.
+    """
+
+    def __init__(self, folder: Path, dataset: str, data: Path, split: str) -> None:
+        self.qrels = read_benchmark(data, split).qrels
+        self.values: dict[str, dict[int, dict[str, PerQuery]]] = {}
+        for row, (_, dense, _) in ROWS.items():
+            found = sorted(file for end in ("queries.json", "run") for file in folder.glob(f"{row}.*.{dataset}.{end}"))
+            self.values[row] = {int(file.name.split(".")[1]): self._read(file, dense) for file in found}
+        columns = (one for seeds in self.values.values() for one in seeds.values())
+        bm25 = next((one[BM25] for one in columns if BM25 in one), None)
+        if bm25 is None:
+            raise FileNotFoundError(f"{folder}: no ROW.SEED.{dataset}.queries.json of `diffretriever evaluate --bm25`.")
+        self.values[BM25] = {0: {"sparse": bm25}}
+
+    def _read(self, file: Path, dense: str) -> dict[str, PerQuery]:
+        if file.suffix == ".run":
+            return {"dense": evaluate_run(read_run(file), self.qrels, [parse_metric(METRIC)])[METRIC]}
+        found = read_per_query(file)
+        return {column: found[mode][METRIC] for column, mode in modes(dense).items() if mode in found}
+
+    def means(self, row: str, column: str) -> list[float]:
+        """Return nDCG@10 of each seed, in the seeds' order."""
+        seeds = self.values[row]
+        return [statistics.fmean(seeds[seed][column].values()) for seed in sorted(seeds) if column in seeds[seed]]
+
+    def over_seeds(self, row: str, column: str) -> PerQuery:
+        """Return each query's mean over the seeds."""
+        seeds = [columns[column] for columns in self.values[row].values() if column in columns]
+        return {query: statistics.fmean(values[query] for values in seeds) for query in seeds[0]}
+
+    def test(self, claim: Claim) -> TTest | None:
+        """Test a claim over queries, each query's values averaged over the seeds; None where a row is missing."""
+        if not (self.means(*claim.better) and self.means(*claim.worse)):
+            return None
+        return paired_t_test(self.over_seeds(*claim.better), self.over_seeds(*claim.worse))
+
+    def seeds_that_hold(self, claim: Claim) -> str:
+        """Count the seeds of the better row whose mean is above every seed of the worse row."""
+        ours, theirs = self.means(*claim.better), self.means(*claim.worse)
+        return f"{sum(value > max(theirs) for value in ours)} of {len(ours)}"
+
+
+def cell(values: Sequence[float]) -> str:
+    """Format the mean over seeds, with the lowest and the highest where there are several.
+
+    >>> cell([0.5]), cell([0.5, 0.52, 0.51]), cell([])
+    ('0.500', '0.510 (0.500-0.520)', '')
+    """
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}-{max(values):.3f})"
+
+
+def table(results: Results) -> Iterator[str]:
+    """Yield the lines of one dataset's table."""
+    yield f"| made by | | {' | '.join(COLUMNS)} |"
+    yield "|---" * (2 + len(COLUMNS)) + "|"
+    yield f"| A | BM25 | | {cell(results.means(BM25, 'sparse'))} | | |"
+    for row, (title, _, commands) in ROWS.items():
+        if results.values[row]:
+            yield f"| {commands} | {title} | {' | '.join(cell(results.means(row, column)) for column in COLUMNS)} |"
+
+
+def verdicts(results: Results) -> Iterator[str]:
+    """Yield the lines of one dataset's claims, p after Bonferroni's correction over all of them."""
+    tested = [
+        (backbone, claim, test)
+        for backbone in ("llada", "dream")
+        for claim in claims(backbone)
+        if (test := results.test(claim)) is not None
+    ]
+    yield "| claim | difference | p, corrected | seeds above |"
+    yield "|---|---|---|---|"
+    corrected = bonferroni([test.p for _, _, test in tested])
+    for (backbone, claim, test), p in zip(tested, corrected, strict=True):
+        seeds = results.seeds_that_hold(claim)
+        yield f"| {backbone}, {claim.text} | {test.difference:+.3f} | {p:.1g} | {seeds} |"
+
+
+def main() -> None:
+    """Print the table and the claims of each dataset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="folder of the evaluations")
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=FOLDER", help="datasets, BEIR's layout")
+    parser.add_argument("--split", default="test")
+    options = parser.parse_args()
+    for pair in options.data:
+        dataset, _, folder = pair.partition("=")
+        results = Results(options.results, dataset, Path(folder), options.split)
+        print(f"\n{dataset}: {METRIC}, mean over seeds (lowest-highest)\n")
+        print("\n".join(table(results)), end="\n\n")
+        print("\n".join(verdicts(results)))
+
+
+if __name__ == "__main__":
+    main()
