@@ -53,6 +53,7 @@ BACKBONES = {
     LLADA: Backbone(8_015_581_184, 126_464, 4096, frozenset({"MSMARCO"})),
     DREAM: Backbone(7_615_616_512, 152_064, 3584, frozenset({"MSMARCO"})),
     "checkpoints/llada-tiny": Backbone(6_637_248, 12_288, 192),
+    "checkpoints/dream-tiny": Backbone(6_639_552, 12_288, 192),
 }
 
 

@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from diffretriever.training import losses
-from diffretriever.training.adapter_recipe import AdapterRecipe
 from diffretriever.training.backbone import hidden_states, mask_states, new_backbone
 from diffretriever.training.data import Batches, IdLists, bucketed_sizes, cloze_pair, pad_left, read_pairs, read_texts
 from diffretriever.training.evaluate import Vectors, ndcg_at_10, sparse_product, top_fused
@@ -203,12 +202,6 @@ def test_shipped_recipes_read(kind: str, budgets: list[int]) -> None:
     recipe = read_recipe(RECIPES / f"{kind}-tiny.yaml", PretrainRecipe)
     assert (recipe.backbone_type, recipe.stages[1].budgets) == (kind, budgets)
     assert recipe.shape == Shape(12288, d_model=192, n_layers=4, n_heads=3, mlp_hidden_size=576)
-
-
-@pytest.mark.parametrize(("name", "masks"), [("dream-tiny-single", (1, 1)), ("dream-tiny-multi-q4-p16", (4, 16))])
-def test_shipped_adapter_recipes_for_dream_read(name: str, masks: tuple[int, int]) -> None:
-    recipe = read_recipe(RECIPES / f"{name}.yaml", AdapterRecipe)
-    assert (recipe.num_query_masks, recipe.num_passage_masks) == masks
 
 
 def test_an_open_value_may_be_given_or_left_out(tmp_path: Path) -> None:

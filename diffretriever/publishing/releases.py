@@ -59,28 +59,23 @@ class Release:
         return self.base.startswith("checkpoints/")
 
 
+def _tiny(backbone: str, kind: str, num_query_masks: int, num_passage_masks: int) -> Release:
+    """Name a release of this source tree; its backbone and adapter lie in checkpoints/."""
+    adapter = f"checkpoints/diffretriever-{backbone}-tiny-{kind}/adapter"
+    fused = "fusion_single_sparse_max" if kind == "single" else "fusion_multi_sparse_max"
+    return Release(f"checkpoints/{backbone}-tiny", adapter, num_query_masks, num_passage_masks, 152, fused)
+
+
 LLADA, DREAM = "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"
 RELEASES = {
     "diffretriever-llada-8b-single": Release(LLADA, "ielabgroup/diffretriever-llada-8b-single", 1, 1),
     "diffretriever-llada-8b-multi-q4-p4": Release(LLADA, "ielabgroup/diffretriever-llada-8b-multi-q4-p4", 4, 4),
     "diffretriever-dream-7b-single": Release(DREAM, "ielabgroup/diffretriever-dream-7b-single", 1, 1),
     "diffretriever-dream-7b-multi-q4-p16": Release(DREAM, "ielabgroup/diffretriever-dream-7b-multi-q4-p16", 4, 16),
-    "diffretriever-llada-tiny-single": Release(
-        "checkpoints/llada-tiny",
-        "checkpoints/diffretriever-llada-tiny-single/adapter",
-        1,
-        1,
-        152,
-        "fusion_single_sparse_max",
-    ),
-    "diffretriever-llada-tiny-multi-q4-p4": Release(
-        "checkpoints/llada-tiny",
-        "checkpoints/diffretriever-llada-tiny-multi-q4-p4/adapter",
-        4,
-        4,
-        152,
-        "fusion_multi_sparse_max",
-    ),
+    "diffretriever-llada-tiny-single": _tiny("llada", "single", 1, 1),
+    "diffretriever-llada-tiny-multi-q4-p4": _tiny("llada", "multi-q4-p4", 4, 4),
+    "diffretriever-dream-tiny-single": _tiny("dream", "single", 1, 1),
+    "diffretriever-dream-tiny-multi-q4-p16": _tiny("dream", "multi-q4-p16", 4, 16),
 }
 
 

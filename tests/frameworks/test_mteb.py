@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from checkpoint_folders import hub_repository
-from sentence_transformers_folders import Folders, add_files, make_folder
+from sentence_transformers_folders import CHECKPOINTS, Folders, add_files, make_folder
+from transformers import AutoModel
 
 from diffretriever.retrieval.encode import encode_store
 from diffretriever.retrieval.evaluation.benchmark import read_benchmark
@@ -134,7 +135,7 @@ def test_wrong_side_would_show(folders: Folders, data: Path) -> None:
 
 def test_metas_of_every_release_and_mode() -> None:
     metas = models.model_metas("some-lab")
-    assert len(metas) == 6 * 5
+    assert len(metas) == 8 * 5
     assert len({(meta.name, meta.revision, str(meta.experiment_kwargs)) for meta in metas}) == len(metas)
     by_name = {(meta.name, meta.revision): meta for meta in metas}
     sparse = by_name["some-lab/diffretriever-llada-8b-single", "sparse"]
@@ -145,8 +146,13 @@ def test_metas_of_every_release_and_mode() -> None:
     assert (multi.embed_dim, multi.similarity_fn_name, multi.model_type) == (3584, "MaxSim", ["late-interaction"])
 
 
-def test_sizes_of_the_small_backbone(folders: Folders) -> None:
-    model, backbone = folders.plain("single"), models.BACKBONES["checkpoints/llada-tiny"]
+@pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny"])
+def test_sizes_of_the_small_backbones(name: str) -> None:
+    release = CHECKPOINTS / f"diffretriever-{name}-single"
+    model, backbone = (
+        AutoModel.from_pretrained(release, trust_remote_code=True),
+        models.BACKBONES[f"checkpoints/{name}"],
+    )
     assert backbone.num_parameters == sum(weight.numel() for weight in model.parameters())
     assert (backbone.vocab_size, backbone.hidden_size) == (model.config.vocab_size, model.config.hidden_size)
 

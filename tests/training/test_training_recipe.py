@@ -36,10 +36,24 @@ def test_the_papers_recipe() -> None:
         assert getattr(AdapterRecipe(), name) == value, name
 
 
-@pytest.mark.parametrize(("name", "masks"), [("single", 1), ("multi-q4-p4", 4), ("mean", 1)])
-def test_the_tiny_recipes_read(name: str, masks: int) -> None:
-    recipe = read_adapter_recipe(SHIPPED / "recipes" / f"llada-tiny-{name}.yaml")
-    assert (recipe.num_query_masks, recipe.num_passage_masks) == (masks, masks)
+@pytest.mark.parametrize(
+    ("name", "masks"),
+    [
+        ("llada-tiny-single", (1, 1)),
+        ("llada-tiny-multi-q4-p4", (4, 4)),
+        ("llada-tiny-mean", (1, 1)),
+        ("dream-tiny-single", (1, 1)),
+        ("dream-tiny-multi-q4-p16", (4, 16)),
+        ("dream-tiny-mean", (1, 1)),
+    ],
+)
+def test_the_tiny_recipes_differ_in_masks_and_pooling_only(name: str, masks: tuple[int, int]) -> None:
+    recipe = read_adapter_recipe(SHIPPED / "recipes" / f"{name}.yaml")
+    assert (recipe.num_query_masks, recipe.num_passage_masks) == masks
+    changes: dict[str, object] = {"num_query_masks": masks[0], "num_passage_masks": masks[1]}
+    if name.endswith("-mean"):
+        changes |= {"pooling": "mean", "sparse_weight": 0.0}
+    assert recipe == dataclasses.replace(read_adapter_recipe(SHIPPED / "recipes" / "llada-tiny-single.yaml"), **changes)
 
 
 @pytest.mark.parametrize(
