@@ -50,7 +50,7 @@ def test_the_papers_recipe() -> None:
 def test_the_tiny_recipes_differ_in_masks_and_pooling_only(name: str, masks: tuple[int, int]) -> None:
     recipe = read_adapter_recipe(SHIPPED / "recipes" / f"{name}.yaml")
     assert (recipe.num_query_masks, recipe.num_passage_masks) == masks
-    changes: dict[str, object] = {"num_query_masks": masks[0], "num_passage_masks": masks[1]}
+    changes: dict[str, Any] = {"num_query_masks": masks[0], "num_passage_masks": masks[1]}
     if name.endswith("-mean"):
         changes |= {"pooling": "mean", "sparse_weight": 0.0}
     assert recipe == dataclasses.replace(read_adapter_recipe(SHIPPED / "recipes" / "llada-tiny-single.yaml"), **changes)
