@@ -66,6 +66,11 @@ def claims(backbone: str) -> Iterator[Claim]:
         yield Claim(
             f"{kind}: masks > mean pooling, dense", (f"{backbone}-{kind}", "dense"), (f"{backbone}-mean", "dense")
         )
+        yield Claim(
+            f"{kind}: masks > mean pooling, dense, both zero-shot",
+            (f"{backbone}-zero-{kind}", "dense"),
+            (f"{backbone}-zero-mean", "dense"),
+        )
     yield Claim("multi > single, dense", (f"{backbone}-multi", "dense"), (f"{backbone}-single", "dense"))
 
 
