@@ -3,7 +3,7 @@
 The usual BM25 indexes stemmed words; a release's sparse vectors know the tokenizer's pieces only. This row tells the
 vocabulary's share of their difference from the model's.
 
-python benchmarks/bm25_on_tokens.py --model RELEASE --data DATA/debian --per-query results/tokens.0.debian.queries.json
+python benchmarks/bm25_on_tokens.py --model RELEASE --data DATA --per-query results/llada-tokens.0.debian.queries.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The table of the small releases: rows over seeds, and a test behind every claim.
 
-Reads what `diffretriever evaluate --per-query` wrote for each row and seed (and, of mean-pooled encoders, the runs of
-`evaluate-mean-pooling --run`, and of bm25_on_tokens.py), named ROW.SEED.DATASET.queries.json (.run), for example
+Reads what `diffretriever evaluate --per-query` and bm25_on_tokens.py wrote for each row and seed, and of mean-pooled
+encoders the runs of `evaluate-mean-pooling --run`, named ROW.SEED.DATASET.queries.json (.run), for example
 llada-single.42.debian.queries.json. Rows without training have the seed 0. checkpoints/README.md has the commands.
 
 python benchmarks/small_releases.py --results results --data debian=DATA/debian scifact=DATA/scifact

@@ -149,10 +149,8 @@ def test_metas_of_every_release_and_mode() -> None:
 @pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny"])
 def test_sizes_of_the_small_backbones(name: str) -> None:
     release = CHECKPOINTS / f"diffretriever-{name}-single"
-    model, backbone = (
-        AutoModel.from_pretrained(release, trust_remote_code=True),
-        models.BACKBONES[f"checkpoints/{name}"],
-    )
+    model = AutoModel.from_pretrained(release, trust_remote_code=True)
+    backbone = models.BACKBONES[f"checkpoints/{name}"]
     assert backbone.num_parameters == sum(weight.numel() for weight in model.parameters())
     assert (backbone.vocab_size, backbone.hidden_size) == (model.config.vocab_size, model.config.hidden_size)
 
