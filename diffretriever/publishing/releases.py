@@ -63,7 +63,7 @@ def _tiny(backbone: str, kind: str, num_query_masks: int, num_passage_masks: int
     """Name a release of this source tree; its backbone and adapter lie in checkpoints/."""
     adapter = f"checkpoints/diffretriever-{backbone}-tiny-{kind}/adapter"
     fused = "fusion_single_sparse_max" if kind == "single" else "fusion_multi_sparse_max"
-    return Release(f"checkpoints/{backbone}-tiny", adapter, num_query_masks, num_passage_masks, 152, fused)
+    return Release(f"checkpoints/{backbone}-tiny", adapter, num_query_masks, num_passage_masks, 120, fused)
 
 
 LLADA, DREAM = "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"

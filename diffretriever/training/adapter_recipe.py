@@ -28,8 +28,7 @@ class AdapterRecipe:
     pooling: str = "masks"  # "mean" trains the DiffEmbed baseline: no prompt, no masks, one mean-pooled vector
     num_query_masks: int = 1  # K_q
     num_passage_masks: int = 1  # K_p
-    max_length: int = 156  # of the release: tokens of prefix + text + suffix
-    train_length: int = 0  # the same while training; 0 is max_length
+    max_length: int = 156  # tokens of prefix + text + suffix, in training and in the release
     epochs: float = 3.0
     max_steps: int = 0  # stop after so many optimiser steps; 0 leaves it to `epochs`
     global_batch_size: int = 128  # queries a step, over all processes
@@ -55,10 +54,6 @@ class AdapterRecipe:
     eval_steps: int = 0  # evaluate the dev split every so many steps; 0 never
     eval_passages: int = 5000
     report_to: str = "none"
-
-    def text_length(self) -> int:
-        """Tokens of prefix + text + suffix while training."""
-        return self.train_length or self.max_length
 
     def total_steps(self, items: int) -> int:
         """Optimiser steps of the whole run on so many training items."""
@@ -131,7 +126,6 @@ _AT_LEAST: dict[str, int] = {
     "num_query_masks": 1,
     "num_passage_masks": 1,
     "max_length": 1,
-    "train_length": 0,
     "max_steps": 0,
     "global_batch_size": 1,
     "accumulation_steps": 1,
@@ -172,11 +166,6 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
     for name, allowed in (("pooling", POOLINGS), ("backbone_dtype", DTYPES), ("report_to", REPORTS)):
         if getattr(recipe, name) not in allowed:
             raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {getattr(recipe, name)!r}")
-    if recipe.text_length() > recipe.max_length:
-        raise ValueError(
-            f"{where}: train_length {recipe.train_length} is longer than max_length {recipe.max_length}; "
-            "the release would cut what training has seen"
-        )
     _check_pooling(recipe, where)
 
 

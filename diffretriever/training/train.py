@@ -143,7 +143,7 @@ def load_retriever(recipe: AdapterRecipe, release: str) -> Any:
         release,
         trust_remote_code=True,
         dtype=getattr(torch, recipe.backbone_dtype),
-        max_length=recipe.text_length(),
+        max_length=recipe.max_length,
         num_query_masks=recipe.num_query_masks,
         num_passage_masks=recipe.num_passage_masks,
     )

@@ -94,7 +94,7 @@ def test_dimension_by_its_old_name(dense: Any, folders: Folders) -> None:
 def test_max_seq_length(folders: Folders) -> None:
     model, plain = folders.load("single", "dense"), folders.plain("single")
     before = model.encode_document(TEXTS)
-    assert model.max_seq_length == plain.config.max_length == 152
+    assert model.max_seq_length == plain.config.max_length == 120
     model.max_seq_length = 40
     assert model.max_seq_length == 40
     after = model.encode_document(TEXTS)
@@ -112,7 +112,7 @@ def test_max_seq_length_that_cannot_be(folders: Folders, value: Any) -> None:
     model = folders.model("single", "dense")
     with pytest.raises(ValueError, match=r"`max_length`"):
         model.max_seq_length = value
-    assert model.max_seq_length == 152
+    assert model.max_seq_length == 120
     assert model.encode_query("it still works").shape == (192,)
 
 

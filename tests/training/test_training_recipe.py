@@ -70,7 +70,6 @@ def test_the_tiny_recipes_differ_in_masks_and_pooling_only(name: str, masks: tup
         ("dropout: 1.5", r"dropout must lie between 0 and 1, got 1.5"),
         ("pooling: max", r"pooling must be one of masks, mean, got 'max'"),
         ("report_to: email", r"report_to must be one of none, tensorboard, wandb, got 'email'"),
-        ("train_length: 200", r"train_length 200 is longer than max_length 156"),
         ("pooling: mean", r"pooling: mean has one vector a text and no sparse side; set sparse_weight to 0, got 1"),
         ("bf16: 1", r"bf16 must be of type bool, got 1"),
         ("a: [", r"r.yaml: not valid YAML"),
