@@ -42,6 +42,7 @@ def _what(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="for example cuda:1 (default: the first GPU, else the CPU)")
     group.add_argument("--num-query-masks", type=int, help="K_q (default: the release's)")
     group.add_argument("--num-passage-masks", type=int, help="K_p (default: the release's)")
+    group.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
     group.add_argument("--data", required=True, type=Path, help="folder in BEIR's or MS MARCO's layout")
     group.add_argument("--split", default="test", help="BEIR: a file of qrels/; MS MARCO: dev, dl19, dl20")
     group.add_argument("--store", type=Path, help="folder for the encoded corpus (default: a temporary one)")
@@ -61,7 +62,7 @@ def _how(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bm25-with", nargs="+", metavar="MODE", help="modes to fuse with BM25 (default: the multi ones)"
     )
-    group.add_argument("--tune-split", metavar="SPLIT", help="choose the weight of the fusion with BM25 on this split")
+    group.add_argument("--tune-split", metavar="SPLIT", help="choose the weights of the fusions on this split")
     group.add_argument("--baseline", type=Path, metavar="FILE", help="a --per-query file to compare with")
     group.add_argument("--correction", choices=("bonferroni", "holm"), default="bonferroni", help="of the tests")
     group.add_argument("--latency", type=int, default=0, metavar="N", help="time N single queries in each mode")
@@ -123,6 +124,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         dtype=options.model_dtype,
         num_query_masks=options.num_query_masks,
         num_passage_masks=options.num_passage_masks,
+        max_length=options.max_length,
     )
     with encoded_corpus(model, benchmark, options.store, options.dtype, how.progress) as store:
         sizes = f"{len(benchmark.queries):,} queries, {len(store):,} passages"

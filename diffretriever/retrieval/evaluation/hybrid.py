@@ -1,4 +1,4 @@
-"""BM25 beside our modes, and fused with them."""
+"""Fusions: their weights and names, and BM25 beside our modes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,29 @@ def fused_name(mode: str, weight: float) -> str:
     return f"{mode}+{BM25_ROW}@{weight:g}"
 
 
-def choose_weight(ours: Run, bm25: Run, qrels: Qrels, metric: Any, depth: int) -> float:
-    """Find the weight of ours, in tenths, that is best on a split kept for this; of equals the one nearest to 0.5.
+def tuned_name(mode: str, weight: float) -> str:
+    """Name a fusion mode whose dense weight was chosen.
+
+    >>> tuned_name("fusion_multi_sparse_max", 0.3)
+    'fusion_multi_sparse_max@0.3'
+    """
+    return f"{mode}@{weight:g}"
+
+
+def choose_weight(figures: Mapping[float, float]) -> float:
+    """Choose the weight with the best figure; of equals the one nearest to 0.5.
+
+    Args:
+        figures: {weight: a metric's mean on a split kept for this}.
+
+    >>> choose_weight({0.2: 0.7, 0.4: 0.7, 0.5: 0.6})
+    0.4
+    """
+    return max(figures, key=lambda weight: (figures[weight], -abs(weight - EVEN)))
+
+
+def best_weight(ours: Run, bm25: Run, qrels: Qrels, metric: Any, depth: int) -> float:
+    """Find the weight of ours, in tenths, that is best for the fusion with BM25 on a split kept for this.
 
     Args:
         ours, bm25: the split's runs.
@@ -32,11 +53,9 @@ def choose_weight(ours: Run, bm25: Run, qrels: Qrels, metric: Any, depth: int) -
         metric: from `parse_metric`.
         depth: passages a query.
     """
-    scores = {}
-    for weight in WEIGHTS:
-        run = fuse_runs(ours, bm25, weight, depth)
-        scores[weight] = means(evaluate_run(run, qrels, [metric]))[str(metric)]
-    return max(WEIGHTS, key=lambda weight: (scores[weight], -abs(weight - EVEN)))
+    seen = metric.params.get("cutoff", depth)  # the metric does not see the rest
+    runs = ((weight, fuse_runs(ours, bm25, weight, seen)) for weight in WEIGHTS)
+    return choose_weight({weight: means(evaluate_run(run, qrels, [metric]))[str(metric)] for weight, run in runs})
 
 
 def fused_runs(

@@ -24,6 +24,7 @@ class RankedOnce:
         self._engine = engine
         # the queries are kept as well, or their memory, which the key names, could be used again
         self._kept: dict[tuple[Any, ...], tuple[Any, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._scores: dict[tuple[Any, ...], tuple[Any, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self._engine)
@@ -45,8 +46,16 @@ class RankedOnce:
         return self._kept[key][1]
 
     def scores_at(self, queries: Any, kind: str, positions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """As the engine's."""
-        return self._engine.scores_at(queries, kind, positions)
+        """As the engine's, computed once for the same positions."""
+        key = (kind, len(queries), queries.dense.data_ptr())
+        if key in self._scores and _same(self._scores[key][1], positions):
+            return self._scores[key][2]
+        self._scores[key] = (queries, positions, self._engine.scores_at(queries, kind, positions))
+        return self._scores[key][2]
+
+
+def _same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(*pair) for pair in zip(left, right, strict=True))
 
 
 def search_modes(
@@ -84,6 +93,36 @@ def search_modes(
                 runs[mode] |= found.run(list(window))
             bar.update(len(window))
     return runs
+
+
+def search_weights(
+    model: Any,
+    searcher: Searcher,
+    queries: Mapping[str, str],
+    modes: Sequence[str],
+    weights: Sequence[float],
+    top_k: int,
+    candidates: int,
+) -> Iterator[tuple[str, float, Run]]:
+    """Search in the fusion modes at several weights of the dense scores.
+
+    Args:
+        model, searcher, queries: as for `search_modes`.
+        modes: fusion modes.
+        weights: the dense scores' shares.
+        top_k: passages a query.
+        candidates: of each side.
+
+    Yields:
+        Mode, weight and the run of a window of queries; the windows one after the other.
+    """
+    for window in _windows(queries, QUERY_WINDOW):
+        vectors = model.encode_texts(list(window.values()), is_query=True, compute_sparse=True)
+        once = Searcher(RankedOnce(searcher.engine))
+        for mode in modes:
+            for weight in weights:
+                found = once.search(vectors, mode, top_k, candidates=candidates, fusion_weight=weight)
+                yield mode, weight, found.run(list(window))
 
 
 def _windows(queries: Mapping[str, str], size: int) -> Iterator[dict[str, str]]:

@@ -21,7 +21,7 @@ from diffretriever.retrieval.evaluation.hybrid import WEIGHTS
 from diffretriever.retrieval.evaluation.metrics import evaluate_run, means, parse_metric
 from diffretriever.retrieval.identity import describe_model
 from diffretriever.retrieval.search.compression import compress
-from diffretriever.retrieval.search.modes import MODES
+from diffretriever.retrieval.search.modes import FUSED, MODES
 from diffretriever.retrieval.store import ShardContents, Store, write_store
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -186,6 +186,36 @@ def test_bm25_and_its_fusion(model: Any, benchmark: Benchmark, store: Store) -> 
     assert {(found.row, found.mark) for found in evaluation.comparisons} == {(n, "‡") for n in names if n != "bm25"}
 
 
+def test_fusion_weights_are_chosen_on_another_split(model: Any, benchmark: Benchmark, store: Store) -> None:
+    given = options(modes=tuple(FUSED), tune_split="dev", fusion_weight=0.25, depth=3, metrics=("nDCG@3",))
+    evaluation, runs = evaluate(model, benchmark, store, given)
+    dev = read_benchmark(benchmark.folder, "dev")
+    searcher, names = module.Searcher(store), list(given.modes)
+    for mode in given.modes:
+        scores = {}
+        for weight in WEIGHTS:  # by brute force: a search at every weight
+            run = module._search(model, searcher, dev, [mode], given, weight)[mode]
+            scores[weight] = means(evaluate_run(run, dev.qrels, [parse_metric("nDCG@3")]))["nDCG@3"]
+        best = [weight for weight in WEIGHTS if scores[weight] == max(scores.values())]
+        chosen = min(best, key=lambda weight: abs(weight - 0.5))
+        assert f"{mode}: nDCG@3 on split dev is best at the dense weight {chosen:g}." in evaluation.notes
+        name = f"{mode}@{chosen:g}"
+        names.append(name)
+        assert chosen != 0.25
+        assert runs[name] == module._search(model, searcher, benchmark, [mode], given, chosen)[mode]
+        assert runs[name] != runs[mode]
+    assert list(evaluation.rows) == names
+
+
+def test_a_chosen_weight_that_is_the_given_one_adds_no_row(model: Any, benchmark: Benchmark, store: Store) -> None:
+    mode = "fusion_multi_sparse_max"
+    first, _ = evaluate(model, benchmark, store, options(modes=(mode,), tune_split="dev", fusion_weight=0.25))
+    chosen = float(list(first.rows)[1].partition("@")[2])
+    second, _ = evaluate(model, benchmark, store, options(modes=(mode,), tune_split="dev", fusion_weight=chosen))
+    assert list(second.rows) == [mode]
+    assert second.rows[mode] == first.rows[f"{mode}@{chosen:g}"]
+
+
 def test_one_query_is_not_tested(model: Any, store: Store, tmp_path: Path) -> None:
     folder = write_benchmark(tmp_path / "one")
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq-web\tdaemon\t1\n")
@@ -203,7 +233,11 @@ def test_one_query_is_not_tested(model: Any, store: Store, tmp_path: Path) -> No
         ({"metrics": ("hits",)}, "metric 'hits' is not known"),
         ({"depth": 0}, "the depth must be at least 1"),
         ({"fusion_weight": 1.5}, "the fusion weight must lie between 0 and 1, got 1.5"),
-        ({"tune_split": "dev"}, "belong to --bm25"),
+        ({"bm25_with": ["multi_dense"]}, "--bm25-with belongs to --bm25; give that as well."),
+        (
+            {"tune_split": "dev", "modes": ("multi_dense",)},
+            "--tune-split chooses weights of fusions, and there is none: the modes are multi_dense. Add a fusion",
+        ),
         ({"bm25": True, "bm25_with": ["sparse_max"], "modes": ("multi_dense",)}, "--bm25-with sparse_max"),
     ],
 )

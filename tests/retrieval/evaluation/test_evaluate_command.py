@@ -15,6 +15,7 @@ from diffretriever import cli
 from diffretriever.retrieval.evaluation import command
 from diffretriever.retrieval.evaluation.metrics import evaluate_run, means, parse_metric
 from diffretriever.retrieval.evaluation.runs import read_run
+from diffretriever.retrieval.search.compression import open_store
 from diffretriever.retrieval.search.modes import MODES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -75,6 +76,14 @@ def test_a_baseline_gives_the_mark_of_the_same_mode(evaluate: Command, tmp_path:
     assert "† better than the same mode of the baseline" in table
     marked = [line for line in table.splitlines() if line.startswith("| `single_dense` | ")]
     assert marked[0].endswith("† |")
+
+
+def test_another_length_of_texts(evaluate: Command, tmp_path: Path) -> None:
+    given = ("--modes", "multi_dense", "--metrics", "nDCG@10")
+    assert evaluate(*given, "--store", tmp_path / "short", "--max-length", 40) == 0
+    assert evaluate(*given, "--store", tmp_path / "whole") == 0
+    lengths = [open_store(tmp_path / name).manifest.max_length for name in ("short", "whole")]
+    assert lengths == [40, 120]
 
 
 @pytest.mark.parametrize(
