@@ -1,8 +1,9 @@
 """The table of the small releases: rows over seeds, and a test behind every claim.
 
-Reads what `diffretriever evaluate --per-query` and bm25_on_tokens.py wrote for each row and seed, and of mean-pooled
-encoders the runs of `evaluate-mean-pooling --run`, named ROW.SEED.DATASET.queries.json (.run), for example
-llada-single.42.debian.queries.json. Rows without training have the seed 0. checkpoints/README.md has the commands.
+Reads what `diffretriever evaluate --bm25 --tune-split SPLIT --per-query` and bm25_on_tokens.py wrote for each row and
+seed, and of mean-pooled encoders the runs of `evaluate-mean-pooling --run`, named ROW.SEED.DATASET.queries.json (.run),
+for example llada-single.42.debian.queries.json. Rows without training have the seed 0. checkpoints/README.md has the
+commands.
 
 python benchmarks/small_releases.py --results results --data debian=DATA/debian scifact=DATA/scifact
 """
@@ -10,11 +11,14 @@ python benchmarks/small_releases.py --results results --data debian=DATA/debian 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from diffretriever.retrieval.corpus import read_corpus
 from diffretriever.retrieval.evaluation.benchmark import read_benchmark
 from diffretriever.retrieval.evaluation.metrics import evaluate_run, parse_metric
 from diffretriever.retrieval.evaluation.report import read_per_query
@@ -22,6 +26,7 @@ from diffretriever.retrieval.evaluation.runs import read_run
 from diffretriever.retrieval.evaluation.significance import TTest, bonferroni, paired_t_test
 
 METRIC = "nDCG@10"
+TUNED = "fused, tuned"  # the dense weight chosen on another split
 PerQuery = dict[str, float]  # {query id: nDCG@10}
 ROWS = {  # name of the files: title; the dense mode that counts; which commands of checkpoints/README.md make it
     "llada-tokens": ("BM25 over `llada-tiny`'s tokens", "bm25", "E"),
@@ -39,7 +44,8 @@ ROWS = {  # name of the files: title; the dense mode that counts; which commands
     "dream-single": ("`diffretriever-dream-tiny-single`", "single_dense", "C"),
     "dream-multi": ("`diffretriever-dream-tiny-multi-q4-p16`", "multi_dense", "C"),
 }
-COLUMNS = ("dense", "sparse", "fused", "fused + BM25")
+EDGES = (0, 30, 60, 90, math.inf)  # of the groups by length, in words
+COLUMNS = ("dense", "sparse", "fused", TUNED, "fused + BM25")
 BM25 = "bm25"
 
 
@@ -59,6 +65,7 @@ def claims(backbone: str) -> Iterator[Claim]:
             tuned, zero = (f"{backbone}-{kind}", column), (f"{backbone}-zero-{kind}", column)
             yield Claim(f"{kind}, {column}: fine-tuned > zero-shot", tuned, zero)
         yield Claim(f"{kind}: fused > BM25", (f"{backbone}-{kind}", "fused"), (BM25, "sparse"))
+        yield Claim(f"{kind}: fused, tuned > BM25", (f"{backbone}-{kind}", TUNED), (BM25, "sparse"))
         yield Claim(
             f"{kind}: fused > BM25 over its tokens", (f"{backbone}-{kind}", "fused"), (f"{backbone}-tokens", "sparse")
         )
@@ -74,13 +81,22 @@ def claims(backbone: str) -> Iterator[Claim]:
     yield Claim("multi > single, dense", (f"{backbone}-multi", "dense"), (f"{backbone}-single", "dense"))
 
 
-def modes(dense: str) -> dict[str, str]:
-    """Name the evaluation's rows behind the table's columns."""
+def modes(dense: str, evaluated: Collection[str]) -> dict[str, str]:
+    """Name the evaluation's rows behind the table's columns.
+
+    Where the weight chosen on another split is 0.5, the evaluation has no row of its own for it.
+
+    >>> modes("multi_dense", ["fusion_multi_sparse_max", "fusion_multi_sparse_max@0.4"])[TUNED]
+    'fusion_multi_sparse_max@0.4'
+    """
     if dense == BM25:
         return {"sparse": BM25}
     fused = "fusion_multi_sparse_max" if dense == "multi_dense" else "fusion_single_sparse_max"
-    with_bm25 = "fusion_multi_sparse_max+bm25@0.5"  # with one vector MaxSim is the cosine
-    return {"dense": dense, "sparse": "sparse_max", "fused": fused, "fused + BM25": with_bm25, BM25: BM25}
+    with_bm25 = f"{fused}+bm25@0.5"
+    if with_bm25 not in evaluated:
+        with_bm25 = "fusion_multi_sparse_max+bm25@0.5"  # the default; with one vector MaxSim is the cosine
+    tuned = next((row for row in evaluated if row.startswith(f"{fused}@")), fused)
+    return {"dense": dense, "sparse": "sparse_max", "fused": fused, TUNED: tuned, "fused + BM25": with_bm25, BM25: BM25}
 
 
 class Results:
@@ -109,7 +125,7 @@ class Results:
         if file.suffix == ".run":
             return {"dense": evaluate_run(read_run(file), self.qrels, [parse_metric(METRIC)])[METRIC]}
         found = read_per_query(file)
-        return {column: found[mode][METRIC] for column, mode in modes(dense).items() if mode in found}
+        return {column: found[mode][METRIC] for column, mode in modes(dense, found).items() if mode in found}
 
     def means(self, row: str, column: str) -> list[float]:
         """Return nDCG@10 of each seed, in the seeds' order."""
@@ -149,7 +165,7 @@ def table(results: Results) -> Iterator[str]:
     """Yield the lines of one dataset's table."""
     yield f"| made by | | {' | '.join(COLUMNS)} |"
     yield "|---" * (2 + len(COLUMNS)) + "|"
-    yield f"| A | BM25 | | {cell(results.means(BM25, 'sparse'))} | | |"
+    yield f"| A | BM25 | | {cell(results.means(BM25, 'sparse'))} |{' |' * (len(COLUMNS) - 2)}"
     for row, (title, _, commands) in ROWS.items():
         if results.values[row]:
             yield f"| {commands} | {title} | {' | '.join(cell(results.means(row, column)) for column in COLUMNS)} |"
@@ -171,8 +187,35 @@ def verdicts(results: Results) -> Iterator[str]:
         yield f"| {backbone}, {claim.text} | {test.difference:+.3f} | {p:.1g} | {seeds} |"
 
 
+def words_to_find(results: Results, data: Path) -> dict[str, float]:
+    """Return {query: words of its relevant passages, on average}."""
+    relevant = {query: [p for p, grade in grades.items() if grade > 0] for query, grades in results.qrels.items()}
+    wanted = {passage for passages in relevant.values() for passage in passages}
+    words = {passage.id: len(passage.text.split()) for passage in read_corpus(data) if passage.id in wanted}
+    return {query: statistics.fmean(words[one] for one in found) for query, found in relevant.items() if found}
+
+
+def by_length(results: Results, words: Mapping[str, float]) -> Iterator[str]:
+    """Yield a table over the length of what is to be found, in words, each cell a mean over queries and seeds."""
+    groups = [[query for query, count in words.items() if low <= count < high] for low, high in pairwise(EDGES)]
+    names = [f"{low:g} to {high - 1:g}" if high < math.inf else f"{low:g} and more" for low, high in pairwise(EDGES)]
+    yield f"| | {' | '.join(f'{name} ({len(group):,})' for name, group in zip(names, groups, strict=True))} |"
+    yield "|---" * (1 + len(groups)) + "|"
+    shown = [(BM25, "BM25", "sparse")]
+    shown += [
+        (row, f"{title}, {column}", column)
+        for row, (title, _, _) in ROWS.items()
+        for column in (("sparse",) if row.endswith("-tokens") else ("dense", "fused"))
+    ]
+    for row, title, column in shown:
+        if "-zero-" not in row and results.means(row, column):
+            values = results.over_seeds(row, column)
+            cells = (f"{statistics.fmean(map(values.__getitem__, group)):.3f}" if group else "" for group in groups)
+            yield f"| {title} | {' | '.join(cells)} |"
+
+
 def main() -> None:
-    """Print the table and the claims of each dataset."""
+    """Print the table, the claims and the table by length of each dataset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="folder of the evaluations")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=FOLDER", help="datasets, BEIR's layout")
@@ -183,7 +226,8 @@ def main() -> None:
         results = Results(options.results, dataset, Path(folder), options.split)
         print(f"\n{dataset}: {METRIC}, mean over seeds (lowest-highest)\n")
         print("\n".join(table(results)), end="\n\n")
-        print("\n".join(verdicts(results)))
+        print("\n".join(verdicts(results)), end="\n\n")
+        print("\n".join(by_length(results, words_to_find(results, Path(folder)))))
 
 
 if __name__ == "__main__":
