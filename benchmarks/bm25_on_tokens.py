@@ -1,7 +1,7 @@
 """BM25 over a backbone's own tokens: what word counts reach with the vocabulary that the sparse vectors have.
 
-The usual BM25 indexes stemmed words; a release's sparse vectors know the tokenizer's pieces only. This row tells the
-vocabulary's share of their difference from the model's.
+The usual BM25 indexes stemmed words of whole texts; a release's sparse vectors know the tokenizer's pieces only, and of
+a long text its beginning. These rows tell the shares of vocabulary and, with --first, of length in their difference.
 
 python benchmarks/bm25_on_tokens.py --model RELEASE --data DATA --per-query results/llada-tokens.0.debian.queries.json
 """
@@ -24,10 +24,10 @@ from diffretriever.retrieval.evaluation.report import write_json
 DEPTH = 1000  # passages a query
 
 
-def as_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
-    """Write each text's token ids as words that no stemmer changes: "t17 t4096"."""
+def as_words(tokenizer: Any, texts: Iterable[str], first: int | None = None) -> list[str]:
+    """Write each text's (first) token ids as words that no stemmer changes: "t17 t4096"."""
     rows = tokenizer(list(texts), add_special_tokens=False).input_ids
-    return [" ".join(f"t{token}" for token in row) for row in rows]
+    return [" ".join(f"t{token}" for token in row[:first]) for row in rows]
 
 
 def main() -> None:
@@ -36,11 +36,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="release: its tokenizer is used, its weights are not")
     parser.add_argument("--data", type=Path, required=True, help="BEIR-style folder")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--first", type=int, help="tokens of each passage that are indexed (default: all)")
     parser.add_argument("--per-query", type=Path, help="JSON, as `diffretriever evaluate --per-query` writes it")
     options = parser.parse_args()
     tokenizer: Any = AutoModel.from_pretrained(options.model, trust_remote_code=True).tokenizer
     benchmark, passages = read_benchmark(options.data, options.split), list(read_corpus(options.data))
-    index = BM25([one.id for one in passages], as_words(tokenizer, (one.text for one in passages)))
+    index = BM25([one.id for one in passages], as_words(tokenizer, (one.text for one in passages), options.first))
     asked = dict(zip(benchmark.queries, as_words(tokenizer, benchmark.queries.values()), strict=True))
     values = evaluate_run(index.search(asked, DEPTH), benchmark.qrels, [parse_metric("nDCG@10")])
     print(f"{options.data}: BM25 over {options.model}'s tokens, nDCG@10 {means(values)['nDCG@10']:.4f}")
