@@ -73,15 +73,16 @@ def test_means_spread_and_claims(tmp_path: Path, data: Path) -> None:
 def test_groups_by_the_length_of_what_is_to_be_found(tmp_path: Path, data: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
-    write(results, "llada-zero-single", 0, single_dense=0.5, bm25=0.65)
+    write(results, "llada-zero-single", 0, single_dense=0.5, sparse_max=0.6, bm25=0.65)
     for seed, dense in ((42, 0.4), (43, 0.6)):
         write(results, "llada-single", seed, single_dense=dense)
     found = run(results, data)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[-4:] == [
+    assert found.stdout.splitlines()[-5:] == [
         "| | 0 to 29 (20) | 30 to 59 (20) | 60 to 89 (0) | 90 and more (0) |",
         "|---|---|---|---|---|",
         "| BM25 | 0.550 | 0.750 |  |  |",
+        "| LLaDA, zero-shot, K = 1, sparse | 0.500 | 0.700 |  |  |",
         "| `diffretriever-llada-tiny-single`, dense | 0.400 | 0.600 |  |  |",
     ]
 

@@ -181,6 +181,8 @@ def _weight_figures(
 ) -> dict[str, dict[float, float]]:
     """Return {fusion mode: {weight: the metric's mean}} on the tuning split."""
     modes = [mode for mode in options.modes if mode in FUSED]
+    if not modes:
+        return {}
     extra = 0 if tuning.own_ids_count else 1
     top_k = metric.params.get("cutoff", options.depth)  # what the metric does not see need not be ranked
     values: dict[str, dict[float, list[float]]] = {mode: {weight: [] for weight in WEIGHTS} for mode in modes}
