@@ -113,7 +113,7 @@ class DiffRetriever(PreTrainedModel):
             )
         backbone_config = config.backbone_config
         backbone_config._attn_implementation = config._attn_implementation
-        self.backbone = build_backbone(config.backbone_type, backbone_config)
+        self.backbone: Any = build_backbone(config.backbone_type, backbone_config)
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
         self.tokenizer: Any = None
         self._texts: tuple[Any, RetrievalTokenizer] | None = None

@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers import AutoModel
 
-from diffretriever.retrieval.corpus import read_corpus
-from diffretriever.retrieval.evaluation.benchmark import read_benchmark
-from diffretriever.retrieval.evaluation.bm25 import BM25
-from diffretriever.retrieval.evaluation.metrics import evaluate_run, means, parse_metric
-from diffretriever.retrieval.evaluation.report import write_json
+from diffretriever.data.benchmark import read_benchmark
+from diffretriever.data.corpus import read_corpus
+from diffretriever.evaluation.bm25 import BM25
+from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
+from diffretriever.evaluation.report import write_json
 
 DEPTH = 1000  # passages a query
 

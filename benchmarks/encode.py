@@ -29,7 +29,7 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
-import publish  # noqa: E402
+from diffretriever.publishing import build as building  # noqa: E402
 
 # Two shapes of 92M parameters with LLaDA's own vocabulary of 126,464: layers, and width inside the MLP. "narrow" is
 # LLaDA-8B with every width divided by 16; "wide" puts the same weights into fewer, larger matrices.
@@ -155,7 +155,7 @@ def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype, shape: 
     """Build the release once and load it."""
     if not (folder / "release").is_dir():
         write_backbone(folder / "backbone", tokenizer, shape)
-        publish.build(str(folder / "backbone"), folder / "release", max_length=256)
+        building.build(str(folder / "backbone"), folder / "release", max_length=256)
     model = AutoModel.from_pretrained(folder / "release", trust_remote_code=True, dtype=dtype)
     return model.to(device)
 

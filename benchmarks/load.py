@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
-import publish  # noqa: E402
+from diffretriever.publishing import build as building  # noqa: E402
 
 LAYERS, HIDDEN, INNER, VOCABULARY, RANK = 24, 2048, 6144, 126_464, 16
 LAYER_SHAPES: dict[str, tuple[int, ...]] = {
@@ -125,7 +125,7 @@ def main() -> None:
         if not (options.folder / part).is_dir():
             write(options.folder / part)
     if not release.is_dir():
-        publish.build(str(options.folder / "backbone"), release, str(options.folder / "adapter"))
+        building.build(str(options.folder / "backbone"), release, str(options.folder / "adapter"))
     subprocess.run([sys.executable, __file__, "--folder", str(options.folder), "--measure"], check=True)
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diffretriever.retrieval.corpus import read_qrels
-from diffretriever.retrieval.evaluation.metrics import evaluate_run, means, parse_metric
-from diffretriever.retrieval.search import MODES, QdrantEngine, Results, Searcher, compress, open_store, upload
+from diffretriever.data.corpus import read_qrels
+from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
+from diffretriever.search import MODES, QdrantEngine, Results, Searcher, compress, open_store, upload
 
 VOCABULARY = 126_464  # LLaDA's
 PEAK_ROWS = 1024  # of the product that gives the peak

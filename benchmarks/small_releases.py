@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from diffretriever.retrieval.corpus import read_corpus
-from diffretriever.retrieval.evaluation.benchmark import read_benchmark
-from diffretriever.retrieval.evaluation.metrics import evaluate_run, parse_metric
-from diffretriever.retrieval.evaluation.report import read_per_query
-from diffretriever.retrieval.evaluation.runs import read_run
-from diffretriever.retrieval.evaluation.significance import TTest, bonferroni, paired_t_test
+from diffretriever.data.benchmark import read_benchmark
+from diffretriever.data.corpus import read_corpus
+from diffretriever.evaluation.metrics import evaluate_run, parse_metric
+from diffretriever.evaluation.report import read_per_query
+from diffretriever.evaluation.runs import read_run
+from diffretriever.evaluation.significance import TTest, bonferroni, paired_t_test
 
 METRIC = "nDCG@10"
 TUNED = "fused, tuned"  # the dense weight chosen on another split

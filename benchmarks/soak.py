@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoModel  # noqa: E402
 
-from diffretriever.retrieval.encode import encode_store  # noqa: E402
-from diffretriever.retrieval.search import MODES, Searcher, open_store  # noqa: E402
-from diffretriever.retrieval.store import Store  # noqa: E402
+from diffretriever.encode.encode_store import encode_store  # noqa: E402
+from diffretriever.search import MODES, Searcher, open_store  # noqa: E402
+from diffretriever.store.store import Store  # noqa: E402
 
 WORDS = "retrieval light from water systems index sun energy document moving passage library tool server audio".split()
 

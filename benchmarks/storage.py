@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diffretriever.retrieval.search.searcher import Searcher
-from diffretriever.retrieval.store import ShardContents, Store, write_store
+from diffretriever.search.searcher import Searcher
+from diffretriever.store.store import ShardContents, Store, write_store
 
 SHARD = 5000  # passages
 VOCABULARY = 126_464  # LLaDA's

@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
-from diffretriever.retrieval.corpus import read_corpus, read_qrels  # noqa: E402
-from diffretriever.retrieval.encode import encode_store  # noqa: E402
-from diffretriever.retrieval.manifest import STORE_DTYPES  # noqa: E402
-from diffretriever.retrieval.store import Shard, ShardContents, Store, write_store  # noqa: E402
+from diffretriever.data.corpus import read_corpus, read_qrels  # noqa: E402
+from diffretriever.encode.encode_store import encode_store  # noqa: E402
+from diffretriever.store.manifest import STORE_DTYPES  # noqa: E402
+from diffretriever.store.store import Shard, ShardContents, Store, write_store  # noqa: E402
 
 
 def main() -> None:

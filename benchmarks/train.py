@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from diffretriever.data.pair_files import TrainingItem  # noqa: E402
 from diffretriever.training.adapter_recipe import AdapterRecipe  # noqa: E402
 from diffretriever.training.batches import Collator  # noqa: E402
 from diffretriever.training.objective import ContrastiveModel, word_columns  # noqa: E402
-from diffretriever.training.pair_files import TrainingItem  # noqa: E402
 from diffretriever.training.train import load_retriever, prepare_model  # noqa: E402
 
 WORDS = "the retrieval of light from water systems index sun energy with documents and of passages moving".split()

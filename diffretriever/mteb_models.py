@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from diffretriever.publishing.releases import DREAM, LLADA, RELEASES
+from .publishing.releases import DREAM, LLADA, RELEASES
 
 # What each mode is in sentence-transformers: the release's revision, the wrapper's name in mteb, its similarity there.
 EMBEDDING_MODES = {

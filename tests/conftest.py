@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
-import publish  # noqa: E402
+from diffretriever.publishing import build as building  # noqa: E402
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -43,7 +43,7 @@ def build_release(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
             # transformers 4.54 shares one dynamic module between folders of one base name
             out = tmp_path_factory.mktemp("releases") / f"{adapter or backbone}-{len(made)}-{os.getpid()}"
             source = str(PARITY / "adapters" / adapter) if adapter else None
-            publish.build(str(PARITY / "backbones" / backbone), out, source, **settings)
+            building.build(str(PARITY / "backbones" / backbone), out, source, **settings)
             made[key] = out
         return made[key]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ..data.pair_files import PairFiles, TrainingItem, hash64
 from .adapter_recipe import AdapterRecipe
 from .mean_pooling import bare_sequences
-from .pair_files import PairFiles, TrainingItem, hash64
 
 CACHED_TEXTS = 200_000  # about 1.5 KB each
 Prepared = tuple["array[int]", "array[int]", bool]  # sequence, content word ids, whether the text was cut

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoModel
 
+from ..data.pair_files import PairFiles
 from .evaluate import Benchmark, Vectors, ndcg_at_10, rankings
-from .pair_files import PairFiles
 
 BUDGETS = (1, 2, 4, 8, 16)
 

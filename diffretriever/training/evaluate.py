@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .data import open_text, read_jsonl
+from ..pretraining.data import open_text, read_jsonl
 from .losses import maxsim
 
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModel
 from transformers.utils import logging
 
-from .data import read_jsonl
-from .pair_files import PairFiles
+from ..data.pair_files import PairFiles
+from ..pretraining.data import read_jsonl
 
 BLOCK = 2048  # queries that are ranked at a time
 COMPILED_FROM = 20_000  # passages from which bm25s is worth compiling, where numba is installed

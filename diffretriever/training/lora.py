@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .llada_format import to_llada_name, to_llama_name
+from ..pretraining.llada_format import to_llada_name, to_llama_name
 
 PREFIX = "base_model.model."
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,9 +9,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from ..data.pair_files import PairFiles
 from .adapter_output import write_json
 from .adapter_recipe import AdapterRecipe
-from .pair_files import PairFiles
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
+from ..data.pair_files import PairFiles
 from .adapter_output import WEIGHTS_FILE, save_adapter, save_tokenizer_files, write_json
 from .adapter_recipe import AdapterRecipe
 from .batches import PreparedTexts, SampledItems
@@ -20,7 +21,6 @@ from .checkpoints import checkpoints, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
 from .lora import add_lora, load_lora
 from .objective import ContrastiveModel
-from .pair_files import PairFiles
 from .run_record import RUN_FILE, check_resumable, run_record
 from .trainer import RetrievalTrainer, StopOnSignal, training_arguments
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..data.pair_files import hash64
 from .adapter_output import WEIGHTS_FILE, save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batch_order import EpochLoader, EpochSampler
@@ -25,7 +26,6 @@ from .candidates import world
 from .checkpoints import PARTIAL, checkpoints, publish_checkpoint, remove_partial
 from .lora import load_lora
 from .objective import ContrastiveModel
-from .pair_files import hash64
 
 
 class RetrievalTrainer(Trainer):

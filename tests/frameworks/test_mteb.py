@@ -14,10 +14,10 @@ from checkpoint_folders import hub_repository
 from sentence_transformers_folders import CHECKPOINTS, Folders, add_files, make_folder
 from transformers import AutoModel
 
-from diffretriever.retrieval.encode import encode_store
-from diffretriever.retrieval.evaluation.benchmark import read_benchmark
-from diffretriever.retrieval.evaluation.evaluate import Options, evaluate
-from diffretriever.retrieval.evaluation.metrics import means
+from diffretriever.data.benchmark import read_benchmark
+from diffretriever.encode.encode_store import encode_store
+from diffretriever.evaluation.evaluate import Options, evaluate
+from diffretriever.evaluation.metrics import means
 
 mteb = pytest.importorskip("mteb", "2")
 pytrec_eval = pytest.importorskip("pytrec_eval")

@@ -16,7 +16,7 @@ from checkpoint_folders import hub_repository, run_python
 from sentence_transformers_folders import CLASSES, TEXTS, Folders, add_files, make_folder
 from transformers import AutoModel
 
-import publish
+from diffretriever.publishing import build as building
 
 NEWEST = int(sentence_transformers.__version__.split(".")[0]) >= 6
 
@@ -258,7 +258,7 @@ def test_files_agree_with_the_module() -> None:
 
 def test_files_of_each_kind() -> None:
     files = importlib.import_module("diffretriever.publishing.sentence_transformers")
-    config = publish.default_config().to_dict()
+    config = building.default_config().to_dict()
     made = {kind: files.sentence_transformers_files(kind, config) for kind in files.KINDS}
     assert {frozenset(texts) for texts in made.values()} == {
         frozenset({"modules.json", "config_sentence_transformers.json", "st_diffretriever.json"})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sentence_transformers_folders import TEXTS, Folders
 
-import st_diffretriever
+from diffretriever.model import st_diffretriever
 
 TEXT = "play music"
 QUERY, DOCUMENT = "<|query|>", "<|document|>"

@@ -13,6 +13,7 @@ from checkpoint_folders import PARITY
 from fake_hub import NAME, TOKEN, FakeHub, forget_connections
 
 import publish
+from diffretriever.publishing import build as building
 from diffretriever.publishing import check
 
 
@@ -21,7 +22,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small release with its own backbone and recorded vectors; not to be changed."""
     out = tmp_path_factory.mktemp("built") / NAME
     backbone, adapter = PARITY / "backbones" / "tiny-llada", PARITY / "adapters" / "llada-single"
-    publish.build(str(backbone), out, str(adapter), with_backbone=True, recording=publish.Recording("always"))
+    building.build(str(backbone), out, str(adapter), with_backbone=True, recording=building.Recording("always"))
     return out
 
 

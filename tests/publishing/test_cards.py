@@ -13,8 +13,8 @@ import yaml
 from checkpoint_folders import PARITY
 from huggingface_hub import ModelCard
 
-import publish
-from configuration_diffretriever import DiffRetrieverConfig
+from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
+from diffretriever.publishing import build as building
 from diffretriever.publishing import card, check, releases
 
 PAPER = [name for name, release in releases.RELEASES.items() if not release.is_local]
@@ -127,10 +127,10 @@ def test_somebody_elses_adapter_gets_no_figures() -> None:
 
 
 def test_own_builds_have_no_figures(tmp_path: Path) -> None:
-    publish.build(LLADA, tmp_path / "diffretriever-llada-8b-single", SINGLE)
+    building.build(LLADA, tmp_path / "diffretriever-llada-8b-single", SINGLE)
     text = (tmp_path / "diffretriever-llada-8b-single" / "README.md").read_text()
     assert "Not measured yet." in text
-    publish.build(LLADA, tmp_path / "zero-shot")
+    building.build(LLADA, tmp_path / "zero-shot")
     text = (tmp_path / "zero-shot" / "README.md").read_text()
     assert "as a retriever, without training (zero-shot)" in text
     assert "base_model_relation" not in text
@@ -170,9 +170,9 @@ def figures_file(folder: Path, **changes: Any) -> Path:
 
 
 def test_our_measured_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(publish.RELEASES, "ours", releases.Release("checkpoints/x", "y", 1, 1, 256))
-    monkeypatch.setattr(publish, "FIGURES", figures_file(tmp_path))
-    publish.build(LLADA, tmp_path / "ours", SINGLE, with_backbone=True, recording=publish.Recording(known_as="ours"))
+    monkeypatch.setitem(building.RELEASES, "ours", releases.Release("checkpoints/x", "y", 1, 1, 256))
+    monkeypatch.setattr(building, "FIGURES", figures_file(tmp_path))
+    building.build(LLADA, tmp_path / "ours", SINGLE, with_backbone=True, recording=building.Recording(known_as="ours"))
     text = (tmp_path / "ours" / "README.md").read_text()
     assert table(text, "Debian descriptions") == ["Debian descriptions", "nDCG@10", "`single_dense`", "0.538"]
     assert "Measured with this code: `diffretriever evaluate …` on 2 cores." in text

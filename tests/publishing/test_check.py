@@ -15,6 +15,7 @@ import torch
 from checkpoint_folders import PARITY, ROOT, edit_json, edit_weights
 
 import publish
+from diffretriever.publishing import build as building
 from diffretriever.publishing import check, fingerprint, probe, releases
 
 RECORDED = ("release", "repo_id", "backbone", "files", "libraries")
@@ -108,7 +109,7 @@ def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("quick_check")
 def test_a_local_backbone_that_changed(tmp_path: Path) -> None:
     shutil.copytree(LLADA, tmp_path / "backbone-copy")
-    publish.build(str(tmp_path / "backbone-copy"), tmp_path / "beside", SINGLE, recording=publish.Recording("auto"))
+    building.build(str(tmp_path / "backbone-copy"), tmp_path / "beside", SINGLE, recording=building.Recording("auto"))
     assert check.check_release(tmp_path / "beside").problems == []
     weights = tmp_path / "backbone-copy" / "model.safetensors"
     edit_weights(weights, lambda tensors: tensors["model.transformer.ln_f.weight"].add_(1))
@@ -120,7 +121,7 @@ def test_a_local_backbone_that_changed(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick_check")
 def test_linked_code_may_change_but_is_not_pushed(tmp_path: Path) -> None:
     out = tmp_path / "linked"
-    publish.build(LLADA, out, SINGLE, link_code=True, recording=publish.Recording("auto"))
+    building.build(LLADA, out, SINGLE, link_code=True, recording=building.Recording("auto"))
     made = json.loads((out / "release.json").read_text())
     assert made["code_sha256"] is None
     assert not any(name.endswith(".py") for name in made["files"])
@@ -196,7 +197,7 @@ def test_a_broken_backbone_is_found_at_the_build(tmp_path: Path, capsys: pytest.
 
 def test_two_builds_record_the_same(built: Path, tmp_path: Path) -> None:
     again = tmp_path / built.name
-    publish.build(LLADA, again, SINGLE, with_backbone=True, recording=publish.Recording("always"))
+    building.build(LLADA, again, SINGLE, with_backbone=True, recording=building.Recording("always"))
     assert (again / "release.json").read_bytes() == (built / "release.json").read_bytes()
 
 

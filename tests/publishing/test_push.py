@@ -12,8 +12,8 @@ import pytest
 from checkpoint_folders import edit_json
 from fake_hub import NAME, FakeHub
 
-import publish
-from diffretriever.publishing import commands
+from diffretriever.cli import publish as commands
+from diffretriever.publishing import build as building
 
 Push = Callable[..., tuple[int, str]]
 REPO = "lab/pushed"
@@ -182,7 +182,7 @@ def test_pull_request(release: Path, hub: FakeHub, push: Push) -> None:
 def test_several_together(release: Path, hub: FakeHub, push: Push, tmp_path: Path) -> None:
     """All are checked and looked up before the first is written."""
     other = tmp_path / "other-release"
-    publish.build(str(release / "backbone"), other, with_backbone=True, recording=publish.Recording("always"))
+    building.build(str(release / "backbone"), other, with_backbone=True, recording=building.Recording("always"))
     hub.make_repo("lab/other-release", {"README.md": b"someone's"})
     status, said = push(release, other, "--org", "lab")
     assert status == 1
@@ -201,8 +201,8 @@ def test_all_of_the_table(
     for name, masks in zip(names, (1, 4), strict=True):
         place = tmp_path / "built" / name
         settings: dict[str, Any] = {"num_query_masks": masks, "num_passage_masks": masks}
-        recording = publish.Recording("always")
-        publish.build(str(release / "backbone"), place, with_backbone=True, recording=recording, **settings)
+        recording = building.Recording("always")
+        building.build(str(release / "backbone"), place, with_backbone=True, recording=recording, **settings)
     status, said = push("--all", "--org", "lab", "--from", tmp_path / "built", "--tag", "v1.0")
     assert status == 0, said
     assert hub.repos.keys() == {f"lab/{name}" for name in names}

@@ -11,6 +11,7 @@ from checkpoint_folders import PARITY
 from fake_hub import TOKEN, FakeHub, forget_connections
 
 import publish
+from diffretriever.publishing import build as building
 
 Push = Callable[..., tuple[int, str]]
 LLADA, SINGLE = str(PARITY / "backbones" / "tiny-llada"), str(PARITY / "adapters" / "llada-single")
@@ -120,7 +121,7 @@ def test_no_hub_at_all(release: Path, hub: FakeHub, push: Push) -> None:
 
 def test_not_all_could_be_checked(hub: FakeHub, push: Push, tmp_path: Path) -> None:
     out = tmp_path / "no-fingerprint"
-    publish.build(LLADA, out, SINGLE, with_backbone=True)
+    building.build(LLADA, out, SINGLE, with_backbone=True)
     status, said = push(out, "--repo-id", "lab/x")
     assert status == 1
     assert "NOT CHECKED: whether it loads and its vectors are right" in said
@@ -131,7 +132,7 @@ def test_not_all_could_be_checked(hub: FakeHub, push: Push, tmp_path: Path) -> N
 
 
 def test_what_would_not_work_elsewhere(hub: FakeHub, push: Push, tmp_path: Path) -> None:
-    publish.build(LLADA, tmp_path / "local", SINGLE, link_code=True, recording=publish.Recording("always"))
+    building.build(LLADA, tmp_path / "local", SINGLE, link_code=True, recording=building.Recording("always"))
     status, said = push(tmp_path / "local", "--repo-id", "lab/x", "--allow-unchecked")
     assert status == 1
     assert "WRONG: its code is linked to a source tree; build it without --link-code" in said
@@ -142,7 +143,7 @@ def test_what_would_not_work_elsewhere(hub: FakeHub, push: Push, tmp_path: Path)
 
 def test_with_backbone_wants_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--with-backbone: GSAI-ML/LLaDA-8B-Instruct is no local folder"):
-        publish.build("GSAI-ML/LLaDA-8B-Instruct", tmp_path / "release", with_backbone=True)
+        building.build("GSAI-ML/LLaDA-8B-Instruct", tmp_path / "release", with_backbone=True)
 
 
 def test_metadata_that_the_hub_refuses(release: Path, hub: FakeHub, push: Push) -> None:
@@ -157,5 +158,5 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert publish.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["release", "backbone", "K_q/K_p", "max_length", "adapter"]
-    assert [line.split()[0] for line in lines[1:]] == list(publish.RELEASES)
+    assert [line.split()[0] for line in lines[1:]] == list(building.RELEASES)
     assert lines[4].split()[2:4] == ["4/16", "156"]

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_data import batch_of, contrastive_model, made_up_pairs, small_recipe, write_lines
 
+from diffretriever.data.pair_files import PairFiles
 from diffretriever.training.batch_order import EpochSampler, epoch_batches
 from diffretriever.training.batches import SampledItems
-from diffretriever.training.pair_files import PairFiles
 
 
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=300), st.integers(1, 20), st.integers(0, 3))

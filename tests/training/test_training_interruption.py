@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_runs import arguments, assert_same_weights, fork_train, wait, wait_for, write_pairs, write_recipe
 
-from diffretriever.cli import main
+from diffretriever.cli.main import main
 from diffretriever.training import checkpoints, trainer
 from diffretriever.training.adapter_output import save_adapter
 

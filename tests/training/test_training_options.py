@@ -17,7 +17,7 @@ import torch
 from training_data import contrastive_model, small_recipe
 from training_runs import arguments, assert_same_weights, wait_for, weights, write_pairs, write_recipe
 
-from diffretriever.cli import main
+from diffretriever.cli.main import main
 from diffretriever.training.checkpoints import checkpoints, step_of
 
 ROOT = Path(__file__).parents[2]

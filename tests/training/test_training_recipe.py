@@ -16,7 +16,7 @@ from training_data import small_recipe
 from training_runs import arguments, write_pairs, write_recipe
 
 import diffretriever.training
-from diffretriever.cli import main
+from diffretriever.cli.main import main
 from diffretriever.training.adapter_recipe import AdapterRecipe, read_adapter_recipe
 from diffretriever.training.trainer import training_arguments
 

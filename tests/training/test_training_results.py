@@ -19,12 +19,12 @@ from training_data import made_up_pairs, small_recipe, write_lines
 from training_runs import arguments, weights, write_pairs, write_recipe
 from transformers import AutoModel, LlamaForCausalLM, Qwen2ForCausalLM
 
-import publish
-from backbone_loading import our_name, read_backbone_config
-from diffretriever.cli import main
+from diffretriever.cli.main import main
+from diffretriever.data.pair_files import PairFiles
+from diffretriever.model.backbone_loading import our_name, read_backbone_config
+from diffretriever.publishing import build as building
 from diffretriever.training.budget import training_benchmark
 from diffretriever.training.dev_evaluation import mask_ndcg
-from diffretriever.training.pair_files import PairFiles
 
 PARITY = Path(__file__).parents[1] / "parity"
 REFERENCES = {"llada": "llada-q4p4", "dream": "dream-q4p4"}
@@ -44,7 +44,7 @@ def trained(
     pairs = write_pairs(folder / "pairs.jsonl", 200, negatives=0)
     assert main(arguments(recipe, release, pairs, folder / "out", "--base", "org/backbone")) == 0
     built = folder / f"trained-{request.param}"
-    publish.build(str(PARITY / "backbones" / f"tiny-{request.param}"), built, str(folder / "out"))
+    building.build(str(PARITY / "backbones" / f"tiny-{request.param}"), built, str(folder / "out"))
     return {"kind": request.param, "pairs": pairs, "out": folder / "out", "zero": release, "built": built}
 
 

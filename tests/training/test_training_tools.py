@@ -15,8 +15,8 @@ from training_data import made_up_pairs, write_lines
 from training_runs import arguments, weights, write_recipe
 from transformers import AutoModel
 
-import publish
-from diffretriever.cli import main
+from diffretriever.cli.main import main
+from diffretriever.publishing import build as building
 from diffretriever.training import budget
 from diffretriever.training.hard_negatives import Bm25Ranker, ReleaseRanker, choose_negatives
 from diffretriever.training.mean_pooling import encode_mean
@@ -223,7 +223,7 @@ def test_the_baseline_trains_and_has_its_row(
     assert figures[1]["ndcg@10"] > figures[0]["ndcg@10"]
     assert "24 queries, 24 passages" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"retriever_config.json is not there"):
-        publish.build(str(PARITY / "backbones" / f"tiny-{kind}"), tmp_path / "built", str(out))
+        building.build(str(PARITY / "backbones" / f"tiny-{kind}"), tmp_path / "built", str(out))
 
 
 def test_a_masked_adapter_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

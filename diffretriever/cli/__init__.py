@@ -1,0 +1,1 @@
+"""The command `diffretriever`, one module a sub-command."""

@@ -1,0 +1,43 @@
+"""What the parsers of several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from .exit_status import IN_WORDS
+
+
+def add_command(commands: Any, name: str, help_text: str, run: Callable[[argparse.Namespace], int]) -> Any:
+    """Add a sub-command and return its parser; its help ends with the exit statuses."""
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}.{IN_WORDS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_qdrant_options(parser: Any, required: bool) -> None:
+    """Add the options that say where a Qdrant collection is."""
+    parser.add_argument(
+        "--qdrant", required=required, help="a Qdrant server's address, or the embedded engine's folder"
+    )
+    parser.add_argument("--collection", default="passages", help="its name (default: %(default)s)")
+    parser.add_argument("--api-key", help="of the Qdrant server")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer (default: %(default)s)")
+
+
+def count(text: str, least: int = 1) -> int:
+    """An argument that is a whole number of at least `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def count_or_none(text: str) -> int:
+    """An argument that is a whole number, 0 included."""
+    return count(text, least=0)

@@ -1,0 +1,99 @@
+"""The sub-command `diffretriever encode`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..files.claims import LEASE
+from ..store.manifest import STORE_DTYPES
+from .exit_status import DONE, IN_WORDS
+from .load_model import load_model
+
+DESCRIPTION = """Encode a corpus or queries into a store of vectors.
+
+Interrupted in any way, the same command resumes: finished shards are kept, and the result is the same to the byte.
+Given the same command, several processes share the work, on one machine or on a shared filesystem:
+accelerate launch -m diffretriever encode …"""
+
+
+def register(commands: Any) -> None:
+    """Adds the sub-command to the parser's `add_subparsers` object."""
+    parser = commands.add_parser(
+        "encode",
+        help="encode a corpus or queries into a store of vectors",
+        description=DESCRIPTION + IN_WORDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a release: Hub id or folder")
+    parser.add_argument("--input", required=True, help="BEIR folder, .jsonl, .tsv, .parquet, or hf:NAME[:SPLIT]")
+    parser.add_argument("--output", required=True, type=Path, help="the store's folder")
+    parser.add_argument("--queries", action="store_true", help="the input is queries, not passages")
+    parser.add_argument("--revision", help="of the release on the Hub")
+    parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="of the stored vectors")
+    parser.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16"), help="to run the model in")
+    parser.add_argument("--num-masks", type=int, help="K of this side (default: the release's)")
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
+    parser.add_argument("--sparse-top-k", type=int, help="sparse weights kept a text (default: the release's)")
+    parser.add_argument("--no-content-filter", action="store_true", help="let the whole vocabulary weigh")
+    parser.add_argument("--no-texts", action="store_true", help="store no texts")
+    parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
+    parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
+    parser.add_argument(
+        "--device", help='for example cuda:1; "auto" spreads one model over all (default: best there is)'
+    )
+    parser.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--lease", type=float, default=LEASE, help="seconds until a silent machine counts as dead")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    previous = signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite stop, handled as Ctrl-C is
+    options.again = f"Finished shards are kept in {options.output}; run the same command again to go on."
+    try:
+        _encode(options)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return DONE
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from ..data.corpus import source_files
+    from ..encode.encode_store import encode_store
+
+    if not options.input.startswith("hf:"):
+        source_files(options.input, "queries" if options.queries else "corpus")  # before a large model is loaded
+    store = encode_store(
+        _load(options),
+        options.input,
+        options.output,
+        is_query=options.queries,
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        tokens_per_batch=options.tokens_per_batch,
+        sparse_top_k=options.sparse_top_k,
+        content_filter=not options.no_content_filter,
+        keep_texts=not options.no_texts,
+        lease=options.lease,
+        show_progress_bar=not options.quiet and os.environ.get("LOCAL_RANK", "0") == "0",
+    )
+    print(f"{options.output}: {len(store)} texts in {len(store.manifest.shards)} shards")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """Load the model with this side's budget."""
+    masks = "num_query_masks" if options.queries else "num_passage_masks"
+    settings = {masks: options.num_masks, "max_length": options.max_length, "dtype": options.model_dtype}
+    attention = options.attn_implementation
+    return load_model(
+        options.model, options.device, revision=options.revision, attn_implementation=attention, **settings
+    )

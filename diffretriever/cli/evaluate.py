@@ -1,0 +1,140 @@
+"""The sub-command `diffretriever evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .exit_status import DONE, IN_WORDS
+from .load_model import load_model
+
+DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
+
+The corpus is encoded once; with --store into a folder that is kept, resumed after an interruption and reused.
+Metrics are trec_eval's. Marks (paired two-sided t-test, p < 0.05 after correction): † better than the single-vector
+counterpart, or with --baseline than the same mode there; ‡ better than BM25."""
+
+
+def register(commands: Any) -> None:
+    """Adds the sub-command to the parser's `add_subparsers` object."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="evaluate a release on a benchmark",
+        description=DESCRIPTION + IN_WORDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _what(parser)
+    _how(parser)
+    _results(parser)
+    parser.set_defaults(run=run)
+
+
+def _what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is evaluated")
+    group.add_argument("--model", required=True, help="a release: Hub id or folder")
+    group.add_argument("--revision", help="of the release on the Hub")
+    group.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16"), help="to run the model in")
+    group.add_argument("--device", help="for example cuda:1 (default: the first GPU, else the CPU)")
+    group.add_argument("--num-query-masks", type=int, help="K_q (default: the release's)")
+    group.add_argument("--num-passage-masks", type=int, help="K_p (default: the release's)")
+    group.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
+    group.add_argument("--data", required=True, type=Path, help="folder in BEIR's or MS MARCO's layout")
+    group.add_argument("--split", default="test", help="BEIR: a file of qrels/; MS MARCO: dev, dl19, dl20")
+    group.add_argument("--store", type=Path, help="folder for the encoded corpus (default: a temporary one)")
+    group.add_argument("--dtype", help="of the stored vectors (default: the store's, or float16)")
+
+
+def _how(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how")
+    group.add_argument("--modes", nargs="+", metavar="MODE", help="scoring modes (default: all five)")
+    group.add_argument("--fusion-weight", type=float, default=0.5, help="the dense scores' share (default: 0.5)")
+    group.add_argument("--metrics", nargs="+", metavar="METRIC", help="default: nDCG@10 RR@10 R@100 R@1000 AP")
+    group.add_argument(
+        "--relevance-level", type=int, help="least grade that is relevant (default: 2 for dl19 and dl20, else 1)"
+    )
+    group.add_argument("--depth", type=int, default=1000, help="passages a query (default: 1000)")
+    group.add_argument("--bm25", action="store_true", help="also BM25, alone and fused with ours (weight 0.5)")
+    group.add_argument(
+        "--bm25-with", nargs="+", metavar="MODE", help="modes to fuse with BM25 (default: the multi ones)"
+    )
+    group.add_argument("--tune-split", metavar="SPLIT", help="choose the weights of the fusions on this split")
+    group.add_argument("--baseline", type=Path, metavar="FILE", help="a --per-query file to compare with")
+    group.add_argument("--correction", choices=("bonferroni", "holm"), default="bonferroni", help="of the tests")
+    group.add_argument("--latency", type=int, default=0, metavar="N", help="time N single queries in each mode")
+
+
+def _results(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("results, beside the table on stdout")
+    group.add_argument("--json", type=Path, metavar="FILE", help="{mode: {metric: value}}")
+    group.add_argument("--markdown", type=Path, metavar="FILE", help="the table and the tests behind its marks")
+    group.add_argument("--per-query", type=Path, metavar="FILE", help="JSON, {mode: {metric: {query id: value}}}")
+    group.add_argument("--runs", type=Path, metavar="FOLDER", help="a TREC run file for each row")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `diffretriever evaluate`."""
+    if options.store:
+        options.again = f"What is encoded is kept in {options.store}; run again to go on."
+    _evaluate(options)
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ..data.benchmark import read_benchmark
+    from ..evaluation.evaluate import Options, encoded_corpus, evaluate
+    from ..evaluation.metrics import DEFAULT_METRICS
+    from ..evaluation.report import read_per_query, to_terminal
+    from ..search.modes import MODES
+
+    how = Options(
+        modes=tuple(dict.fromkeys(options.modes or MODES)),
+        metrics=tuple(dict.fromkeys(options.metrics or DEFAULT_METRICS)),
+        fusion_weight=options.fusion_weight,
+        depth=options.depth,
+        bm25=options.bm25,
+        bm25_with=options.bm25_with,
+        tune_split=options.tune_split,
+        baseline=read_per_query(options.baseline) if options.baseline else None,
+        correction=options.correction,
+        latency=options.latency,
+        progress=not options.quiet,
+    )
+    how.measures()  # wrong options and data are said before a large model is loaded
+    benchmark = read_benchmark(options.data, options.split, options.relevance_level)
+    if options.tune_split:
+        read_benchmark(options.data, options.tune_split)
+    model = load_model(
+        options.model,
+        options.device,
+        revision=options.revision,
+        dtype=options.model_dtype,
+        num_query_masks=options.num_query_masks,
+        num_passage_masks=options.num_passage_masks,
+        max_length=options.max_length,
+    )
+    with encoded_corpus(model, benchmark, options.store, options.dtype, how.progress) as store:
+        sizes = f"{len(benchmark.queries):,} queries, {len(store):,} passages"
+        title = f"{options.model} on {options.data}, split {options.split}: {sizes}"
+        evaluation, runs = evaluate(model, benchmark, store, how, title)
+    print(to_terminal(evaluation), end="")
+    _write(options, evaluation, runs)
+
+
+def _write(options: argparse.Namespace, evaluation: Any, runs: Mapping[str, Any]) -> None:
+    """Write the files that were asked for."""
+    from ..evaluation.report import to_markdown, write_json, write_text
+    from ..evaluation.runs import write_run
+
+    if options.per_query:
+        write_json(options.per_query, evaluation.rows)
+    if options.json:
+        write_json(options.json, evaluation.figures())
+    if options.markdown:
+        write_text(options.markdown, to_markdown(evaluation))
+    if options.runs:  # last, as ids that a run file cannot hold are an error
+        options.runs.mkdir(parents=True, exist_ok=True)
+        for name, found in runs.items():
+            write_run(options.runs / f"{name}.trec", found, name)

@@ -1,0 +1,30 @@
+"""What a command's exit status says, one table for all of them.
+
+0: done. 2: an input or an option is wrong; the message says which, and trying again cannot help. 3: interrupted, or a
+disk, an engine or the Hub is full or away; the same command goes on from what is kept. 130 and 143, as launchers expect
+them: `train` was stopped by SIGINT or SIGTERM after saving a checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from ..files.durable import FULL_DISK
+from ..publishing.hub import Conflict, Passing
+from ..search.qdrant.calls import EngineError
+
+DONE, WRONG_INPUT, TRY_AGAIN = 0, 2, 3
+FAILING_STORAGE = (*FULL_DISK, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
+IN_WORDS = "\n\nExit status: 0 done; 2 wrong input or options; 3 interrupted, or something is full or away: run again."
+EXPECTED = (OSError, ValueError, ImportError, FloatingPointError, EngineError)  # told in words, without a traceback
+
+
+def status_of(error: BaseException) -> int:
+    """Return the exit status that an error stands for.
+
+    >>> status_of(ValueError("no such mode")), status_of(OSError(errno.ENOSPC, "No space left on device"))
+    (2, 3)
+    """
+    passing = isinstance(error, (EngineError, Passing, Conflict, KeyboardInterrupt))
+    full = isinstance(error, OSError) and error.errno in FAILING_STORAGE
+    return TRY_AGAIN if passing or full else WRONG_INPUT

@@ -1,0 +1,43 @@
+"""The sub-command `diffretriever index`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..search.modes import QUANTIZATIONS
+from .arguments import add_command, add_qdrant_options
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command to the parser's `add_subparsers` object."""
+    parser = add_command(commands, "index", "upload a store to Qdrant; run again to resume", run_index)
+    parser.add_argument("--store", type=Path, required=True, help="the passages")
+    add_qdrant_options(parser, required=True)
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the vectors that a server searches on")
+    parser.add_argument("--batch-size", type=int, help="passages a request (default: at most 256)")
+    parser.add_argument("--no-texts", action="store_true", help="upload vectors and ids alone")
+
+
+def run_index(options: argparse.Namespace) -> int:
+    """Runs `diffretriever index`."""
+    from ..search.qdrant.upload import upload
+    from ..store.compression import open_store
+
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}.")
+    store = open_store(options.store)
+    sent = upload(
+        store,
+        options.qdrant,
+        options.collection,
+        texts=not options.no_texts,
+        quantization=options.quantization,
+        batch_size=options.batch_size,
+        api_key=options.api_key,
+        timeout=options.timeout,
+        show_progress_bar=True,
+    )
+    print(f"{options.qdrant}: collection {options.collection!r} holds {len(store)} passages, {sent} of them sent now")
+    return 0

@@ -1,0 +1,32 @@
+"""The sub-command `diffretriever pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command to the parser's `add_subparsers` object."""
+    parser = commands.add_parser(
+        "pretrain", help="train a small backbone in LLaDA's or Dream's format from random weights"
+    )
+    parser.add_argument("--recipe", type=Path, required=True, help="YAML file; see diffretriever/pretraining/recipes")
+    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL files of {query, positive} lines")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="JSONL files of {text} lines")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; run again to resume")
+    parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
+    parser.add_argument("--seed", type=int, help="replaces the recipe's")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.set_defaults(run=run_pretrain)
+
+
+def run_pretrain(options: argparse.Namespace) -> int:
+    """Run `diffretriever pretrain`."""
+    from ..pretraining.pretrain import pretrain
+    from ..training.recipe import PretrainRecipe, read_recipe
+
+    recipe = read_recipe(options.recipe, PretrainRecipe, {"seed": options.seed})
+    pretrain(recipe, options.pairs, options.texts, options.out, options.dev, options.threads)
+    return 0

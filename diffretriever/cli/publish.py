@@ -1,0 +1,285 @@
+"""The commands `diffretriever publish build`, `list`, `check` and `push`; `publish.py` at the top is the same."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..publishing import check, hub, push, record
+from ..publishing.releases import RELEASES
+
+PROGRAM = "publish.py"
+
+
+def register(commands: Any) -> None:
+    """Add the commands to a parser's `add_subparsers` object, one level down."""
+    parser = commands.add_parser("publish", help="build, check and push releases")
+    add_commands(parser)
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the commands to a parser.
+
+    Args:
+        parser: of `diffretriever publish`, or of `publish.py`.
+    """
+    commands = parser.add_subparsers(dest="publish_command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="show the table of releases").set_defaults(run=run_list)
+    _add_build(commands)
+    command = commands.add_parser("check", help="check a built release in a fresh process")
+    command.add_argument("folder", type=Path, help="what `build` made")
+    _add_check_options(command)
+    command.set_defaults(run=run_check)
+    _add_push(commands)
+
+
+def _add_build(commands: Any) -> None:
+    command = commands.add_parser("build", help="make a release folder")
+    command.add_argument("release", nargs="?", help=f"a known release: {', '.join(RELEASES)}")
+    command.add_argument("--base", help="backbone: Hub id or folder in LLaDA's or Dream's own format")
+    command.add_argument("--adapter", help="training output: folder or Hub id; without it, the zero-shot model")
+    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+    command.add_argument("--name", help="the release's name (default: the folder's)")
+    command.add_argument("--repo-id", metavar="ORG/NAME", help="the Hub id in the card's code; push puts in its own")
+    command.add_argument("--num-query-masks", type=int, help="K_q, where the adapter does not record it")
+    command.add_argument("--num-passage-masks", type=int, help="K_p, where the adapter does not record it")
+    command.add_argument(
+        "--max-length", type=int, help="tokens of prompt and text, where the adapter does not record it"
+    )
+    command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
+    command.add_argument("--link-code", action="store_true", help="link to this source tree's code, do not copy it")
+    command.add_argument("--force", action="store_true", help="replace the folder if it is there")
+    command.add_argument("--device", default="cpu", help="where to encode the fixed texts (default: cpu)")
+    _add_fingerprint_options(command)
+    command.set_defaults(run=run_build)
+
+
+def _add_push(commands: Any) -> None:
+    command = commands.add_parser("push", help="check a release, push it in one commit, verify it, tag it")
+    command.add_argument("targets", nargs="*", metavar="NAME_OR_DIR", help="a release of the table, or a built folder")
+    command.add_argument("--all", action="store_true", help="every release of the table; needs --org")
+    command.add_argument("--repo-id", metavar="ORG/NAME", help="where one release goes")
+    command.add_argument("--org", help="where several go, each under its own name")
+    command.add_argument("--from", type=Path, dest="built", metavar="DIR", help="take names from built folders in DIR")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--revision", default=push.MAIN, help="the branch (default: main)")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    command.add_argument("--tag", help="set once everything is verified, such as v1.0; the branches get v1.0-sparse, …")
+    command.add_argument("--update", action="store_true", help="replace other content that is there")
+    command.add_argument("--dry-run", action="store_true", help="show files, sizes, hashes and card; touch nothing")
+    command.add_argument("--allow-unchecked", action="store_true", help="push although not all could be checked here")
+    _add_check_options(command)
+    _add_fingerprint_options(command)
+    command.set_defaults(run=run_push)
+
+
+def _add_check_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-load", action="store_true", help="leave out all that needs the model")
+    command.add_argument("--device", default="cpu", help="where the model runs, such as cuda (default: cpu)")
+
+
+def _add_fingerprint_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that say how `build` records the vectors of the fixed texts."""
+    command.add_argument(
+        "--fingerprint",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="record vectors of fixed texts: where the backbone's weights are here, always (fetches them), or never",
+    )
+    command.add_argument(
+        "--fingerprint-dtype", choices=("float32", "bfloat16"), default="float32", help="the model's dtype for that"
+    )
+
+
+def run_build(options: argparse.Namespace) -> int:
+    """Run `publish build`."""
+    from ..publishing.build import SETTINGS, build, build_known
+
+    if (options.release is None) == (options.base is None):
+        raise ValueError("build: give either a known release or --base.")
+    if options.release is not None and (options.release not in RELEASES or options.adapter is not None):
+        raise ValueError(
+            f"build: {options.release!r} with these options is no known release; known: {', '.join(RELEASES)}."
+        )
+    settings = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    shared = {
+        "name": options.name,
+        "link_code": options.link_code,
+        "force": options.force,
+        "with_backbone": options.with_backbone,
+        "recording": _recording(options),
+    }
+    if options.release is not None:
+        config = build_known(options.release, options.out, **shared, **settings)
+    else:
+        config = build(options.base, options.out, options.adapter, **shared, **settings)
+    budgets = f"K_q={config.num_query_masks}, K_p={config.num_passage_masks}, max_length={config.max_length}"
+    print(f"{options.out}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
+    absent = record.read_record(options.out)["fingerprint_absent"]
+    if absent:
+        print(f"{options.out}: no vectors recorded: {absent}; check will say what it cannot check")
+    return 0
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """Run `publish.py list`."""
+    del options
+    rows = [("release", "backbone", "K_q/K_p", "max_length", "adapter")]
+    rows += [
+        (name, one.base, f"{one.num_query_masks}/{one.num_passage_masks}", str(one.max_length), one.adapter)
+        for name, one in RELEASES.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Run `publish.py check`."""
+    report = check.check_release(options.folder, options.device, load=not options.no_load)
+    print(_in_words(options.folder.resolve().name, report))
+    return 1 if report.problems else 0
+
+
+def _in_words(name: str, report: check.Report) -> str:
+    verdict = "right, as far as it was checked" if report.unchecked else "right"
+    lines = [f"{name}: {'refused' if report.problems else verdict}"]
+    for what, found in (("ok", report.passed), ("NOT CHECKED", report.unchecked), ("WRONG", report.problems)):
+        lines += [f"  {what}: {sentence}" for sentence in found]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ push
+
+
+@dataclass(frozen=True)
+class Job:
+    """A release to push: its folder, its release.json and where it goes."""
+
+    folder: Path
+    made: dict[str, Any]
+    target: push.Target
+
+
+def run_push(options: argparse.Namespace) -> int:
+    """Run `publish.py push`: every check and refusal, of every release, before the first write."""
+    _check_arguments(options)
+    token = None if options.dry_run else hub.find_token()
+    with (
+        tempfile.TemporaryDirectory(prefix="push-") as scratch,
+        hub.hidden(token) if token else contextlib.nullcontext(),
+    ):
+        jobs = list(_jobs(options, Path(scratch)))
+        refused = [job for job in jobs if not _passes(job, options)]
+        if options.dry_run:
+            for job in jobs:
+                print(_dry_run(job))
+        if refused:
+            print(f"Nothing was pushed: {', '.join(job.folder.name for job in refused)} refused.")
+            return 1
+        if token is None:
+            return 0
+        prepared = [push.prepare(job.folder, job.made, job.target, token) for job in jobs]
+        for job, one in zip(jobs, prepared, strict=True):
+            print("\n".join(push.execute(one, job.made["release"])), flush=True)
+    return 0
+
+
+def _check_arguments(options: argparse.Namespace) -> None:
+    if options.all == bool(options.targets):
+        raise ValueError("push: give releases (names or folders), or --all.")
+    if options.all:
+        options.targets = list(RELEASES)
+    if (options.repo_id is None) == (options.org is None):
+        raise ValueError("push: give either --repo-id ORG/NAME or --org ORG, for the places in ORG of the same names.")
+    if options.repo_id is not None and len(options.targets) > 1:
+        raise ValueError("push: --repo-id names one place, but several releases are to go; give --org ORG instead.")
+    for target in options.targets:
+        place = options.repo_id or f"{options.org}/{Path(target).resolve().name}"
+        _target(options, place).check()
+
+
+def _target(options: argparse.Namespace, repo_id: str) -> push.Target:
+    return push.Target(repo_id, options.private, options.revision, options.create_pr, options.tag, options.update)
+
+
+def _jobs(options: argparse.Namespace, scratch: Path) -> Iterator[Job]:
+    for target in options.targets:
+        folder = _find_folder(target, options.built)
+        if folder is None:
+            folder = scratch / target
+            print(f"building {target}", flush=True)
+            _build_to_push(target, folder, options)
+        made = record.read_record(folder)
+        place = options.repo_id or f"{options.org}/{made['release']}"
+        checked = _target(options, place)
+        checked.check()
+        yield Job(folder.resolve(), made, checked)
+
+
+def _build_to_push(name: str, out: Path, options: argparse.Namespace) -> None:
+    """Build a release of the table so that it loads anywhere."""
+    from ..publishing.build import build_known
+
+    build_known(name, out, with_backbone=RELEASES[name].is_local, recording=_recording(options))
+
+
+def _recording(options: argparse.Namespace) -> Any:
+    from ..publishing.build import Recording
+
+    return Recording(options.fingerprint, options.fingerprint_dtype, options.device, options.repo_id)
+
+
+def _find_folder(target: str, built: Path | None) -> Path | None:
+    """Return a target's folder; None for a name that is to be built."""
+    if target not in RELEASES:
+        if not Path(target).is_dir():
+            raise FileNotFoundError(f"push: {target} is neither a folder nor a release; known: {', '.join(RELEASES)}.")
+        return Path(target)
+    if built is not None:
+        return built / target
+    if Path(target).is_dir():
+        raise ValueError(f"push: {target} is a release's name and a folder here; write ./{target} for the folder.")
+    return None
+
+
+def _passes(job: Job, options: argparse.Namespace) -> bool:
+    report = check.check_release(job.folder, options.device, load=not options.no_load)
+    report.problems += check.publishing_problems(job.made)
+    print(_in_words(job.folder.name, report), flush=True)
+    if report.unchecked and not options.allow_unchecked and not report.problems:
+        print("  refused: not everything could be checked; pass --allow-unchecked to push it all the same.")
+        return False
+    return not report.problems
+
+
+def _dry_run(job: Job) -> str:
+    """Show what a push would write."""
+    found = push.payloads(job.folder, job.made, job.target)
+    main = found[job.target.revision]
+    lines = [f"{job.target.repo_id}@{job.target.revision} would hold {len(main)} files:"]
+    lines += [f"  {item.hashes.size:>12,} bytes  {item.hashes.sha256}  {path}" for path, item in main.items()]
+    for branch, payload in found.items():
+        other = [path for path, item in payload.items() if item.hashes != main.get(path, item).hashes]
+        if branch != job.target.revision:
+            lines.append(f"{job.target.repo_id}@{branch} would be the same but for {', '.join(other)}")
+    if job.target.tag is not None:
+        lines.append("tags: " + ", ".join(str(push.tag_of(job.target, branch)) for branch in found))
+    source = main[record.CARD_FILE].source
+    assert isinstance(source, bytes)
+    return "\n".join([*lines, "", f"{record.CARD_FILE}:", "", source.decode()])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `publish.py`; returns the exit status."""
+    from .main import run
+
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.")
+    add_commands(parser)
+    return run(parser.parse_args(arguments), PROGRAM)

@@ -1,0 +1,164 @@
+"""The sub-command `diffretriever search`: questions to passages, printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..search.modes import CANDIDATES, MODES
+from .arguments import add_command, add_qdrant_options
+from .display import result_lines
+
+if TYPE_CHECKING:
+    from ..search.searcher import Hit, Searcher
+
+PROMPT = "question> "
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command to the parser's `add_subparsers` object."""
+    parser = add_command(commands, "search", "find passages for a question", run_search)
+    parser.add_argument("question", nargs="*", help="one or more questions")
+    parser.add_argument("--model", help="a release: Hub id or folder; the one that encoded the store")
+    parser.add_argument("--revision", help="of the release on the Hub")
+    parser.add_argument("--store", type=Path, help="the passages: a folder of `diffretriever encode` or `compress`")
+    add_qdrant_options(parser, required=False)
+    parser.add_argument("--queries", type=Path, help="a store of queries to search for, instead of questions")
+    parser.add_argument("--run-file", type=Path, help="write a TREC run there (with --queries)")
+    parser.add_argument("--mode", choices=MODES, default="multi_dense", help="scoring mode (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=10, help="passages a question (default: %(default)s)")
+    parser.add_argument(
+        "--candidates", type=int, default=CANDIDATES, help="of each side, in the fusion modes (default: %(default)s)"
+    )
+    parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
+    parser.add_argument("--interactive", action="store_true", help="keep the model loaded; a question a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a question")
+    parser.add_argument(
+        "--device", help="for example cuda (default: the model on the first GPU, else the CPU; exact search on the CPU)"
+    )
+    parser.add_argument("--in-memory", action="store_true", help="copy the vectors to the device's memory first")
+
+
+def run_search(options: argparse.Namespace) -> int:
+    """Run `diffretriever search`.
+
+    Raises:
+        ValueError: options that do not go together, or a model that is not the store's.
+    """
+    _check(options)
+    searcher = _searcher(options)
+    if options.queries:
+        return _search_store(searcher, options)
+    model = _model(searcher, options)
+    for question in _questions(options):
+        _answer(searcher, model, question, options)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.store is None) == (options.qdrant is None):
+        raise ValueError("say where the passages are: --store FOLDER or --qdrant LOCATION, one of them.")
+    ways = [bool(options.question), options.interactive, options.queries is not None]
+    if sum(ways) != 1:
+        raise ValueError('ask one way: "a question", --interactive or --queries STORE.')
+    if options.queries is not None and options.run_file is None:
+        raise ValueError("--queries needs --run-file FILE, where the results go.")
+    if options.run_file is not None and options.queries is None:
+        raise ValueError("--run-file needs --queries STORE, for the queries' ids.")
+    if options.queries is None and options.model is None:
+        raise ValueError("questions need --model, the release that encoded the passages.")
+
+
+def _searcher(options: argparse.Namespace) -> Searcher:
+    from ..search.qdrant.engine import QdrantEngine
+    from ..search.searcher import Searcher
+    from ..store.compression import open_store
+
+    if options.qdrant is not None:
+        return Searcher(QdrantEngine(options.qdrant, options.collection, options.api_key, options.timeout))
+    return Searcher(open_store(options.store), device=options.device, in_memory=options.in_memory)
+
+
+def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
+    """Load the model and refuse one that did not encode the passages."""
+    from ..store.identity import check_searchable, describe_model
+    from .load_model import load_model
+
+    model = load_model(options.model, options.device, revision=options.revision)
+    there = searcher.engine.settings
+    if there is not None:
+        check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))
+    return model
+
+
+def _place(options: argparse.Namespace) -> str:
+    return str(options.store or f"{options.qdrant}, collection {options.collection!r}")
+
+
+def _questions(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the questions, from the command line or a line each from standard input."""
+    if not options.interactive:
+        yield from options.question
+        return
+    asking = sys.stdin.isatty()
+    if asking:
+        print(f"{_place(options)}: a question a line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if asking:
+            print(PROMPT, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Namespace) -> None:
+    there = searcher.engine.settings
+    content_filter = True if there is None else bool(there.options.get("content_filter", True))
+    sparse = "sparse" in options.mode
+    query = model.encode_texts([question], is_query=True, compute_sparse=sparse, content_filter=content_filter)
+    hits = searcher.search(
+        query, options.mode, options.top_k, candidates=options.candidates, fusion_weight=options.fusion_weight
+    )[0]
+    texts = searcher.engine.texts([hit.position for hit in hits])
+    if options.json:
+        print(json.dumps(_as_json(question, options.mode, hits, texts), ensure_ascii=False), flush=True)
+        return
+    columns = shutil.get_terminal_size().columns
+    if len(options.question) > 1:
+        print(question)
+    for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1):
+        print("\n".join(result_lines(rank, hit.score, hit.id, text, columns)))
+    if not hits:
+        print("no passage found")
+    sys.stdout.flush()
+
+
+def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None]) -> dict[str, Any]:
+    rows = [
+        {"rank": rank, "id": hit.id, "score": hit.score, "text": text}
+        for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1)
+    ]
+    return {"query": question, "mode": mode, "hits": rows}
+
+
+def _search_store(searcher: Searcher, options: argparse.Namespace) -> int:
+    from ..evaluation.runs import write_run
+    from ..store.compression import open_store
+
+    results = searcher.search(
+        open_store(options.queries),
+        options.mode,
+        options.top_k,
+        candidates=options.candidates,
+        fusion_weight=options.fusion_weight,
+    )
+    write_run(options.run_file, results.run(), tag=f"diffretriever-{options.mode}")
+    print(f"{options.run_file}: {len(results)} queries")
+    return 0

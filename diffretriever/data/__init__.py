@@ -1,0 +1,1 @@
+"""Corpora, benchmarks and training pairs, read one record at a time."""

@@ -1,0 +1,151 @@
+"""From a corpus to a store of vectors that no crash can spoil (see `encode_store`)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data.corpus import read_corpus, read_queries
+from ..files.claims import LEASE, living_owners
+from ..files.durable import TEMPORARY
+from ..store.identity import describe_model
+from ..store.manifest import MANIFEST_FILE, STORE_DTYPES, Settings
+from ..store.plan import CLAIMS_FOLDER, PLAN_FILE, Plan, Text, survey_texts
+from ..store.store import Store
+from .encoding_run import EncodingRun
+
+SHARD_SIZE = 4096  # texts
+
+
+def tell_user(message: str) -> None:
+    """Print a message on stderr, above the progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def encode_store(
+    model: Any,
+    source: str | Path,
+    folder: str | Path,
+    is_query: bool = False,
+    dtype: str = "float16",
+    shard_size: int | None = None,
+    tokens_per_batch: int | None = None,
+    sparse_top_k: int | None = None,
+    content_filter: bool = True,
+    keep_texts: bool = True,
+    lease: float = LEASE,
+    show_progress_bar: bool = False,
+    tell: Callable[[str], None] = tell_user,
+) -> Store:
+    """Encode a corpus or queries into a store; begin, resume, help or check, as the folder needs.
+
+    Several processes may share a folder: each claims shards until none is left, and all return when the store is
+    finished. One that dies costs the shards that it had claimed. Memory is that of about three shards.
+
+    Args:
+        model: from `AutoModel.from_pretrained`.
+        source: what `read_corpus` or `read_queries` reads.
+        folder: of the store; made if it is not there.
+        is_query: the side; True reads queries.
+        dtype: of the stored vectors: "float16", "bfloat16", "float32" or "int8".
+        shard_size: texts a shard; None is the store's own, or 4,096.
+        tokens_per_batch: at most so many tokens a batch, padding included; None is the store's own, or 16,384 on an
+            accelerator and 1,024 on a CPU. Another than the store's changes its vectors by rounding alone.
+        sparse_top_k: T, weights kept a text; None is the config's.
+        content_filter: False lets the whole vocabulary into the sparse vectors.
+        keep_texts: store the texts beside the vectors.
+        lease: seconds without a sign of life after which another machine's process counts as dead.
+        show_progress_bar: draw one, in texts.
+        tell: takes messages for the user.
+
+    Returns:
+        The finished store.
+
+    Raises:
+        FileNotFoundError, ValueError: the input is wrong, the corpus has changed, or the folder holds a store with
+            other settings; the message names the difference.
+        OSError: the disk is full or fails. What is written stays; the same call resumes.
+    """
+    options: dict[str, Any] = {"content_filter": content_filter, "keep_texts": keep_texts, "sparse_top_k": sparse_top_k}
+    options |= {"shard_size": shard_size, "tokens_per_batch": tokens_per_batch}
+    _check_options(dtype, options)
+    folder = Path(folder)
+    _check_folder(folder)
+    before = Plan.read(folder)
+    _fill_in(options, before, model)
+    settings = describe_model(model, is_query, dtype, options)
+    if before:
+        _check_same(folder, before.settings, settings)
+
+    def read() -> Iterable[Text]:
+        return read_queries(source) if is_query else read_corpus(source)
+
+    plan = _plan_store(folder, settings, read, str(source), before)
+    return EncodingRun(model, read, plan, options["tokens_per_batch"], folder, lease, show_progress_bar, tell).finish()
+
+
+def _fill_in(options: dict[str, Any], before: Plan | None, model: Any) -> None:
+    """Set the sizes that the caller left open to the store's own, else to defaults."""
+    # 1,024 and 16,384 are what `encode_texts` takes
+    defaults = {"shard_size": SHARD_SIZE, "tokens_per_batch": 1024 if model.device.type == "cpu" else 16384}
+    for name, default in defaults.items():
+        if options[name] is None:
+            options[name] = before.settings.options[name] if before else default
+
+
+def _check_options(dtype: str, options: dict[str, Any]) -> None:
+    if dtype not in STORE_DTYPES:
+        raise ValueError(f"dtype {dtype!r}: a store's is one of {', '.join(STORE_DTYPES)}.")
+    for name in ("shard_size", "tokens_per_batch", "sparse_top_k"):
+        value = options[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder; refuse one that holds something other than a store."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; the store needs a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST_FILE).exists() or (folder / PLAN_FILE).exists():
+        return
+    others = [file.name for file in folder.iterdir() if not file.name.startswith(TEMPORARY)]
+    if others:
+        raise ValueError(
+            f"{folder}: holds {sorted(others)[0]!r} but no store; choose a folder that is empty or not there."
+        )
+
+
+def _check_same(folder: Path, there: Settings, ours: Settings) -> None:
+    differences = there.differences(ours)
+    if not differences:
+        return
+    owners = living_owners(folder / CLAIMS_FOLDER)
+    locked = f" It is being written (locked) by {', '.join(owners)}." if owners else ""
+    raise ValueError(
+        f"{folder}: the store there was made otherwise. {'; '.join(differences)}.{locked} Give the options it was made "
+        "with, or another folder."
+    )
+
+
+def _plan_store(
+    folder: Path, settings: Settings, read: Callable[[], Iterable[Text]], source: str, before: Plan | None
+) -> Plan:
+    """Read the corpus once; return the plan that is there, if it is of this corpus, else write one."""
+    survey = survey_texts(read, settings.options["shard_size"], source)
+    if before is None:
+        Plan(settings, survey, settings.options["shard_size"]).write(folder)
+        before = Plan.read(folder)  # another process may have been first
+    assert before is not None
+    _check_same(folder, before.settings, settings)
+    if before.survey != survey:
+        raise ValueError(
+            f"{folder}: the store there is of another corpus: it has {before.survey.count} texts, {source} has "
+            f"{survey.count}{'' if before.survey.count != survey.count else ', some of them changed'}. Encode it into "
+            "another folder."
+        )
+    return before

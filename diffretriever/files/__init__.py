@@ -1,0 +1,1 @@
+"""Files that appear whole or not at all, locks, claims, lines of compressed files, JSON, hashes."""

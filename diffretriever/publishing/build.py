@@ -1,0 +1,342 @@
+"""Build the release folders that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..model import backbone_loading as backbones
+from ..model import configuration_diffretriever
+from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE, Adapter
+from ..model.bidirectional_layers import linear_shapes, parameter_shapes
+from ..model.configuration_diffretriever import DiffRetrieverConfig, paper_prompt
+from ..model.tokenization_helpers import RetrievalTokenizer, read_retriever_config
+from . import card, probe, record
+from .releases import (
+    AUTO_MAP,
+    BACKBONE_FOLDER,
+    CODE_FILES,
+    RELEASES,
+    SENTENCE_TRANSFORMERS_FILE,
+    check_name,
+)
+from .sentence_transformers import sentence_transformers_files
+
+SOURCE = (
+    Path(configuration_diffretriever.__file__).resolve().parent
+)  # of the code: the source tree, or a wheel's folder
+FIGURES = SOURCE / "checkpoints" / "figures.json"  # what was measured of our own releases
+SETTINGS_FILES = ["*.json", "*.jinja", "merges.txt"]  # of a backbone on the Hub, its weights are not needed to build
+ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
+SETTINGS = ("num_query_masks", "num_passage_masks", "max_length")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What `build` is to record of the finished release.
+
+    Args:
+        when: "auto" encodes the fixed texts if the backbone's weights are here, "always" fetches them, "never" does
+            not; without, release.json says why there is no fingerprint.
+        dtype: name of the torch dtype to encode in.
+        device: where to encode.
+        repo_id: the Hub id for the card's code; None is the release's name.
+        known_as: the name in the table of releases, if base and adapter are the table's own.
+    """
+
+    when: str = "never"
+    dtype: str = "float32"
+    device: str = "cpu"
+    repo_id: str | None = None
+    known_as: str | None = None
+
+
+def build(
+    base: str,
+    out: Path,
+    adapter: str | None = None,
+    name: str | None = None,
+    link_code: bool = False,
+    force: bool = False,
+    with_backbone: bool = False,
+    recording: Recording | None = None,
+    **settings: Any,
+) -> DiffRetrieverConfig:
+    """Build a release folder; it appears whole or not at all.
+
+    Args:
+        base: the backbone, a Hub id or folder in LLaDA's or Dream's own format.
+        out: the folder to make.
+        adapter: a training run's output folder or Hub id; None builds the zero-shot model.
+        name: the release's name; None takes the folder's.
+        link_code: link to this source tree's code instead of copying it, for releases kept inside the tree.
+        force: replace a folder that is there already.
+        with_backbone: copy a local backbone into the release, which then loads anywhere.
+        recording: what to record in release.json; None records no fingerprint.
+        settings: config fields (num_query_masks, num_passage_masks, max_length); with an adapter they must agree with
+            what its retriever_config.json recorded.
+
+    Returns:
+        The config that was written.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: with the file, key or argument that is wrong.
+    """
+    local = Path(base).expanduser().is_dir()
+    name = name or out.name
+    check_name("--name", name)
+    check_name("--out", out.name)
+    if out.exists():
+        _check_replaceable(out, Path(base).expanduser(), force)
+    if with_backbone and not local:
+        raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
+    base_folder = backbones.resolve_folder(base, None, None, {}, SETTINGS_FILES)
+    adapter_folder = None if adapter is None else backbones.resolve_folder(adapter, None, None, {}, ADAPTER_FILES)
+    config, tokenizer = _configure(base_folder, adapter_folder, settings)
+    place = BACKBONE_FOLDER if with_backbone else _path_from(base_folder, out)
+    config.base_model_name_or_path = place if local else base
+    config.base_model_revision = None if local else base_folder.name  # the Hub cache names snapshots by commit
+    config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
+        made = Path(scratch) / out.name
+        made.mkdir()
+        _fill(made, config, tokenizer, adapter_folder, base_folder if with_backbone else None)
+        _describe(made, config, tokenizer, base_folder, adapter, adapter_folder, link_code, recording or Recording())
+        if link_code:
+            _link_code(made, out)
+        if out.exists():
+            shutil.rmtree(out)
+        made.rename(out)
+    return config
+
+
+def _check_replaceable(out: Path, base: Path, force: bool) -> None:
+    """Refuse to delete what nobody asked to, what is no release, or what holds the backbone."""
+    if not force:
+        raise FileExistsError(f"--out: {out} is there already; choose another folder, or pass --force to replace it.")
+    config = out / "config.json"
+    if out.is_symlink() or not config.is_file() or backbones.read_json(config).get("model_type") != "diffretriever":
+        raise FileExistsError(f"--out: {out} is no release folder, so --force does not replace it; remove it yourself.")
+    if out.resolve() in (base.resolve(), *base.resolve().parents):
+        raise FileExistsError(f"--out: {out} holds the backbone {base}, which --force would delete.")
+
+
+def _path_from(base_folder: Path, out: Path) -> str:
+    """Name a local backbone: relative where it lies beside the release, so that both can move; else absolute."""
+    out = out.resolve()
+    return f"../{base_folder.name}" if base_folder.parent == out.parent else str(base_folder)
+
+
+def _configure(
+    base_folder: Path, adapter_folder: Path | None, settings: dict[str, Any]
+) -> tuple[DiffRetrieverConfig, Any]:
+    """Check that backbone, adapter, tokenizer and settings fit, and return the config and tokenizer."""
+    backbone_type, backbone_config = backbones.read_backbone_config(base_folder)
+    shapes = parameter_shapes(backbone_type, backbone_config)
+    if list(base_folder.glob("*.safetensors")):
+        backbones.audit_weights(base_folder, backbone_type, shapes)
+    places = [base_folder] if adapter_folder is None else [adapter_folder, base_folder]
+    tokenizer = backbones.load_tokenizer(places)
+    fields = dict(settings)
+    if adapter_folder is not None:
+        Adapter(
+            adapter_folder,
+            linear_shapes(shapes),
+            lambda name: backbones.our_name(backbone_type, name),
+            lambda name: backbones.original_name(backbone_type, name),
+        )
+        fields = _with_recorded(adapter_folder, tokenizer, settings, backbone_type)
+    config = DiffRetrieverConfig(
+        backbone_type=backbone_type,
+        adapter_name_or_path=None if adapter_folder is None else "adapter",
+        **{name: value for name, value in fields.items() if name != "backbone_type"},
+    )
+    if adapter_folder is not None:  # trained with these words; the zero-shot model's follow its budgets
+        config.query_prompt, config.passage_prompt = config.prompt(True), config.prompt(False)
+    RetrievalTokenizer(tokenizer, config)  # refuses what could not be encoded later
+    return config, tokenizer
+
+
+def _with_recorded(
+    adapter_folder: Path, tokenizer: Any, settings: dict[str, Any], backbone_type: str
+) -> dict[str, Any]:
+    """Return the settings that the adapter was trained with, refusing others."""
+    file = adapter_folder / RETRIEVER_FILE
+    if not file.is_file():
+        missing = {"num_query_masks", "num_passage_masks", "max_length"} - settings.keys()
+        if missing:
+            flags = ", ".join("--" + name.replace("_", "-") for name in sorted(missing))
+            raise FileNotFoundError(f"{file} is not there, so the adapter's budgets are unknown; pass {flags}.")
+        return settings
+    recorded = read_retriever_config(file, tokenizer)
+    for name, value in {**settings, "backbone_type": backbone_type}.items():
+        if recorded[name] != value:
+            raise ValueError(f"{file} says {name} = {recorded[name]!r}, but {value!r} was asked for.")
+    return recorded
+
+
+def _fill(
+    made: Path, config: DiffRetrieverConfig, tokenizer: Any, adapter_folder: Path | None, backbone: Path | None
+) -> None:
+    for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
+        shutil.copyfile(SOURCE / file, made / file)
+    backbones.save_tokenizer(tokenizer, made)
+    write_config(config, made / "config.json")
+    for file, text in sentence_transformers_files("dense", backbones.read_json(made / "config.json")).items():
+        (made / file).write_text(text, encoding="utf-8")
+    if adapter_folder is not None:
+        (made / "adapter").mkdir()
+        for file in (CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE):
+            if (adapter_folder / file).is_file():
+                shutil.copyfile(adapter_folder / file, made / "adapter" / file)
+    if backbone is not None:
+        (made / BACKBONE_FOLDER).mkdir()
+        for pattern in backbones.BACKBONE_FILES:
+            for source in backbone.glob(pattern):
+                shutil.copyfile(source, made / BACKBONE_FOLDER / source.name)
+
+
+def _link_code(made: Path, out: Path) -> None:
+    """Replace the code by links to the source tree; they start at the place the release is moved to."""
+    for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
+        (made / file).unlink()
+        (made / file).symlink_to(os.path.relpath(SOURCE / file, out.resolve()))
+
+
+def _describe(
+    made: Path,
+    config: DiffRetrieverConfig,
+    tokenizer: Any,
+    base_folder: Path,
+    adapter: str | None,
+    adapter_folder: Path | None,
+    linked: bool,
+    recording: Recording,
+) -> None:
+    """Write the card and release.json of a release that is otherwise finished."""
+    name = str(config.release_name)
+    repo_id = recording.repo_id or name
+    weights = made / "adapter" / WEIGHTS_FILE
+    adapter_sha256 = record.hash_file(weights).sha256 if weights.is_file() else None
+    prompt = RetrievalTokenizer(tokenizer, config).layouts[True]
+    facts = card.CardFacts(
+        repo_id,
+        recording.known_as,
+        base_folder.name,
+        backbones.read_backbone_config(base_folder)[1].hidden_size,
+        len(prompt.prefix) + len(prompt.suffix),
+        backbones.read_json(made / "adapter" / CONFIG_FILE) if adapter_sha256 else None,
+        adapter_sha256,
+    )
+    measured = card.measured_figures(FIGURES, recording.known_as, adapter_sha256) if recording.known_as else None
+    (made / record.CARD_FILE).write_text(card.render_card(config, facts, measured), encoding="utf-8")
+    on_hub = adapter_folder is not None and adapter is not None and not Path(adapter).expanduser().is_dir()
+    origin = {
+        "release": name,
+        "repo_id": repo_id,
+        "backbone": _backbone_record(config, base_folder),
+        "adapter": {"repo_id": adapter, "revision": adapter_folder.name} if on_hub and adapter_folder else None,
+    }
+    found, absent = _encode_fixed_texts(made, config, base_folder, recording)
+    record.write_record(record.make_record(made, origin, found, absent, linked), made)
+
+
+def _backbone_record(config: DiffRetrieverConfig, base_folder: Path) -> dict[str, Any]:
+    """Name the backbone and pin it: by its commit on the Hub, or by the hash of a local one's weights."""
+    weights = {file.name: record.hash_file(file).sha256 for file in base_folder.glob("*.safetensors")}
+    local = config.base_model_revision is None
+    return {
+        "name": config.base_model_name_or_path,
+        "revision": config.base_model_revision,
+        "weights_sha256": record.combined_hash(weights) if local and weights else None,
+    }
+
+
+def _encode_fixed_texts(
+    made: Path, config: DiffRetrieverConfig, base_folder: Path, recording: Recording
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the release's fingerprint, or None and why there is none."""
+    if recording.when == "never":
+        return None, "not asked for (--fingerprint never)"
+    if recording.when == "auto" and not _has_weights(base_folder):
+        return None, f"the weights of {config.base_model_name_or_path} were not on the machine that built it"
+    options = {} if config.base_model_revision is not None else {"base_model_name_or_path": str(base_folder)}
+    model = probe.load(str(made), recording.dtype, recording.device, **options)
+    return probe.fingerprint(model, recording.dtype), None
+
+
+def _has_weights(folder: Path) -> bool:
+    index = folder / backbones.INDEX_FILE
+    if index.is_file():
+        shards = set(backbones.read_json(index)["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    return (folder / backbones.WEIGHTS_FILE).is_file()
+
+
+def write_config(config: DiffRetrieverConfig, file: Path) -> None:
+    """Write a release's config.json: its own fields only, the same on every transformers."""
+    fields = config.to_dict()
+    own = ("architectures", "auto_map", "model_type", "release_name", *_OWN_FIELDS)
+    kept = {name: fields[name] for name in own if fields.get(name) is not None or name == "base_model_revision"}
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_OWN_FIELDS = (
+    "backbone_type",
+    "base_model_name_or_path",
+    "base_model_revision",
+    "adapter_name_or_path",
+    "num_query_masks",
+    "num_passage_masks",
+    "num_denoise_steps",
+    "max_length",
+    "normalize",
+    "query_prompt",
+    "passage_prompt",
+    "sparse_top_k",
+)
+
+
+def default_config() -> DiffRetrieverConfig:
+    """Return the config of the default release, as the config.json at the top of the source tree has it."""
+    name = "diffretriever-llada-8b-single"
+    release = RELEASES[name]
+    config = DiffRetrieverConfig(
+        backbone_type="llada",
+        base_model_name_or_path=release.base,
+        adapter_name_or_path="adapter",
+        num_query_masks=release.num_query_masks,
+        num_passage_masks=release.num_passage_masks,
+        max_length=release.max_length,
+        query_prompt=paper_prompt("query", release.num_query_masks),
+        passage_prompt=paper_prompt("passage", release.num_passage_masks),
+    )
+    config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
+    return config
+
+
+def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverConfig:
+    """Build a release of the table.
+
+    Args:
+        release_name: its name there.
+        out: the folder to make.
+        options: as for `build`; the settings are checked against what the adapter recorded.
+
+    Returns:
+        The config that was written.
+    """
+    release = RELEASES[release_name]
+    places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
+    settings = {field: getattr(release, field) for field in SETTINGS}
+    recording = options.pop("recording", None) or Recording()
+    if not release.is_local and recording.repo_id is None:
+        recording = replace(recording, repo_id=release.adapter)
+    options = {**settings, **options, "name": options.get("name") or release_name}
+    return build(places[0], out, places[1], recording=replace(recording, known_as=release_name), **options)

@@ -1,1 +1,0 @@
-"""Retrieval: corpus → vectors in a store → ranking → metrics."""

@@ -1,0 +1,80 @@
+"""Lucene/Anserini impact vectors of a store's sparse vectors. (TREC runs: `evaluation.runs.write_run`.)"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.durable import write_whole
+from ..store.segments import segments_of
+from .qdrant.engine import sum_by_term
+
+QUANTISATION = 100.0  # an impact is the weight times this, rounded, as PromptReps and SPLADE exports do
+
+
+def impact_lines(
+    store: Any, tokens: Sequence[str] | None = None, factor: float = QUANTISATION, contents: bool = True
+) -> Iterator[str]:
+    """Yield a JSON line {"id", "contents", "vector": {token: impact}} a text, as Anserini's JsonVectorCollection reads.
+
+    Args:
+        store: passages or queries with sparse vectors.
+        tokens: the vocabulary by token id; None writes the ids as decimal numbers.
+        factor: impacts are whole numbers, the weight times this, rounded; those that round to 0 are left out.
+        contents: also write the texts, where the store holds them.
+
+    Raises:
+        ValueError: a token id outside the vocabulary, or weights that are not finite and positive.
+    """
+    if not factor > 0:
+        raise ValueError(f"the factor must be positive, got {factor}.")
+    for segment, shard in zip(segments_of(store), store.shards(), strict=True):
+        if segment.sparse is None:
+            raise ValueError("the store has no sparse vectors.")
+        indices, values = segment.sparse
+        for row, text_id in enumerate(shard.ids):
+            vector = _impacts(indices[row], values[row], tokens, factor, text_id)
+            text = segment.text(row) if contents else None
+            yield json.dumps({"id": text_id, "contents": text or "", "vector": vector}, ensure_ascii=False)
+
+
+def _impacts(
+    indices: torch.Tensor, values: torch.Tensor, tokens: Sequence[str] | None, factor: float, text_id: str
+) -> dict[str, int]:
+    impacts: dict[str, int] = {}
+    for term, weight in sum_by_term(indices, values.float()).items():
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"{text_id!r}: the weight of token {term} is {weight}; it must be positive and finite.")
+        if tokens is not None and not 0 <= term < len(tokens):
+            raise ValueError(f"{text_id!r}: token {term} lies outside the vocabulary of {len(tokens)} tokens.")
+        impact = round(weight * factor)
+        if impact:
+            impacts[str(term) if tokens is None else tokens[term]] = impact
+    return impacts
+
+
+def vocabulary_of(tokenizer: Any) -> list[str]:
+    """Return a tokenizer's tokens by id; ids without one get their number in angle brackets."""
+    names: Mapping[str, int] = tokenizer.get_vocab()
+    tokens = [f"<{number}>" for number in range(max(names.values()) + 1)]
+    for token, number in names.items():
+        tokens[number] = token
+    return tokens
+
+
+def write_lines(path: str | Path, lines: Iterator[str]) -> int:
+    """Write lines to a file, whole or not at all; return how many."""
+    count = 0
+
+    def encoded() -> Iterator[bytes]:
+        nonlocal count
+        for line in lines:
+            count += 1
+            yield line.encode("utf-8") + b"\n"
+
+    write_whole(Path(path), encoded())
+    return count

@@ -1,0 +1,1 @@
+"""Qdrant behind the interface of exact search."""

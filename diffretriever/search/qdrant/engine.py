@@ -1,0 +1,209 @@
+"""Search through Qdrant: the same interface as exact search, for collections that one process cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...store.manifest import Settings, settings_of
+from ...store.segments import QueryVectors
+from ..dense import mean_vectors
+from ..fusion import pad_rows
+from .calls import EngineError, QdrantCalls
+
+VECTOR_NAMES = {"single_dense": "dense", "multi_dense": "multi", "sparse_max": "sparse"}
+QUERIES_PER_REQUEST = 16
+
+
+class QdrantEngine:
+    """A collection that `upload` made. Fusion runs in the client: the server's own formulas are other ones.
+
+    (Qdrant fuses by reciprocal ranks, by distribution, or by a formula over scores whose extremes are known
+    beforehand; none is a min-max over the candidates with both scores of each.)
+
+    Args:
+        location: a server's or cluster's address (http://…, https://…), a folder for the embedded engine.
+        collection: the collection's name.
+        api_key, timeout: see `QdrantCalls`.
+        search_params: `qdrant_client.models.SearchParams`: hnsw_ef, exact, quantization …
+
+    Raises:
+        ImportError: qdrant-client is not installed.
+        EngineError: the engine is away, or the upload is not complete.
+        ValueError: no such collection, or one that `upload` did not make.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        collection: str,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        search_params: Any = None,
+    ) -> None:
+        self.calls = QdrantCalls(location, api_key, timeout)
+        self.collection = collection
+        self._params = search_params
+        self._payloads: dict[int, Mapping[str, Any]] = {}
+        try:
+            self._about = collection_metadata(self.calls, collection)
+            self._length = int(self._about["count"])
+            found = self.calls(self.calls.client.count, collection, exact=True).count
+            if found < self._length:
+                raise EngineError(
+                    f"{location}: collection {collection!r} holds {found} of {self._length} passages; its upload was "
+                    "interrupted. Run `diffretriever index` again to complete it."
+                )
+        except (EngineError, ValueError):
+            self.calls.close()
+            raise
+
+    @property
+    def settings(self) -> Settings | None:
+        """What the passages were encoded with; None for vectors that came without a store."""
+        recorded = self._about["settings"]
+        return None if recorded is None else Settings(**settings_of(recorded))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def close(self) -> None:
+        """Close the connection; the embedded engine's folder is then free for others."""
+        self.calls.close()
+
+    def rank(self, queries: QueryVectors, kind: str, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rank passages; see `ExactEngine.rank`. Unused slots are position -1 and score -inf."""
+        asked = [self._query(query, kind) for query in queries.batches(1)]
+        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        numbers = [number for number, query in enumerate(asked) if query is not None]
+        for start in range(0, len(numbers), QUERIES_PER_REQUEST):
+            part = numbers[start : start + QUERIES_PER_REQUEST]
+            answers = self._ask([asked[number] for number in part], kind, top_k)
+            for number, (positions, scores) in zip(part, answers, strict=True):
+                found[number] = _sorted(positions, scores / self._divisor(queries, kind, number))
+        nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0))
+        rows = [found.get(number, nothing) for number in range(len(asked))]
+        return pad_rows([positions for positions, _ in rows], -1), pad_rows([scores for _, scores in rows], -torch.inf)
+
+    def scores_at(self, queries: QueryVectors, kind: str, positions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Score chosen passages; see `ExactEngine.scores_at`."""
+        absent = 0.0 if kind == "sparse_max" else -torch.inf
+        results = []
+        for number, (query, wanted) in enumerate(zip(queries.batches(1), positions, strict=True)):
+            scores = torch.full((len(wanted),), absent)
+            asked = self._query(query, kind)
+            if asked is not None and len(wanted):
+                [(found, values)] = self._ask([asked], kind, len(wanted), wanted.tolist())
+                scores[torch.searchsorted(wanted, found)] = values / self._divisor(queries, kind, number)
+            results.append(scores)
+        return results
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """Return the ids of passages."""
+        return [str(payload["id"]) for payload in self._payloads_of(positions)]
+
+    def texts(self, positions: Sequence[int]) -> list[str | None]:
+        """Return the texts of passages, None where they were not uploaded."""
+        return [payload.get("text") for payload in self._payloads_of(positions)]
+
+    def _payloads_of(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
+        unknown = [position for position in positions if position not in self._payloads]
+        for start in range(0, len(unknown), 1000):
+            part = unknown[start : start + 1000]
+            points = self.calls(self.calls.client.retrieve, self.collection, ids=part, with_payload=True)
+            self._payloads |= {point.id: point.payload for point in points}
+        return [self._payloads[position] for position in positions]
+
+    def _query(self, query: QueryVectors, kind: str) -> Any:
+        """Return one query in Qdrant's form, or None where it has no vector to search with."""
+        from qdrant_client import models
+
+        if kind == "sparse_max":
+            indices, values = (row[0] for row in query.require_sparse())
+            weights = sum_by_term(indices, values)
+            return models.SparseVector(indices=list(weights), values=list(weights.values())) if weights else None
+        if not bool(query.mask.any()):
+            return None
+        self._check_width(query.dense.shape[2])
+        if kind == "single_dense":
+            return mean_vectors(query.dense, query.mask)[0][0, 0].tolist()
+        return query.dense[query.mask].tolist()
+
+    def _check_width(self, width: int) -> None:
+        if width != self._about["hidden_size"]:
+            raise ValueError(
+                f"queries have {width} dimensions, passages {self._about['hidden_size']}; they were made by different "
+                "models."
+            )
+
+    def _ask(
+        self, asked: list[Any], kind: str, limit: int, among: list[int] | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return (positions, Qdrant's scores) of each query; `among` asks for exact scores of these points."""
+        from qdrant_client import models
+
+        params, condition = self._params, None
+        if among is not None:
+            condition = models.Filter(must=[models.HasIdCondition(has_id=list(among))])
+            if self.calls.is_server:  # the embedded engine is exact in any case
+                params = models.SearchParams(exact=True, quantization=models.QuantizationSearchParams(ignore=True))
+        requests = [
+            models.QueryRequest(query=query, using=VECTOR_NAMES[kind], limit=limit, params=params, filter=condition)
+            for query in asked
+        ]
+        answers = self.calls(self.calls.client.query_batch_points, self.collection, requests=requests)
+        return [
+            (
+                torch.tensor([point.id for point in answer.points], dtype=torch.int64),
+                torch.tensor([point.score for point in answer.points], dtype=torch.float32),
+            )
+            for answer in answers
+        ]
+
+    @staticmethod
+    def _divisor(queries: QueryVectors, kind: str, number: int) -> float:
+        """Qdrant's max_sim is the sum over the query's vectors, paper Eq. 2 the mean."""
+        return float(queries.mask[number].sum()) if kind == "multi_dense" else 1.0
+
+
+def collection_metadata(calls: QdrantCalls, collection: str) -> dict[str, Any]:
+    """Return what `upload` recorded about a collection.
+
+    Raises:
+        ValueError: no such collection, or one that `upload` did not make.
+    """
+    if not calls(calls.client.collection_exists, collection):
+        names = [entry.name for entry in calls(calls.client.get_collections).collections]
+        raise ValueError(
+            f"{calls.location}: no collection {collection!r}; there is {', '.join(names) or 'none'}. Make it with "
+            "`diffretriever index`."
+        )
+    metadata = calls(calls.client.get_collection, collection).config.metadata or {}
+    if "diffretriever" not in metadata:
+        raise ValueError(
+            f"{calls.location}: collection {collection!r} was not made by `diffretriever index`; choose another name."
+        )
+    return dict(metadata["diffretriever"])
+
+
+def sum_by_term(indices: torch.Tensor, values: torch.Tensor) -> dict[int, float]:
+    """Return {term: weight} of one sparse vector's used slots; Qdrant wants each term once.
+
+    >>> sum_by_term(torch.tensor([7, 3, 7, 0]), torch.tensor([1.0, 2.0, 0.5, 0.0]))
+    {7: 1.5, 3: 2.0}
+    """
+    weights: dict[int, float] = {}
+    for term, value in zip(indices.tolist(), values.tolist(), strict=True):
+        if value != 0.0:
+            weights[term] = weights.get(term, 0.0) + value
+    return weights
+
+
+def _sorted(positions: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort by falling score, ties by position."""
+    by_position = torch.argsort(positions)
+    positions, scores = positions[by_position], scores[by_position]
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return positions[order], scores[order]

@@ -1,0 +1,1 @@
+"""Stores of encoded texts: format, identity, compression."""

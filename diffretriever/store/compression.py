@@ -1,0 +1,271 @@
+"""Compressed stores: product quantisation of the dense vectors, searched like any other store.
+
+Each vector is cut into pieces of a few dimensions, and of each piece only the number of the nearest of 256 learnt
+centroids is kept: one byte a piece (Jégou et al. 2011, "Product quantization for nearest neighbor search"). The paper
+compresses with the residuals of ColBERTv2 (App. B.3), 2 bits a dimension; 4 dimensions a byte is the same rate. The
+query stays uncompressed, and the sparse vectors, ids and texts are copied as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from ..files.durable import TEMPORARY, write_whole
+from .manifest import MANIFEST_FILE, Manifest, ShardEntry, settings_of
+from .segments import segments_of
+from .shard_file import DamagedShardError, ShardFile, write_shard
+from .store import Shard, Store, check_entry, entry_of
+
+FORMAT = "diffretriever compressed store 1"
+CODEBOOK_FILE = "codebook.safetensors"
+CENTROIDS = 256  # of each piece: a byte tells one
+TRAINING_VECTORS, ITERATIONS = 25_600, 15  # of the k-means: a hundred vectors a centroid
+ENCODE_ROWS = 4096
+
+
+class CompressedShard(Shard):
+    """A shard whose vectors are centroid numbers; also a `Segment` that search reads.
+
+    Args:
+        file, offset, count: as for `Shard`.
+        codebook: float32 [pieces, 256, H / pieces].
+    """
+
+    def __init__(self, file: ShardFile, offset: int, count: int, codebook: torch.Tensor) -> None:
+        super().__init__(file, offset, count)
+        self.length = count
+        self._table = codebook.reshape(-1, codebook.shape[2])
+        self._first = torch.arange(len(codebook), dtype=torch.int32) * CENTROIDS
+
+    @property
+    def sparse(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Segment.sparse`."""
+        return self.sparse_indices, self.sparse_values
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """Return the vectors of consecutive rows, float32 [stop - start, K, H], L2-normalised."""
+        return self._decode(self.file.tensor("codes")[start:stop])
+
+    def dense(self, start: int, stop: int) -> torch.Tensor:
+        """See `Shard.dense`."""
+        return self.block(start, stop)
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `Segment.rows`."""
+        return self._decode(self.file.tensor("codes")[rows])
+
+    def mask(self, start: int, stop: int) -> torch.Tensor | None:
+        """A store's texts have all their vectors."""
+        return None
+
+    def text(self, row: int) -> Any:
+        """Return one text; None where the store has none."""
+        return super().text(row) if "texts_offsets" in self.file else None
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of codes, uint8 [n, K, pieces]; float32 [n, K, H]."""
+        pieces = F.embedding(codes.int() + self._first, self._table)  # [n, K, pieces, H / pieces]
+        return F.normalize(pieces.flatten(2), dim=-1)
+
+
+def open_store(folder: str | Path, *, verify: bool = False) -> Store:
+    """Open a store, compressed or not.
+
+    Args:
+        folder: what `diffretriever encode` or `diffretriever compress` wrote.
+        verify: also read every byte and compare with the hashes.
+
+    Raises:
+        FileNotFoundError: no store there.
+        ValueError: the store is unfinished, or a file of it is missing or damaged.
+    """
+    folder = Path(folder)
+    content = _read_manifest(folder)
+    if content is None:
+        return Store.open(folder, verify=verify)
+    try:
+        entries = tuple(ShardEntry(**entry) for entry in content["shards"])
+        manifest = Manifest(**settings_of(content), shards=entries)
+        codebook_file = check_entry(folder, ShardEntry(**content["codebook"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST_FILE}: the manifest is damaged ({error}).") from error
+    codebook_file.verify()  # small, and every vector depends on it
+    codebook = codebook_file.tensor("codebook").clone()
+    shards: list[Shard] = []
+    for entry in entries:
+        file = check_entry(folder, entry)
+        if verify:
+            file.verify()
+        shards.append(CompressedShard(file, entry.first, entry.count, codebook))
+    return Store(folder, manifest, shards)
+
+
+def compress(
+    store: Store, output: str | Path, dimensions_per_byte: int = 4, seed: int = 0, show_progress_bar: bool = False
+) -> Store:
+    """Write a compressed copy of a store; called again after an interruption it goes on.
+
+    Args:
+        store: what to compress, open.
+        output: the new store's folder.
+        dimensions_per_byte: 4 is 8 times smaller than float16, 3 is 6 times. It must divide H.
+        seed: of the k-means.
+        show_progress_bar: draw one, in passages.
+
+    Returns:
+        The compressed store, open.
+
+    Raises:
+        ImportError: faiss is not installed.
+        ValueError: H is no multiple of `dimensions_per_byte`, too few vectors, a store that is compressed already, or
+            the folder holds something else.
+        OSError: the disk is full; what was written whole is kept.
+    """
+    output = Path(output)
+    width = store.manifest.hidden_size
+    if any(isinstance(shard, CompressedShard) for shard in store.shards()):
+        raise ValueError(f"{store.folder}: this store is compressed already.")
+    if dimensions_per_byte < 1 or width % dimensions_per_byte:
+        divisors = [number for number in range(1, 17) if width % number == 0]
+        raise ValueError(
+            f"dimensions per byte must divide the {width} dimensions, got {dimensions_per_byte}; {divisors} do."
+        )
+    about = {"source": _identity(store), "dimensions_per_byte": str(dimensions_per_byte), "seed": str(seed)}
+    if (output / MANIFEST_FILE).exists():
+        return _finished(output, about)
+    codebook_file = _codebook(store, output, about)
+    quantiser = _quantiser(codebook_file.tensor("codebook"))
+    entries = []
+    with tqdm(total=len(store), disable=not show_progress_bar, unit="passage", desc="compress") as bar:
+        for number, shard in enumerate(store.shards()):
+            path = output / shard.file.path.name
+            if not _is_done(path, shard, codebook_file):
+                _write_compressed(path, shard, segments_of(store)[number], quantiser, codebook_file)
+            entries.append(entry_of(ShardFile(path)))
+            bar.update(len(shard))
+    book = ShardEntry(CODEBOOK_FILE, 0, 0, codebook_file.size, codebook_file.header_sha256, "")
+    content = {"format": FORMAT, "compression": about, **asdict(store.manifest.settings), "codebook": asdict(book)}
+    content["shards"] = [asdict(entry) for entry in entries]
+    write_whole(output / MANIFEST_FILE, [json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"])
+    return open_store(output)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a compressed store's manifest; None where the folder is for `Store.open` to judge."""
+    file = folder / MANIFEST_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        if (folder / CODEBOOK_FILE).is_file() and not file.exists():
+            raise ValueError(f"{folder}: not finished; run the same `diffretriever compress` command again.") from None
+        return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def _identity(store: Store) -> str:
+    """Return one hash over everything in a store."""
+    lines = [f"{entry.file} {entry.header_sha256}" for entry in store.manifest.shards]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _finished(output: Path, about: Mapping[str, str]) -> Store:
+    content = _read_manifest(output)
+    if content is None or content.get("compression") != about:
+        raise ValueError(f"{output}: holds a store already, made from another one or with other options.")
+    return open_store(output)
+
+
+def _codebook(store: Store, output: Path, about: Mapping[str, str]) -> ShardFile:
+    """Return the codebook, read from an interrupted run or learnt now.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    path = output / CODEBOOK_FILE
+    output.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        foreign = sorted(file.name for file in output.iterdir() if not file.name.startswith(TEMPORARY))
+        if foreign:
+            raise ValueError(
+                f"{output}: not empty ({', '.join(foreign[:3])}); give the compressed store its own folder."
+            )
+        write_shard(path, {"codebook": _learn(store, int(about["dimensions_per_byte"]), int(about["seed"]))}, about)
+    file = ShardFile(path)
+    file.verify()
+    if {name: file.metadata.get(name) for name in about} != dict(about):
+        raise ValueError(f"{output}: holds an unfinished compression of another store or with other options.")
+    return file
+
+
+def _learn(store: Store, dimensions_per_byte: int, seed: int) -> torch.Tensor:
+    """Learn the centroids by k-means from vectors all over the store; float32 [pieces, 256, dimensions]."""
+    stride = max(1, len(store) * store.manifest.num_masks // TRAINING_VECTORS)
+    sample = torch.cat(
+        [segment.rows(torch.arange(0, segment.length, stride)).flatten(0, 1) for segment in segments_of(store)]
+    )
+    if len(sample) < CENTROIDS:
+        raise ValueError(
+            f"{store.folder}: has {len(sample)} vectors; compression learns {CENTROIDS} centroids and needs as many."
+        )
+    quantiser = _new_quantiser(sample.shape[1], dimensions_per_byte)
+    quantiser.cp.seed, quantiser.cp.niter = seed + 1, ITERATIONS
+    quantiser.cp.min_points_per_centroid = 1  # a small collection is no mistake
+    quantiser.train(sample.contiguous().numpy())
+    return _centroids(quantiser)
+
+
+def _new_quantiser(width: int, dimensions_per_byte: int) -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError('compression needs faiss: pip install "diffretriever[retrieval]"') from error
+    return faiss.ProductQuantizer(width, width // dimensions_per_byte, 8)
+
+
+def _centroids(quantiser: Any) -> torch.Tensor:
+    import faiss
+
+    return torch.from_numpy(faiss.vector_to_array(quantiser.centroids)).view(quantiser.M, CENTROIDS, quantiser.dsub)
+
+
+def _quantiser(codebook: torch.Tensor) -> Any:
+    """Return faiss's quantiser with a codebook [pieces, 256, dimensions]."""
+    import faiss
+
+    pieces, _, dimensions = codebook.shape
+    quantiser = _new_quantiser(pieces * dimensions, dimensions)
+    faiss.copy_array_to_vector(codebook.flatten().numpy(), quantiser.centroids)
+    return quantiser
+
+
+def _is_done(path: Path, shard: Shard, codebook: ShardFile) -> bool:
+    """Return whether an earlier run wrote this shard; files appear whole or not at all."""
+    if not path.exists():
+        return False
+    try:
+        metadata = ShardFile(path).metadata
+    except DamagedShardError:
+        return False
+    return (metadata.get("from"), metadata.get("codebook")) == (shard.file.header_sha256, codebook.header_sha256)
+
+
+def _write_compressed(path: Path, shard: Shard, segment: Any, quantiser: Any, codebook: ShardFile) -> None:
+    codes = []
+    for start in range(0, len(shard), ENCODE_ROWS):
+        vectors = segment.block(start, min(start + ENCODE_ROWS, len(shard))).float()  # [n, K, H]
+        found = torch.from_numpy(quantiser.compute_codes(vectors.flatten(0, 1).contiguous().numpy()))
+        codes.append(found.view(*vectors.shape[:2], -1))
+    names = ("ids_bytes", "ids_offsets", "texts_bytes", "texts_offsets", "sparse_indices", "sparse_values")
+    tensors = {name: shard.file.tensor(name) for name in names if name in shard.file}
+    metadata = {name: shard.file.metadata[name] for name in ("first", "count", "texts_sha256")}
+    metadata |= {"from": shard.file.header_sha256, "codebook": codebook.header_sha256}
+    write_shard(path, {"codes": torch.cat(codes), **tensors}, metadata)

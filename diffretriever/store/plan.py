@@ -1,0 +1,158 @@
+"""What an unfinished store is to become: its settings, and the corpus cut into shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from ..data.corpus import Passage, Query
+from ..data.ids import IdIndex, find_repeated
+from ..files.claims import living_owners
+from ..files.durable import write_whole
+from .manifest import Manifest, Settings, flat, is_recorded_only, json_bytes, read_json, settings_of
+from .shard_file import texts_digest
+
+PLAN_FILE = "plan.json"
+CLAIMS_FOLDER = "claims"
+SHARD_NAME = "shard-{:06d}.safetensors"
+Text = Passage | Query
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A corpus, read once.
+
+    Args:
+        count: texts in it.
+        digests: the hash of the ids and texts of each shard.
+    """
+
+    count: int
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an unfinished store is to become; plan.json.
+
+    Args:
+        settings: as in the manifest.
+        survey: of the corpus.
+        shard_size: texts a shard; the last may have fewer.
+    """
+
+    settings: Settings
+    survey: Survey
+    shard_size: int
+
+    def shard_count(self, number: int) -> int:
+        """Return the number of texts in a shard."""
+        return min(self.shard_size, self.survey.count - number * self.shard_size)
+
+    def metadata(self, number: int) -> dict[str, str]:
+        """Return what the header of a shard of this store says."""
+        return {
+            "first": str(number * self.shard_size),
+            "count": str(self.shard_count(number)),
+            "settings_sha256": settings_digest(self.settings),
+            "texts_sha256": self.survey.digests[number],
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write plan.json unless another process has."""
+        content = {"settings": asdict(self.settings), "shard_size": self.shard_size, "survey": asdict(self.survey)}
+        write_whole(folder / PLAN_FILE, [json_bytes(content)], keep=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan | None:
+        """Return the plan of a folder, from plan.json or, for a finished store, from its manifest.
+
+        Returns:
+            None where the folder holds neither.
+
+        Raises:
+            ValueError: the file is damaged or of another format.
+        """
+        try:
+            manifest = Manifest.read(folder)
+            survey = Survey(manifest.count, tuple(shard.texts_sha256 for shard in manifest.shards))
+            return cls(manifest.settings, survey, int(manifest.options["shard_size"]))
+        except FileNotFoundError:
+            pass
+        except KeyError as error:
+            raise ValueError(
+                f"{folder}: this store was not made by `diffretriever encode` and cannot be mended."
+            ) from error
+        file = folder / PLAN_FILE
+        try:
+            content = read_json(file)
+            survey = Survey(content["survey"]["count"], tuple(content["survey"]["digests"]))
+            return cls(Settings(**settings_of(content["settings"])), survey, content["shard_size"])
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}: the plan is damaged ({error!r}).") from error
+
+
+def settings_digest(settings: Settings) -> str:
+    """Return a hash of the settings that change what is in a store."""
+    values = {name: value for name, value in flat(asdict(settings)).items() if not is_recorded_only(name)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def cut(texts: Iterable[Text], shard_size: int) -> Iterator[tuple[int, list[Text]]]:
+    """Yield (shard number, its texts)."""
+    stream = iter(texts)
+    number = 0
+    while chunk := list(islice(stream, shard_size)):
+        yield number, chunk
+        number += 1
+
+
+def survey_texts(read: Callable[[], Iterable[Text]], shard_size: int, source: str) -> Survey:
+    """Read a corpus once, in bounded memory.
+
+    Args:
+        read: begins to read it anew.
+        shard_size: texts a shard.
+        source: its name, for messages.
+
+    Returns:
+        Its size and the hash of each shard's texts.
+
+    Raises:
+        ValueError: it is empty, or ids occur twice; and what reading it raises.
+    """
+    digests, count = [], 0
+    with IdIndex() as index:
+        for _, chunk in cut(read(), shard_size):
+            ids = [text.id for text in chunk]
+            digests.append(texts_digest(ids, [text.text for text in chunk]))
+            index.add(ids)
+            count += len(chunk)
+        hashes = index.repeated()
+    if not count:
+        raise ValueError(f"{source}: no texts; expected at least one.")
+    if len(hashes) and (repeated := find_repeated((text.id for text in read()), hashes)):
+        shown = "; ".join(f"{text_id!r} (texts {first} and {second})" for text_id, first, second in repeated)
+        raise ValueError(f"{source}: ids occur twice, counted from 1: {shown}. Each text needs an id of its own.")
+    return Survey(count, tuple(digests))
+
+
+def describe_unfinished(folder: Path) -> str | None:
+    """Say how far the making of a store has come, for one who wants to read it; None where none was begun."""
+    plan = Plan.read(folder) if (folder / PLAN_FILE).is_file() else None
+    if plan is None:
+        return None
+    total = len(plan.survey.digests)
+    there = sum((folder / SHARD_NAME.format(number)).is_file() for number in range(total))
+    owners = living_owners(folder / CLAIMS_FOLDER)
+    state = f"it is being written (locked) by {', '.join(owners)}" if owners else "nobody is writing it now"
+    return (
+        f"{folder}: the store is not finished, {there} of {total} shards are there; {state}. Run the same "
+        "`diffretriever encode` command to finish it."
+    )

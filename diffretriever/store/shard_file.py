@@ -1,0 +1,179 @@
+"""One shard of a store: a safetensors file that holds its own hash and is memory-mapped when read.
+
+The header's metadata holds the SHA-256 of all bytes behind it, and the manifest holds the SHA-256 of the header:
+together they vouch for every byte, and one rename makes shard and hash appear at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.durable import BLOCK, write_whole
+
+TYPES = {
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}  # wide types first: each tensor then starts at a multiple of its element's size
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
+MAX_HEADER = 1 << 20
+
+
+class DamagedShardError(ValueError):
+    """A shard file is missing, cut off or altered."""
+
+
+def pack_strings(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the UTF-8 bytes of texts one behind the other, uint8, and where each begins, int64 [n + 1].
+
+    >>> pack_strings(["né", ""])[1].tolist()
+    [0, 3, 3]
+    """
+    encoded = [text.encode("utf-8") for text in texts]
+    offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
+    offsets[1:] = torch.tensor([len(text) for text in encoded], dtype=torch.int64).cumsum(0)
+    joined = b"".join(encoded)
+    data = torch.frombuffer(bytearray(joined), dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+    return data, offsets
+
+
+def unpack_string(data: torch.Tensor, offsets: torch.Tensor, row: int) -> str:
+    """Return one of the texts that `pack_strings` packed."""
+    start, end = offsets[row : row + 2].tolist()
+    return data[start:end].numpy().tobytes().decode("utf-8")
+
+
+def texts_digest(ids: Sequence[str], texts: Sequence[str]) -> str:
+    """Return the SHA-256 over ids and texts, lengths included, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for text_id, text in zip(ids, texts, strict=True):
+        for value in (text_id.encode("utf-8"), text.encode("utf-8")):
+            digest.update(len(value).to_bytes(8, "little"))
+            digest.update(value)
+    return digest.hexdigest()
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as a safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: on the CPU, of a type in TYPES.
+        metadata: strings for the header; `sha256` is added.
+
+    Raises:
+        OSError: it could not be written, the disk is full for one.
+    """
+    order = sorted(tensors, key=lambda name: (list(TYPES).index(tensors[name].dtype), name))
+    views = [_bytes_of(tensors[name]) for name in order]
+    digest = hashlib.sha256()
+    for view in views:
+        digest.update(view)
+    header: dict[str, Any] = {"__metadata__": {**metadata, "sha256": digest.hexdigest()}}
+    start = 0
+    for name, view in zip(order, views, strict=True):
+        end = start + len(view)
+        tensor = tensors[name]
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    packed = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    packed += b" " * (-len(packed) % 8)
+    write_whole(path, [len(packed).to_bytes(8, "little") + packed, *(view for view in views if len(view))])
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+Place = tuple[torch.dtype, tuple[int, ...], int, int]  # dtype, shape, first byte, byte after the last
+
+
+def _end_of_data(places: Mapping[str, Place]) -> int:
+    """Return the size of the tensors that lie one behind the other, or raise ValueError for a header that says else."""
+    end = 0
+    for name, (dtype, shape, start, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name!r} does not fit its place")
+        end = stop
+    return end
+
+
+class ShardFile:
+    """An open shard file: its header is read, its tensors are mapped and read when used.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        metadata: the header's strings.
+        header_sha256: hash of the header, 64 hexadecimal digits.
+
+    Raises:
+        DamagedShardError: no such file, or its header or size is not a shard's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                packed = stream.read(min(length, MAX_HEADER))
+            self.size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise DamagedShardError(f"{path}: the shard is missing.") from error
+        self._start = 8 + length
+        self.header_sha256 = hashlib.sha256(packed).hexdigest()
+        try:
+            header = json.loads(packed)
+            self.metadata: dict[str, str] = header.pop("__metadata__")
+            self._places: dict[str, Place] = {
+                name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in header.items()
+            }
+            expected = self._start + _end_of_data(self._places)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedShardError(f"{path}: the shard's header is damaged ({error!r:.120}).") from error
+        if self.size != expected:
+            raise DamagedShardError(f"{path}: the shard has {self.size} bytes; its header says {expected}.")
+        self._mapped: torch.Tensor | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor that is read from the file only where it is used.
+
+        Raises:
+            DamagedShardError: the shard has no such tensor.
+        """
+        if name not in self._places:
+            raise DamagedShardError(f"{self.path}: the shard has no tensor {name!r}.")
+        if self._mapped is None:  # private: a change in memory would never reach the file
+            self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+        dtype, shape, start, end = self._places[name]
+        return self._mapped[self._start + start : self._start + end].view(dtype).view(shape)
+
+    def verify(self) -> None:
+        """Read every byte and compare with the hash in the header.
+
+        Raises:
+            DamagedShardError: a byte has changed.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as stream:
+            stream.seek(self._start)
+            while block := stream.read(BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != self.metadata.get("sha256"):
+            raise DamagedShardError(f"{self.path}: the shard's bytes do not match its hash; a bit has flipped on disk.")

@@ -1,0 +1,124 @@
+"""`diffretriever encode` as a user calls it: options, messages, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_helpers import made_up_texts, write_jsonl
+
+from diffretriever.cli import encode as encode_command
+from diffretriever.store.store import Store
+
+
+@pytest.fixture
+def release(build_release: Callable[..., Path]) -> Path:
+    return build_release("tiny-llada", "llada-q4p4")
+
+
+def test_every_option_reaches_the_store(
+    release: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = write_jsonl(tmp_path / "queries.jsonl", made_up_texts(5))
+    status = command(
+        "encode", "--model", release, "--input", tmp_path, "--queries", "--output", tmp_path / "s", "--dtype", "int8",
+        "--model-dtype", "bfloat16", "--num-masks", 2, "--max-length", 120, "--sparse-top-k", 6, "--no-content-filter",
+        "--no-texts", "--shard-size", 2, "--tokens-per-batch", 333, "--device", "cpu", "--attn-implementation", "eager",
+    )  # fmt: skip
+    assert (status, queries.is_file()) == (0, True)
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path / 's'}: 5 texts in 3 shards\n"
+    assert "5/5" in captured.err  # the bar
+    assert "tokens/s" in captured.err
+    manifest = Store.open(tmp_path / "s").manifest
+    assert (manifest.side, manifest.dtype, manifest.num_masks) == ("query", "int8", 2)
+    assert (manifest.max_length, manifest.sparse_top_k) == (120, 6)
+    expected = {"model_dtype": "bfloat16", "content_filter": False, "keep_texts": False, "shard_size": 2}
+    assert expected.items() <= manifest.options.items()
+    assert manifest.options["tokens_per_batch"] == 333
+
+
+def test_again_says_that_nothing_is_left_to_do(
+    release: Path, tmp_path: Path, corpus: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("encode", "--model", release, "--input", corpus, "--output", tmp_path / "s", "--quiet")
+    assert (command(*arguments), command(*arguments)) == (0, 0)
+    captured = capsys.readouterr()
+    assert "the store was finished before; all bytes match their hashes" in captured.err
+    assert "passage/s" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"_id": "1", "text": "a"}\n{"_id": "2"}\n', "bad.jsonl, line 2: 'text' is missing or no text (None)."),
+        (
+            '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n',
+            "ids occur twice, counted from 1: '1' (texts 1 and 2)",
+        ),
+        ("", "bad.jsonl: no texts; expected at least one."),
+        (None, "bad.jsonl: no such file or folder; expected a BEIR folder"),
+    ],
+)
+def test_wrong_input_is_said_in_one_line(
+    release: Path,
+    tmp_path: Path,
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+    said: str,
+) -> None:
+    if content is not None:
+        (tmp_path / "bad.jsonl").write_text(content)
+    arguments = ("--model", release, "--input", tmp_path / "bad.jsonl", "--output", tmp_path / "s", "--quiet")
+    assert command("encode", *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("diffretriever encode: ")
+    assert said in lines[-1]
+
+
+def test_a_model_that_is_not_there(
+    tmp_path: Path, corpus: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--input", corpus, "--output", tmp_path / "s", "--quiet")
+    assert command("encode", "--model", tmp_path / "nowhere", *arguments) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_that_may_not_be_written(
+    release: Path, tmp_path: Path, corpus: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    arguments = ("--model", release, "--input", corpus, "--output", tmp_path / "closed" / "s")
+    assert command("encode", *arguments) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "rank", "asked", "expected"),
+    [(0, "1", None, None), (4, "1", None, "cuda:1"), (4, None, None, "cuda:0"), (2, "3", None, "cuda:1"),
+     (4, "1", "cpu", None), (4, "1", "auto", "auto")],
+)  # fmt: skip
+def test_each_process_of_a_launcher_has_its_device(
+    monkeypatch: pytest.MonkeyPatch, devices: int, rank: str | None, asked: str | None, expected: str | None
+) -> None:
+    import torch
+    from transformers import AutoModel
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **options: seen.update(options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    parser = argparse.ArgumentParser()
+    encode_command.register(parser.add_subparsers())
+    options = ["encode", "--model", "m", "--input", "i", "--output", "o", *(["--device", asked] if asked else [])]
+    encode_command._load(parser.parse_args(options))
+    assert seen.get("device_map") == expected

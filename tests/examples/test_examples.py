@@ -1,0 +1,123 @@
+"""What users paste and run: the model card's example and the quickstart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import publish
+from diffretriever.publishing import build as building
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = ROOT / "checkpoints"
+
+
+def test_the_model_cards_example(load_release: Callable[..., Any]) -> None:
+    """The released checkpoints' card, word for word from `model.eval()` to the scores."""
+    model = load_release("tiny-llada", "llada-single")
+    model.eval()
+
+    queries = ["what causes the seasons on earth?"]
+    passages = [
+        "The tilt of Earth's axis relative to its orbital plane drives the seasons.",
+        "Photosynthesis converts carbon dioxide and water into glucose using sunlight.",
+    ]
+
+    def encode(texts: list[str], is_query: bool) -> Any:
+        ids, mask = model.tokenize(texts, is_query=is_query)
+        dev = next(model.backbone.parameters()).device
+        with torch.inference_mode():
+            return model.encode(ids.to(dev), mask.to(dev), is_query=is_query, compute_sparse=False)
+
+    q = encode(queries, is_query=True)
+    p = encode(passages, is_query=False)
+    qv = F.normalize(q["repr_hidden"].float(), dim=-1).mean(dim=1)
+    pv = F.normalize(p["repr_hidden"].float(), dim=-1).mean(dim=1)
+    scores = qv @ pv.T
+    assert scores.shape == (1, 2)
+    assert torch.allclose(scores, model.score(q, p, mode="single_dense"), atol=1e-6)
+
+
+def test_quickstart_ranks_sensibly() -> None:
+    """The README's first command: in seconds, and the right passage near the top in every mode."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd="/")
+    assert run.returncode == 0, run.stderr
+    blocks = dict(re.findall(r"^▸ (.*)\n((?:    .*\n)+)", run.stdout, re.MULTILINE))
+    assert len(blocks) >= 8
+    expected = {"chess playing program": "chess", "SQL database engine": "database"}
+    for query, passage in expected.items():
+        for mode, ranking in re.findall(r"    (dense|sparse|fused) +(.*)", blocks[query]):
+            assert passage in ranking, f"{mode} ranking for {query!r}: {ranking}"
+        assert re.search(rf"    fused +{passage} ", blocks[query])
+    assert re.search(r"encoded and scored in \d+\.\d s\.", run.stdout)
+
+
+def test_shipped_checkpoints_load_where_they_lie() -> None:
+    """Each release in checkpoints/ links to this tree's code and is what publish.py would build."""
+    releases = sorted(folder for folder in CHECKPOINTS.iterdir() if folder.name.startswith("diffretriever-"))
+    assert [folder.name for folder in releases] == sorted(name for name in building.RELEASES if "tiny" in name)
+    assert len(releases) == 4
+    for folder in releases:
+        for file in folder.glob("*.py"):
+            assert file.resolve() == ROOT / file.name
+
+
+@pytest.mark.parametrize("name", [name for name in building.RELEASES if "tiny" in name])
+def test_shipped_checkpoints_are_built_by_name(name: str, tmp_path: Path) -> None:
+    assert publish.main(["build", name, "--out", str(tmp_path / name)]) == 0
+    built, shipped = (json.loads((at / name / "config.json").read_text()) for at in (tmp_path, CHECKPOINTS))
+    backbone = f"{shipped['backbone_type']}-tiny"
+    assert built.pop("base_model_name_or_path") == str(CHECKPOINTS / backbone)
+    assert shipped.pop("base_model_name_or_path") == f"../{backbone}"
+    assert built == shipped
+
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("number", range(README.count("```python\n")))
+def test_the_readmes_python_blocks(number: int) -> None:
+    """Each runs as written, from the top of the tree, and scores the player above the HTTP daemon."""
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
+    run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    scores = re.findall(r"\d\.\d+", run.stdout.split("tensor(")[1].split("]")[0])
+    assert len(scores) == 2
+    assert float(scores[0]) > float(scores[1])
+
+
+def test_the_readmes_search_runs_as_written(tmp_path: Path) -> None:
+    """From a corpus to a search: each line of the section, but for the installation."""
+    section = re.search(r"## From a corpus to a search\n+```bash\n(.*?)```", README, re.DOTALL)
+    assert section
+    commands = [line for line in section[1].splitlines() if not line.startswith("pip ")]
+    assert len(commands) == 3
+    for name in ("checkpoints", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    printed = []
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "diffretriever"
+        run = subprocess.run(
+            [sys.executable, "-m", "diffretriever", *arguments],
+            capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        printed.append(run.stdout)
+    assert "16 texts" in printed[0]
+    assert re.match(r" 1  1\.0000  astronomy\n", printed[1])
+    figures = json.loads((tmp_path / "results.json").read_text())
+    assert {"multi_dense", "sparse_max", "bm25"} <= set(figures)

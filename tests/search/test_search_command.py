@@ -1,0 +1,176 @@
+"""The commands search, index, compress and export, as a user types them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from diffretriever.cli.search import register
+from diffretriever.search import MODES, Searcher, open_store
+from diffretriever.store.identity import describe_model
+from diffretriever.store.store import ShardContents, write_store
+
+ROOT = Path(__file__).resolve().parents[2]
+RELEASE = ROOT / "checkpoints" / "diffretriever-llada-tiny-multi-q4-p4"
+TEXTS = {
+    "mp3 player": "Plays MP3 and Ogg Vorbis audio files.",
+    "httpd": "A fast HTTP daemon that serves web pages.",
+    "editor\x1b[31m": "A text editor\x1b[2J for the terminal, with syntax colours.",
+    "検索": "日本語の全文検索エンジン。" * 20,
+    "empty": "",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModel.from_pretrained(RELEASE, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of passages and one of queries."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name, texts in (("store", TEXTS), ("queries", {"q1": "audio player", "q2": "web server"})):
+        query = name == "queries"
+        out = model.encode_texts(list(texts.values()), is_query=query)
+        contents = ShardContents(list(texts), **out, texts=list(texts.values()))
+        settings = describe_model(model, query, "float32", {"sparse_top_k": out["sparse_indices"].shape[1]})
+        write_store(folder / name, [contents], settings.__dict__)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers(dest="command"))
+    options = parser.parse_args([str(argument) for argument in arguments])
+    return int(options.run(options))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_search_prints_what_score_ranks(
+    model: Any, folder: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    arguments = ["--model", RELEASE, "--store", folder / "store", "--mode", mode, "--top-k", 3, "--json"]
+    assert run("search", *arguments, "play audio files") == 0
+    answer = json.loads(capsys.readouterr().out)
+    passages = model.encode_texts(list(TEXTS.values()), is_query=False)
+    scores = model.score(model.encode_texts(["play audio files"], is_query=True), passages, mode)[0]
+    best = scores.topk(3)
+    expected = [(list(TEXTS)[row], score) for row, score in zip(best.indices, best.values.tolist(), strict=True)]
+    expected = [(name, score) for name, score in expected if mode != "sparse_max" or score > 0]
+    assert [hit["id"] for hit in answer["hits"]] == [name for name, _ in expected]
+    assert [hit["score"] for hit in answer["hits"]] == pytest.approx([score for _, score in expected], abs=1e-4)
+    assert [hit["text"] for hit in answer["hits"]] == [TEXTS[name] for name, _ in expected]
+
+
+def test_readable_results_fit_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffretriever.cli.display import text_width
+
+    monkeypatch.setenv("COLUMNS", "46")
+    assert run("search", "--model", RELEASE, "--store", folder / "store", "text editor") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("mp3 player", "httpd", "検索", "empty"))
+    assert "\x1b" not in printed  # a passage cannot give the terminal orders
+    assert "…" in printed
+    assert max(text_width(line) for line in printed.splitlines()) <= 46
+
+
+def test_interactive_keeps_the_model(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("web pages\n\n  play mp3 \n"))
+    assert run("search", "--model", RELEASE, "--store", folder / "store", "--interactive", "--json") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["query"] for answer in answers] == ["web pages", "play mp3"]
+    assert len(answers[1]["hits"]) == len(TEXTS)
+
+
+def test_another_model_is_refused(folder: Path) -> None:
+    other = ROOT / "checkpoints" / "diffretriever-llada-tiny-single"
+    with pytest.raises(ValueError, match=r"adapter_sha256.*Encode both with one model"):
+        run("search", "--model", other, "--store", folder / "store", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "m", "x"], "--store FOLDER or --qdrant LOCATION"),
+        (["--model", "m", "--store", "s"], "--interactive or --queries"),
+        (["--store", "s", "x"], "questions need --model"),
+        (["--store", "s", "--queries", "q"], "--queries needs --run-file"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run("search", *arguments)
+
+
+def test_a_run_file_from_a_store_of_queries(folder: Path, tmp_path: Path) -> None:
+    both = ["--queries", folder / "queries", "--run-file", tmp_path / "run.trec"]
+    with pytest.raises(ValueError, match="white space"):  # the id "mp3 player" cannot stand in a run
+        run("search", "--store", folder / "store", *both)
+    results = Searcher(open_store(folder / "store")).search(open_store(folder / "queries"), top_k=2)
+    assert list(results.run()) == ["q1", "q2"]
+    assert results[0][0].id == results.ids[0][0]
+
+
+def test_index_then_search_by_engine(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ["--qdrant", tmp_path / "qdrant", "--collection", "c"]
+    assert run("index", "--store", folder / "store", *engine) == 0
+    assert "holds 5 passages, 5 of them sent now" in capsys.readouterr().out
+    answers = []
+    for place in (engine, ["--store", folder / "store"]):
+        assert run("search", "--model", RELEASE, *place, "--json", "--mode", MODES[4], "web server") == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert [hit["id"] for hit in answers[0]["hits"]] == [hit["id"] for hit in answers[1]["hits"]]
+    assert answers[0]["hits"][0]["text"] == answers[1]["hits"][0]["text"]
+
+
+def test_an_engine_that_is_away_has_its_own_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("index", "--store", folder / "store", "--qdrant", "http://127.0.0.1:9", "--timeout", 1) == 3
+    assert "diffretriever index: http://127.0.0.1:9: no answer after" in capsys.readouterr().err
+
+
+def test_export_writes_impacts(model: Any, folder: Path, tmp_path: Path) -> None:
+    assert run("export", "--store", folder / "store", "--output", tmp_path / "impacts.jsonl", "--model", RELEASE) == 0
+    rows = [json.loads(line) for line in (tmp_path / "impacts.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(TEXTS)
+    assert [row["contents"] for row in rows] == list(TEXTS.values())
+    out = model.encode_texts(list(TEXTS.values()), is_query=False)
+    for row, indices, values in zip(rows, out["sparse_indices"], out["sparse_values"], strict=True):
+        names = model.tokenizer.convert_ids_to_tokens(indices.tolist())
+        pairs = zip(names, values.tolist(), strict=True)
+        assert row["vector"] == {name: round(value * 100) for name, value in pairs if round(value * 100)}
+    assert all(isinstance(weight, int) for row in rows for weight in row["vector"].values())
+
+
+def test_export_without_a_model_names_tokens_by_number(folder: Path, tmp_path: Path) -> None:
+    run("export", "--store", folder / "store", "--output", tmp_path / "numbers.jsonl", "--no-texts", "--factor", 10)
+    first = json.loads((tmp_path / "numbers.jsonl").read_text().splitlines()[0])
+    assert first["contents"] == ""
+    assert all(name.isdigit() for name in first["vector"])
+    with pytest.raises(ValueError, match="factor must be positive"):
+        run("export", "--store", folder / "store", "--output", tmp_path / "x.jsonl", "--factor", 0)
+
+
+def test_full_fusion_is_the_models_own_score(model: Any, folder: Path) -> None:
+    passages = model.encode_texts(list(TEXTS.values()), is_query=False)
+    asked = model.encode_texts(["web", "music files", "検索"], is_query=True)
+    for mode in MODES:
+        results = Searcher(passages, ids=list(TEXTS)).search(asked, mode, top_k=5)
+        scores = model.score(asked, passages, mode)
+        for query, hits in enumerate(results):
+            assert [hit.score for hit in hits] == pytest.approx(
+                [float(scores[query, hit.position]) for hit in hits], abs=1e-6
+            )
+            best = torch.sort(scores[query], descending=True).values[: len(hits)]
+            assert [hit.score for hit in hits] == pytest.approx(best.tolist(), abs=1e-6)

@@ -1,0 +1,146 @@
+"""Compressed stores: their size, their search, and interruptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffretriever.search import MODES, Searcher, compress, open_store
+from diffretriever.store import compression as module
+from diffretriever.store.store import ShardContents, Store, write_store
+
+WIDTH, K, SHARD = 16, 2, 250
+
+
+def clustered(seed: int, texts: int, k: int) -> torch.Tensor:
+    """Return unit vectors near a few directions, as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(99))
+    chosen = centres[torch.randint(0, 12, (texts, k), generator=generator)]
+    return torch.nn.functional.normalize(chosen + 0.4 * torch.randn(texts, k, WIDTH, generator=generator), dim=-1)
+
+
+def make_store(folder: Path, texts: int = 500, seed: int = 0) -> Store:
+    vectors, shards = clustered(seed, texts, K), []
+    for start in range(0, texts, SHARD):
+        part = vectors[start : start + SHARD]
+        names = [f"p{start + row}" for row in range(len(part))]
+        terms = torch.arange(start, start + len(part))[:, None] % 7 + 1
+        shards.append(ShardContents(names, part, terms, torch.ones(len(part), 1), [f"Text {name}" for name in names]))
+    return write_store(folder, shards, {"dtype": "float16"})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("compression") / "store")
+
+
+@pytest.fixture(scope="module")
+def small(store: Store) -> Store:
+    return compress(store, store.folder.parent / "small")
+
+
+def queries() -> dict[str, torch.Tensor]:
+    side = {"repr_hidden": clustered(5, 20, 3), "sparse_indices": torch.arange(20)[:, None] % 7 + 1}
+    return side | {"sparse_values": torch.ones(20, 1)}
+
+
+def test_eight_times_smaller(store: Store, small: Store) -> None:
+    for shard, compressed in zip(store.shards(), small.shards(), strict=True):
+        codes = compressed.file.tensor("codes")
+        assert shard.repr_hidden.nbytes == 8 * codes.nbytes
+    assert (small.folder / "codebook.safetensors").stat().st_size < 256 * WIDTH * 4 + 2000
+
+
+def test_ids_texts_and_sparse_vectors_stay(store: Store, small: Store) -> None:
+    assert small.ids() == store.ids()
+    assert [small.text(row) for row in (0, 251, 499)] == [store.text(row) for row in (0, 251, 499)]
+    sparse = [Searcher(which).search(queries(), "sparse_max", 20) for which in (store, small)]
+    assert torch.equal(sparse[0].positions, sparse[1].positions)
+
+
+def test_each_vector_becomes_its_nearest_centroids(store: Store, small: Store) -> None:
+    codebook = module.ShardFile(small.folder / "codebook.safetensors").tensor("codebook")  # [pieces, 256, 4]
+    shard = next(iter(store.shards())).dense(0, 30)
+    pieces = shard.view(30, K, len(codebook), -1)
+    distances = (pieces[..., None, :] - codebook).square().sum(dim=-1)  # [30, K, pieces, 256]
+    nearest = torch.stack([codebook[piece, distances.argmin(-1)[..., piece]] for piece in range(len(codebook))], dim=2)
+    expected = torch.nn.functional.normalize(nearest.flatten(2), dim=-1)
+    assert torch.allclose(next(iter(small.shards())).dense(0, 30), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_search_equals_search_over_the_decoded_vectors(small: Store, mode: str) -> None:
+    shards = list(small.shards())
+    decoded = {"repr_hidden": torch.cat([shard.dense(0, len(shard)) for shard in shards])}
+    decoded["sparse_indices"] = torch.cat([shard.sparse_indices for shard in shards])
+    decoded["sparse_values"] = torch.cat([shard.sparse_values for shard in shards])
+    found = Searcher(small, block_size=64).search(queries(), mode, 10, candidates=30)
+    expected = Searcher(decoded, ids=small.ids()).search(queries(), mode, 10, candidates=30)
+    assert torch.allclose(found.scores, expected.scores, atol=1e-6)
+
+
+def test_the_ranking_is_nearly_the_uncompressed_one(store: Store, small: Store) -> None:
+    full, found = (Searcher(which).search(queries(), "multi_dense", 10) for which in (store, small))
+    shared = sum(len(set(a) & set(b)) for a, b in zip(full.ids, found.ids, strict=True))
+    assert shared >= 0.7 * 10 * len(full)
+    assert float((full.scores - found.scores).abs().max()) < 0.1
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    store: Store, small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    whole = module._write_compressed
+
+    def dies(path: Path, *arguments: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        whole(path, *arguments)
+        written.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_compressed", dies)
+        with pytest.raises(KeyboardInterrupt):
+            compress(store, tmp_path / "again")
+    with pytest.raises(ValueError, match="not finished; run the same `diffretriever compress` command again"):
+        open_store(tmp_path / "again")
+    first = written[0].stat().st_mtime_ns
+    compress(store, tmp_path / "again")
+    assert written[0].stat().st_mtime_ns == first
+    names = sorted(file.name for file in small.folder.iterdir())
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (small.folder / name).read_bytes()
+
+
+def test_a_flipped_bit_is_found(store: Store, tmp_path: Path) -> None:
+    compress(store, tmp_path / "small")
+    file = tmp_path / "small" / "shard-000001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-000001.safetensors: .*a bit has flipped"):
+        open_store(tmp_path / "small", verify=True)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"shard-000001.safetensors: the shard is missing"):
+        open_store(tmp_path / "small")
+
+
+def test_what_is_refused(store: Store, small: Store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must divide the 16 dimensions, got 5"):
+        compress(store, tmp_path / "five", dimensions_per_byte=5)
+    with pytest.raises(ValueError, match="compressed already"):
+        compress(small, tmp_path / "twice")
+    with pytest.raises(ValueError, match="holds a store already, made from another one"):
+        compress(store, small.folder, dimensions_per_byte=8)
+    with pytest.raises(ValueError, match=r"has 20 vectors; compression learns 256 centroids"):
+        compress(make_store(tmp_path / "few", texts=10), tmp_path / "few-small")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"not empty \(letter.txt\)"):
+        compress(store, tmp_path / "other")
+    assert len(compress(store, small.folder)) == len(small)  # done already: nothing to do
