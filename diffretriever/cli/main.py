@@ -68,10 +68,14 @@ def run(options: argparse.Namespace, program: str) -> int:
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        again = getattr(options, "again", "The same command goes on from what is there.")
-        print(f"\n{program}: interrupted. {again}", file=sys.stderr)
+        print(f"\n{program}: interrupted. {_again(options)}", file=sys.stderr)
         return TRY_AGAIN
     except EXPECTED as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return status_of(error)
+        status = status_of(error)
+        print(f"{program}: {error}{f'. {_again(options)}' if status == TRY_AGAIN else ''}", file=sys.stderr)
     return status
+
+
+def _again(options: argparse.Namespace) -> str:
+    """Say that another try helps, in the command's own words where it has some."""
+    return str(getattr(options, "again", "The same command goes on from what is there."))

@@ -94,7 +94,7 @@ def test_a_reader_that_stops_early_stops_the_work(four_threads: None) -> None:
 
 def test_how_many(model: Any, four_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_workers(model) == 4
-    monkeypatch.setattr("batching.MOST_WORKERS", 3)
+    monkeypatch.setattr("diffretriever.model.batching.MOST_WORKERS", 3)
     assert count_workers(model) == 3
     with torch.autocast("cpu", torch.bfloat16):
         assert count_workers(model) == 1
