@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..pretraining.data import open_text, read_jsonl
+from ..data.corpus import read_qrels
+from ..files.lines import read_objects
 from .losses import maxsim
 
 
@@ -45,15 +45,12 @@ def read_benchmark(folder: str | Path, split: str, limit: int | None = None) -> 
         FileNotFoundError: if a file is absent.
     """
     folder = Path(folder)
-    qrels: dict[str, dict[str, int]] = {}
-    with open_text(folder / "qrels" / f"{split}.tsv") as lines:
-        for row in csv.DictReader(lines, delimiter="\t"):
-            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    queries = {r["_id"]: r["text"] for _, r in read_jsonl(_present(folder, "queries.jsonl")) if r["_id"] in qrels}
+    qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
+    queries = {r["_id"]: r["text"] for _, r in read_objects(_present(folder, "queries.jsonl")) if r["_id"] in qrels}
     judged = {passage for row in qrels.values() for passage in row}
     corpus = {
         r["_id"]: f"{r['title']}. {r['text']}" if r.get("title", "").strip() else r["text"]
-        for _, r in read_jsonl(_present(folder, "corpus.jsonl"))
+        for _, r in read_objects(_present(folder, "corpus.jsonl"))
     }
     ids = list(corpus)
     if limit is not None:

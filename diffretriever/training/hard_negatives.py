@@ -14,7 +14,7 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from ..data.pair_files import PairFiles
-from ..pretraining.data import read_jsonl
+from ..files.lines import read_objects
 
 BLOCK = 2048  # queries that are ranked at a time
 COMPILED_FROM = 20_000  # passages from which bm25s is worth compiling, where numba is installed
@@ -112,7 +112,7 @@ def _pair_texts(files: PairFiles) -> Iterator[str]:
 
 
 def _corpus_texts(corpus: Path) -> Iterator[str]:
-    for number, record in read_jsonl(corpus):
+    for number, record in read_objects(corpus):
         text = record.get("text")
         if not isinstance(text, str):
             raise ValueError(f"{corpus}, line {number}: 'text' is missing or not a text")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..pretraining.llada_format import to_llada_name, to_llama_name
+from ..model.backbone_loading import original_name, our_name
 
 PREFIX = "base_model.model."
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -54,10 +54,7 @@ def original_key(name: str, backbone_type: str) -> str:
     'base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight'
     """
     module, part = _split(name)
-    module = module.replace("backbone.", "model.", 1)
-    if backbone_type == "llada":
-        module = to_llada_name(module)
-    return f"{PREFIX}{module}.lora_{part}.weight"
+    return f"{PREFIX}{original_name(backbone_type, module)}.lora_{part}.weight"
 
 
 def our_key(name: str, backbone_type: str) -> str:
@@ -67,9 +64,7 @@ def our_key(name: str, backbone_type: str) -> str:
     'lm_head.lora_B.default.weight'
     """
     module, part = _split(name.removeprefix(PREFIX))
-    if backbone_type == "llada":
-        module = to_llama_name(module)
-    return f"{module.replace('model.', 'backbone.', 1)}.lora_{part}.default.weight"
+    return f"{our_name(backbone_type, module)}.lora_{part}.default.weight"
 
 
 def _split(name: str) -> tuple[str, str]:
