@@ -23,7 +23,7 @@ from ..files.durable import TEMPORARY, write_whole
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry, settings_of
 from .segments import segments_of
 from .shard_file import DamagedShardError, ShardFile, write_shard
-from .store import Shard, Store, check_entry, entry_of
+from .store import Shard, Store, check_entry, entry_of, refuse_damaged
 
 FORMAT = "diffretriever compressed store 1"
 CODEBOOK_FILE = "codebook.safetensors"
@@ -100,12 +100,11 @@ def open_store(folder: str | Path, *, verify: bool = False) -> Store:
         raise ValueError(f"{folder / MANIFEST_FILE}: the manifest is damaged ({error}).") from error
     codebook_file.verify()  # small, and every vector depends on it
     codebook = codebook_file.tensor("codebook").clone()
-    shards: list[Shard] = []
-    for entry in entries:
-        file = check_entry(folder, entry)
-        if verify:
-            file.verify()
-        shards.append(CompressedShard(file, entry.first, entry.count, codebook))
+    shards: list[Shard] = [
+        CompressedShard(check_entry(folder, entry), entry.first, entry.count, codebook) for entry in entries
+    ]
+    if verify:
+        refuse_damaged(folder, entries)
     return Store(folder, manifest, shards)
 
 

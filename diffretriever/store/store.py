@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -123,12 +125,9 @@ class Store:
         if not (folder / MANIFEST_FILE).is_file():
             _refuse_unfinished(folder)
         manifest = Manifest.read(folder)
-        shards = []
-        for entry in manifest.shards:
-            file = check_entry(folder, entry)
-            if verify:
-                file.verify()
-            shards.append(Shard(file, entry.first, entry.count))
+        shards = [Shard(check_entry(folder, entry), entry.first, entry.count) for entry in manifest.shards]
+        if verify:
+            refuse_damaged(folder, manifest.shards)
         return cls(folder, manifest, shards)
 
     def __len__(self) -> int:
@@ -171,6 +170,40 @@ def check_entry(folder: Path, entry: ShardEntry) -> ShardFile:
             f"expected {entry.header_sha256[:12]}); run the `diffretriever encode` command again to mend the store."
         )
     return file
+
+
+def damaged_shards(folder: Path, shards: Mapping[str, ShardEntry | None]) -> dict[str, DamagedShardError]:
+    """Read shards whole, as many at once as there are processor cores, and find the damaged ones.
+
+    Args:
+        folder: of the store.
+        shards: {file name: the manifest's entry}; None where there is no manifest yet, and the file vouches for itself.
+
+    Returns:
+        {file name: what is wrong with it}, in the order of `shards`; {} where every byte is as it was written.
+    """
+
+    def find_damage(name: str) -> DamagedShardError | None:
+        entry = shards[name]
+        try:
+            (ShardFile(folder / name) if entry is None else check_entry(folder, entry)).verify()
+        except DamagedShardError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as workers:  # hashing lets other threads run
+        found = zip(shards, workers.map(find_damage, shards), strict=True)
+        return {name: error for name, error in found if error is not None}
+
+
+def refuse_damaged(folder: Path, entries: Iterable[ShardEntry]) -> None:
+    """Read all shards of a finished store whole.
+
+    Raises:
+        DamagedShardError: a shard is not what the manifest says; the first one is named.
+    """
+    for error in damaged_shards(folder, {entry.file: entry for entry in entries}).values():
+        raise error
 
 
 def _refuse_unfinished(folder: Path) -> None:

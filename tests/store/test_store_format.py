@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from store_helpers import folder_bytes
 
 from diffretriever.store.shard_file import DamagedShardError, ShardFile, write_shard
-from diffretriever.store.store import ShardContents, Store, write_store
+from diffretriever.store.store import ShardContents, Store, damaged_shards, write_store
 
 
 def made_up_shard(ids: list[str], texts: list[str] | None = None, seed: int = 0) -> ShardContents:
@@ -149,6 +151,37 @@ def test_a_missing_cut_off_or_exchanged_shard_is_found_without_verify(tmp_path: 
     first.unlink()
     with pytest.raises(DamagedShardError, match=r"shard-000000.safetensors: the shard is missing"):
         Store.open(tmp_path / "s")
+
+
+def test_all_damaged_shards_are_named(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", [made_up_shard([name], seed=number) for number, name in enumerate("abcde")], {})
+    files = [shard.file.path for shard in store.shards()]
+    entries = {entry.file: entry for entry in store.manifest.shards}
+    assert damaged_shards(store.folder, entries) == {}
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    files[3].write_bytes(files[0].read_bytes())
+    files[4].unlink()
+    found = damaged_shards(store.folder, entries)
+    assert list(found) == [files[number].name for number in (1, 3, 4)]
+    for error, words in zip(found.values(), ("a bit has flipped", "not the one that", "is missing"), strict=True):
+        assert words in str(error)
+    without_manifest = damaged_shards(store.folder, dict.fromkeys(entries))
+    assert list(without_manifest) == [files[number].name for number in (1, 4)]  # the fourth file is whole in itself
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor core")
+def test_shards_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write_store(tmp_path / "s", two_shards(), {})
+    both, verify = threading.Barrier(2), ShardFile.verify
+
+    def meet(self: ShardFile) -> None:
+        both.wait(timeout=30)  # breaks where one shard waits for the other's end
+        verify(self)
+
+    monkeypatch.setattr(ShardFile, "verify", meet)
+    assert len(Store.open(store.folder, verify=True)) == 4
 
 
 @pytest.mark.parametrize("change", [{"shape": [9, 9]}, {"dtype": "I3"}, {"data_offsets": [0, 1]}, {"shape": None}])
