@@ -20,6 +20,10 @@ from diffretriever.publishing import build as building  # noqa: E402
 
 PARITY = Path(__file__).parent / "parity"
 
+if os.environ.get("DIFFRETRIEVER_TEST_AMX"):  # a CPU whose default dtype is bfloat16, also in the tests' own processes
+    torch.cpu._is_amx_tile_supported = lambda: True
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [f"{ROOT}/tests/amx", os.environ.get("PYTHONPATH")]))
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the models are tiny, and two runs at once would wait for each other's threads

@@ -49,6 +49,15 @@ def add_files(kind: str, folder: Path) -> None:
         (folder / name).write_text(text)
 
 
+def load(kind: str, name: Any, **options: Any) -> Any:
+    """Load a folder or Hub id through sentence-transformers as a user does, but in float32 on any CPU."""
+    import sentence_transformers
+
+    options = {"trust_remote_code": True, "device": "cpu", **options}
+    options["model_kwargs"] = {"torch_dtype": torch.float32, **options.get("model_kwargs", {})}
+    return getattr(sentence_transformers, CLASSES[kind])(str(name), **options)
+
+
 class Folders:
     """Folders and models of them, each made once."""
 
@@ -61,12 +70,8 @@ class Folders:
         return to if to.exists() else make_folder(release, kind, to)
 
     def load(self, release: str, kind: str, **options: Any) -> Any:
-        """Load a release through sentence-transformers as a user does."""
-        import sentence_transformers
-
-        options = {"trust_remote_code": True, "device": "cpu", **options}
-        options.setdefault("model_kwargs", {"torch_dtype": torch.float32})
-        return getattr(sentence_transformers, CLASSES[kind])(str(self.folder(release, kind)), **options)
+        """Load a release in one of the classes."""
+        return load(kind, self.folder(release, kind), **options)
 
     def model(self, release: str, kind: str) -> Any:
         """Return a model that several tests share; none may change it."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoint_folders import ROOT
 from sentence_transformers_folders import Folders
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_without_amx() -> Iterator[None]:
+    """Make float32 the default dtype, in which the examples load; the tests compare at its tolerances."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,17 +13,12 @@ import pytest
 import sentence_transformers
 import torch
 from checkpoint_folders import hub_repository, run_python
-from sentence_transformers_folders import CLASSES, TEXTS, Folders, add_files, make_folder
+from sentence_transformers_folders import CHECKPOINTS, CLASSES, RELEASES, TEXTS, Folders, add_files, load, make_folder
 from transformers import AutoModel
 
 from diffretriever.publishing import build as building
 
 NEWEST = int(sentence_transformers.__version__.split(".")[0]) >= 6
-
-
-def of(name: str, folder: Any, **options: Any) -> Any:
-    options = {"trust_remote_code": True, "device": "cpu", **options}
-    return getattr(sentence_transformers, name)(str(folder), **options)
 
 
 def numbers(vectors: Any) -> torch.Tensor:
@@ -53,7 +48,7 @@ def cache(folders: Folders, tmp_path: Path) -> Path:
 
 def test_branches_on_the_hub(folders: Folders, kind: str, cache: Path) -> None:
     revision = None if kind == "dense" else kind
-    model = of(CLASSES[kind], "lab/st-release", revision=revision, cache_folder=str(cache))
+    model = load(kind, "lab/st-release", revision=revision, cache_folder=str(cache))
     expected = folders.model("multi", kind)
     close(model.encode_query(TEXTS), expected.encode_query(TEXTS))
     close(model.encode_document(TEXTS), expected.encode_document(TEXTS))
@@ -66,7 +61,8 @@ kept, kinds, texts = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
 vectors = {}
 for kind, (name, revision) in kinds.items():
     load = getattr(sentence_transformers, name)
-    model = load("lab/st-release", revision=revision, trust_remote_code=True, device="cpu")
+    options = {"device": "cpu", "model_kwargs": {"torch_dtype": torch.float32}}
+    model = load("lab/st-release", revision=revision, trust_remote_code=True, **options)
     vectors[kind] = model.encode_query(texts) if kind == "sparse" else list(model.encode_query(texts))
 torch.save(vectors, kept)
 """
@@ -91,7 +87,7 @@ def test_automodel_never_imports_it(tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert model.encode_texts(TEXTS, True).repr_hidden.shape == (len(TEXTS), 1, 192)
     with pytest.raises(RuntimeError, match="imported"):
-        of("SentenceTransformer", folder)
+        load("dense", folder)
 
 
 # ---------------------------------------------------------------------------------------------- save and reload
@@ -102,7 +98,7 @@ def test_saved_and_reloaded(folders: Folders, kind: str, tmp_path: Path) -> None
     model = folders.model("multi", kind)
     saved = tmp_path / f"saved-{kind}-{os.getpid()}"
     model.save_pretrained(str(saved))
-    again = of(CLASSES[kind], saved)
+    again = load(kind, saved)
     assert json.loads((saved / "config.json").read_text()).get("base_model_name_or_path") is None
     assert (again.prompts, again.similarity_fn_name) == (model.prompts, model.similarity_fn_name)
     close(again.encode_query(TEXTS), model.encode_query(TEXTS), atol=2e-5)
@@ -115,21 +111,36 @@ def test_saved_and_reloaded(folders: Folders, kind: str, tmp_path: Path) -> None
 def test_saved_twice(folders: Folders, tmp_path: Path) -> None:
     once, twice = tmp_path / f"once-{os.getpid()}", tmp_path / f"twice-{os.getpid()}"
     folders.model("single", "dense").save_pretrained(str(once))
-    of("SentenceTransformer", once).save_pretrained(str(twice))
-    close(of("SentenceTransformer", twice).encode_query(TEXTS), folders.model("single", "dense").encode_query(TEXTS))
+    load("dense", once).save_pretrained(str(twice))
+    close(load("dense", twice).encode_query(TEXTS), folders.model("single", "dense").encode_query(TEXTS))
 
 
 # ---------------------------------------------------------------------------------------------- options
 
 
-def test_dtype(folders: Folders, kind: str) -> None:
+@pytest.mark.parametrize(("amx", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_default_dtype(folders: Folders, amx: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoModel's own: what suits the CPU."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    folder = str(folders.folder("single", "dense"))
+    model = sentence_transformers.SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    assert {weight.dtype for weight in model.parameters()} == {expected}
+
+
+def test_bfloat16(folders: Folders, kind: str) -> None:
+    """One by one, the vectors are AutoModel's to the bit; what shares a batch may change bfloat16's rounding."""
     model = folders.load("single", kind, model_kwargs={"torch_dtype": torch.bfloat16})
     assert model[0].model.dtype == torch.bfloat16
-    vectors = numbers(model.encode_query(TEXTS))
-    assert vectors.dtype == torch.float32
-    if kind != "sparse":
-        expected = numbers(folders.model("single", kind).encode_query(TEXTS))
-        assert torch.nn.functional.cosine_similarity(vectors, expected, dim=-1).min() > 0.995
+    release = CHECKPOINTS / RELEASES["single"]
+    plain = AutoModel.from_pretrained(release, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    expected = plain.encode_texts(TEXTS, True, batch_size=1)
+    found = numbers(model.encode_query(TEXTS, batch_size=1))
+    assert found.dtype == torch.float32
+    if kind == "sparse":
+        expected_weights = torch.zeros_like(found).scatter_add_(1, expected.sparse_indices, expected.sparse_values)
+        assert torch.equal(found, expected_weights)
+    else:
+        torch.testing.assert_close(found.view_as(expected.repr_hidden), expected.repr_hidden, atol=1e-6, rtol=0)
 
 
 def test_attention_and_config_fields(folders: Folders) -> None:
@@ -156,7 +167,7 @@ def test_device_map(folders: Folders) -> None:
 
 def test_dream_backbone(build_release: Any, load_release: Any) -> None:
     """The other backbone, K_q = K_p = 4, in a folder as publish.py builds it."""
-    model = of("SentenceTransformer", build_release("tiny-dream", "dream-q4p4"))
+    model = load("dense", build_release("tiny-dream", "dream-q4p4"))
     plain = load_release("tiny-dream", "dream-q4p4")
     found = model.similarity(model.encode_query(TEXTS), model.encode_document(TEXTS))
     expected = plain.score(plain.encode_texts(TEXTS, True), plain.encode_texts(TEXTS, False), "single_dense")
@@ -186,24 +197,24 @@ def test_pool_of_processes(folders: Folders, kind: str) -> None:
 def test_sparse_encoder_of_the_dense_root(folders: Folders) -> None:
     """sentence-transformers would put a random autoencoder behind it."""
     with pytest.raises(ValueError, match=r"whose files are for SentenceTransformer; load the .*revision=\"sparse\""):
-        of("SparseEncoder", folders.folder("single", "dense"))
+        load("sparse", folders.folder("single", "dense"))
 
 
 @pytest.mark.parametrize("other", ["sparse", "multi-vector"])
 def test_other_files_never_give_dense_vectors(folders: Folders, other: str) -> None:
     """sentence-transformers makes a model of its own of them; it must not encode."""
     with pytest.raises((ValueError, TypeError)):
-        of("SentenceTransformer", folders.folder("single", other)).encode(TEXTS)
+        load("dense", folders.folder("single", other)).encode(TEXTS)
 
 
 def test_without_trust(folders: Folders) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        of("SentenceTransformer", folders.folder("single", "dense"), trust_remote_code=False)
+        load("dense", folders.folder("single", "dense"), trust_remote_code=False)
 
 
 def test_backend(folders: Folders) -> None:
     with pytest.raises(ValueError, match="runs on backend=\"torch\" only, got backend='onnx'"):
-        of("SentenceTransformer", folders.folder("single", "dense"), backend="onnx")
+        load("dense", folders.folder("single", "dense"), backend="onnx")
 
 
 @pytest.mark.filterwarnings("ignore:.*processor_kwargs")
@@ -212,7 +223,7 @@ def test_tokenizer_options(folders: Folders) -> None:
     words = "so model_max_length, padding_side cannot be set for the tokenizer; set max_seq_length"
     options = {name: {"padding_side": "right", "model_max_length": 9}}
     with pytest.raises(ValueError, match=words):
-        of("SentenceTransformer", folders.folder("single", "dense"), **options)
+        load("dense", folders.folder("single", "dense"), **options)
 
 
 def test_unknown_config_field(folders: Folders) -> None:
@@ -225,10 +236,10 @@ def test_settings_missing_or_wrong(tmp_path: Path) -> None:
     (folder / "st_diffretriever.json").write_text('{"kind": "colbert"}')
     words = r'st_diffretriever\.json: `kind` must be one of "dense", "sparse", "multi-vector", got \'colbert\''
     with pytest.raises(ValueError, match=words):
-        of("SentenceTransformer", folder)
+        load("dense", folder)
     (folder / "st_diffretriever.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no st_diffretriever\.json.*publish\.py"):
-        of("SentenceTransformer", folder)
+        load("dense", folder)
 
 
 def test_module_not_at_the_top(tmp_path: Path) -> None:
@@ -237,7 +248,7 @@ def test_module_not_at_the_top(tmp_path: Path) -> None:
     modules[0]["path"] = "0_DiffRetriever"
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match=r"modules\.json: `path` of DiffRetrieverModule must be empty"):
-        of("SentenceTransformer", folder)
+        load("dense", folder)
 
 
 # ---------------------------------------------------------------------------------------------- the files

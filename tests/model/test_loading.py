@@ -139,6 +139,16 @@ def test_default_dtype(
         assert backbone_loading.choose_dtype({**options, "dtype": None}, stored) == expected
 
 
+@pytest.mark.parametrize(("amx", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_default_dtype_is_what_is_loaded(
+    amx: bool, expected: torch.dtype, build_release: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    model = AutoModel.from_pretrained(build_release("tiny-llada", "llada-single"), trust_remote_code=True)
+    assert {weight.dtype for weight in model.parameters()} == {expected}
+
+
 @pytest.mark.parametrize("value", ["floaty", torch.int8, "int8", 16, "Tensor"], ids=str)
 def test_wrong_dtype(value: Any, build_release: Build, load_release: Load) -> None:
     release = type(load_release("tiny-llada"))

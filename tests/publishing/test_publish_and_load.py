@@ -18,18 +18,20 @@ from transformers import AutoModel
 NAME = "diffretriever-llada-tiny-single"
 LOAD = """
 import json, sys
+import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModel
 
 name, texts = "lab/tiny", ["an audio player", "a web server"]
-model = AutoModel.from_pretrained(name, trust_remote_code=True, revision="v1.0")
+float32 = {"torch_dtype": torch.float32}
+model = AutoModel.from_pretrained(name, trust_remote_code=True, revision="v1.0", **float32)
 found = {"dense": model.encode_texts(texts, is_query=True)["repr_hidden"][:, 0].tolist()}
 try:
     from sentence_transformers import SparseEncoder
 except ImportError:
     pass
 else:
-    encoder = SparseEncoder(name, revision="v1.0-sparse", trust_remote_code=True)
+    encoder = SparseEncoder(name, revision="v1.0-sparse", trust_remote_code=True, model_kwargs=float32)
     found["terms"] = (encoder.encode_query(texts).to_dense() > 0).sum(dim=1).tolist()
 found["snapshot"] = snapshot_download(name, revision="v1.0")
 json.dump(found, open(sys.argv[1], "w"))

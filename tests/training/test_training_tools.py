@@ -120,9 +120,13 @@ def test_bm25_leaves_out_what_shares_no_word() -> None:
 
 
 def test_the_grid_is_what_single_releases_give(
-    build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    build_release: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each cell against a release that is loaded with that budget, and scored by the contract."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # the command's default is then float32
     pairs = write_lines(tmp_path / "pairs.jsonl", made_up_pairs(12, negatives=1))
     out, release = tmp_path / "budget.json", build_release("tiny-dream")
     command = ["select-budget", "--model", str(release), "--pairs", str(pairs), "--out", str(out)]
