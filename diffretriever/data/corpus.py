@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.lines import COMPRESSIONS, read_lines, read_objects
+from ..model.tokenization_helpers import without_lone_surrogates
 from .datasets_reader import read_dataset, read_parquet
 
 ID_FIELDS = ("_id", "id", "docid", "doc_id", "pid", "corpus-id", "query-id", "query_id", "qid")
@@ -186,7 +187,7 @@ def _id_of(record: Mapping[str, Any], where: str) -> str:
     if not isinstance(value, str) or not value:
         shown = ", ".join(ID_FIELDS[:3])
         raise ValueError(f"{where}: the id is missing, empty or no text ({name!r}: {value!r:.80}); looked for {shown}.")
-    if _has_lone_surrogate(value):
+    if without_lone_surrogates(value) != value:
         raise ValueError(f"{where}: the id {value!r} holds half a surrogate pair, which UTF-8 cannot keep exactly.")
     return value
 
@@ -198,10 +199,4 @@ def _text_of(record: Mapping[str, Any], where: str) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{where}: {field!r} is missing or no text ({value!r:.80}).")
     joined = f"{title}. {text}" if title and title.strip() else text
-    if _has_lone_surrogate(joined):  # as the model reads it, so that the store holds what was encoded
-        joined = joined.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return joined
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
+    return without_lone_surrogates(joined)  # as the model reads it, so that the store holds what was encoded

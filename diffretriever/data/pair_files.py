@@ -17,6 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..files.hashes import hash64
+from .ids import repeated_hashes
+
 
 @dataclass(frozen=True)
 class TrainingItem:
@@ -145,7 +148,7 @@ class PairFiles:
                 offset += len(line)
         report.counts.append(len(self._offsets) - before)
         report.fingerprints[self.names[number]] = digest.hexdigest()
-        self._refuse_repeated(number, before, np.asarray(identities))
+        self._refuse_repeated(number, before, identities)
 
     def _count(self, item: TrainingItem) -> None:
         report, count = self.report, len(item.negatives)
@@ -155,11 +158,11 @@ class PairFiles:
         report.most_negatives = max(report.most_negatives, count)
         report.fewest_negatives = count if report.items == 1 else min(report.fewest_negatives, count)
 
-    def _refuse_repeated(self, number: int, start: int, identities: np.ndarray) -> None:
-        order = np.argsort(identities, kind="stable")
-        same = np.flatnonzero(identities[order][1:] == identities[order][:-1])
-        if len(same):
-            first, second = (self._lines[start + int(order[place])] for place in (same[0], same[0] + 1))
+    def _refuse_repeated(self, number: int, start: int, identities: array[int]) -> None:
+        repeated = repeated_hashes(identities)
+        if len(repeated):
+            places = np.flatnonzero(np.asarray(identities) == repeated[0])[:2]
+            first, second = (self._lines[start + int(place)] for place in places)
             raise ValueError(
                 f"{self.names[number]}, line {second}: its id is also that of line {first}; give each query one line, "
                 "with all its positives"
@@ -193,11 +196,6 @@ class PairFiles:
             if process == os.getpid():
                 os.close(descriptor)
         self._handles.clear()
-
-
-def hash64(text: str) -> int:
-    """A 63-bit hash of a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def _plain_file(path: Path, number: int, scratch: Path | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.durable import write_whole
+from ..files.hashes import hash_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "diffretriever store 1"
@@ -136,12 +136,8 @@ def is_recorded_only(name: str) -> bool:
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """Return the content of a JSON file of this store format, with a hash of itself."""
-    whole = {"format": FORMAT, **content, "sha256": _content_hash(content)}
+    whole = {"format": FORMAT, **content, "sha256": hash_json(content)}
     return json.dumps(whole, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
-
-
-def _content_hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -162,7 +158,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise ValueError(f"{file}: the format is {found!r}; this version reads {FORMAT!r}.")
     own = {name: value for name, value in content.items() if name not in ("format", "sha256")}
-    if content.get("sha256") != _content_hash(own):
+    if content.get("sha256") != hash_json(own):
         raise ValueError(f"{file}: the content does not match its own hash; it was damaged or edited.")
     return own
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 from ..data.corpus import Passage, Query
-from ..data.ids import IdIndex, find_repeated
+from ..data.ids import find_repeated, repeated_hashes
 from ..files.claims import living_owners
 from ..files.durable import write_whole
+from ..files.hashes import hash64, hash_json
 from .manifest import Manifest, Settings, flat, is_recorded_only, json_bytes, read_json, settings_of
 from .shard_file import texts_digest
 
@@ -101,7 +101,7 @@ class Plan:
 def settings_digest(settings: Settings) -> str:
     """Return a hash of the settings that change what is in a store."""
     values = {name: value for name, value in flat(asdict(settings)).items() if not is_recorded_only(name)}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hash_json(values)
 
 
 def cut(texts: Iterable[Text], shard_size: int) -> Iterator[tuple[int, list[Text]]]:
@@ -114,7 +114,7 @@ def cut(texts: Iterable[Text], shard_size: int) -> Iterator[tuple[int, list[Text
 
 
 def survey_texts(read: Callable[[], Iterable[Text]], shard_size: int, source: str) -> Survey:
-    """Read a corpus once, in bounded memory.
+    """Read a corpus once; memory holds 8 bytes a text.
 
     Args:
         read: begins to read it anew.
@@ -127,20 +127,18 @@ def survey_texts(read: Callable[[], Iterable[Text]], shard_size: int, source: st
     Raises:
         ValueError: it is empty, or ids occur twice; and what reading it raises.
     """
-    digests, count = [], 0
-    with IdIndex() as index:
-        for _, chunk in cut(read(), shard_size):
-            ids = [text.id for text in chunk]
-            digests.append(texts_digest(ids, [text.text for text in chunk]))
-            index.add(ids)
-            count += len(chunk)
-        hashes = index.repeated()
-    if not count:
+    digests, hashes = [], array("q")
+    for _, chunk in cut(read(), shard_size):
+        ids = [text.id for text in chunk]
+        digests.append(texts_digest(ids, [text.text for text in chunk]))
+        hashes.extend(map(hash64, ids))
+    if not hashes:
         raise ValueError(f"{source}: no texts; expected at least one.")
-    if len(hashes) and (repeated := find_repeated((text.id for text in read()), hashes)):
+    suspects = repeated_hashes(hashes)
+    if len(suspects) and (repeated := find_repeated((text.id for text in read()), suspects)):
         shown = "; ".join(f"{text_id!r} (texts {first} and {second})" for text_id, first, second in repeated)
         raise ValueError(f"{source}: ids occur twice, counted from 1: {shown}. Each text needs an id of its own.")
-    return Survey(count, tuple(digests))
+    return Survey(len(hashes), tuple(digests))
 
 
 def describe_unfinished(folder: Path) -> str | None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..files.durable import BLOCK, write_whole
+from ..files.durable import write_whole
+from ..files.hashes import hash_file
 
 TYPES = {
     torch.int64: "I64",
@@ -170,10 +171,5 @@ class ShardFile:
         Raises:
             DamagedShardError: a byte has changed.
         """
-        digest = hashlib.sha256()
-        with self.path.open("rb") as stream:
-            stream.seek(self._start)
-            while block := stream.read(BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != self.metadata.get("sha256"):
+        if hash_file(self.path, self._start) != self.metadata.get("sha256"):
             raise DamagedShardError(f"{self.path}: the shard's bytes do not match its hash; a bit has flipped on disk.")

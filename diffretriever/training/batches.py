@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..data.pair_files import PairFiles, TrainingItem, hash64
+from ..data.pair_files import PairFiles, TrainingItem
+from ..files.hashes import hash64
 from .adapter_recipe import AdapterRecipe
 from .mean_pooling import bare_sequences
 

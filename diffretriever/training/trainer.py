@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..data.pair_files import hash64
+from ..files.hashes import hash64
 from .adapter_output import WEIGHTS_FILE, save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batch_order import EpochLoader, EpochSampler

@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoint_folders import PARITY, edit_json, edit_weights, hub_repository, run_python
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffretriever.data import ids as module
-from diffretriever.data.ids import IdIndex, find_repeated, hash_id
+from diffretriever.data.ids import find_repeated, repeated_hashes
+from diffretriever.files.hashes import hash64
 from diffretriever.store.identity import hash_files
 
 
-@given(st.lists(st.lists(st.sampled_from([f"id-{number}" for number in range(40)]), max_size=9), max_size=9))
-def test_repeated_ids_across_runs_on_disk(chunks: list[list[str]]) -> None:
-    everything = [text_id for chunk in chunks for text_id in chunk]
-    with IdIndex(run_length=7) as index:
-        for chunk in chunks:
-            index.add(chunk)
-        found = index.repeated()
-    expected = {text_id for text_id, count in Counter(everything).items() if count > 1}
-    assert sorted(found.tolist()) == sorted(map(hash_id, expected))
-    named = find_repeated(everything, found)
+@given(st.lists(st.sampled_from([f"id-{number}" for number in range(40)]), max_size=60))
+def test_repeated_ids_are_found_and_named(ids: list[str]) -> None:
+    found = repeated_hashes(array("q", map(hash64, ids)))
+    expected = {text_id for text_id, count in Counter(ids).items() if count > 1}
+    assert found.tolist() == sorted(map(hash64, expected))
+    named = find_repeated(ids, found)
     assert {text_id for text_id, _, _ in named} <= expected
     assert bool(named) == bool(expected)
     for text_id, first, second in named:
-        assert everything[first - 1] == everything[second - 1] == text_id
-        assert first == everything.index(text_id) + 1
+        assert ids[first - 1] == ids[second - 1] == text_id
+        assert first == ids.index(text_id) + 1
         assert first < second
 
 
-def test_different_ids_of_one_hash_are_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "hash_id", lambda text_id: len(text_id))
-    with IdIndex() as index:
-        index.add(["aa", "bb", "c"])
-        hashes = index.repeated()
-    assert hashes.tolist() == [2]
-    assert find_repeated(["aa", "bb", "c"], hashes) == []
-    assert find_repeated(["aa", "bb", "c", "bb"], hashes) == [("bb", 2, 4)]
+def test_different_ids_of_one_hash_are_not_taken_for_one() -> None:
+    suspects = np.array([hash64("aa"), hash64("bb")])  # as if each shared its hash with another id
+    assert find_repeated(["aa", "bb", "c"], suspects) == []
+    assert find_repeated(["aa", "bb", "c", "bb"], suspects) == [("bb", 2, 4)]
 
 
 def test_weights_are_known_by_their_content(build_release: Callable[..., Path], tmp_path: Path) -> None:
