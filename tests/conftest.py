@@ -19,6 +19,7 @@ from transformers import AutoModel  # noqa: E402
 from diffretriever.publishing import build as building  # noqa: E402
 
 PARITY = Path(__file__).parent / "parity"
+collect_ignore = ["amx"]
 
 if os.environ.get("DIFFRETRIEVER_TEST_AMX"):  # a CPU whose default dtype is bfloat16, also in the tests' own processes
     torch.cpu._is_amx_tile_supported = lambda: True
