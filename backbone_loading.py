@@ -407,6 +407,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     for name in ("auto_map", "backend", "is_local", "local_files_only", "name_or_path"):  # code, and where it lay
         settings.pop(name, None)
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file = folder / "tokenizer.json"  # half the size without the white space
+    file.write_text(json.dumps(read_json(file), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def load_tokenizer(folders: list[Path]) -> Any:

@@ -43,22 +43,51 @@ def sparse_vectors(
         own = torch.tensor([token for token in ids if token != mask_id], dtype=torch.long)
         allowed[row, torch.searchsorted(columns, own)] = True
     columns, allowed = columns.to(hidden.device), allowed.to(hidden.device)
-    logits = _columns_of(head, hidden, columns)  # [B, K, C]
-    return _top(torch.log1p(F.relu(logits.amax(dim=1))) * allowed, columns, top_k)
+    return _top(lexical_weights(logits_at(head, hidden, columns)) * allowed, columns, top_k)
 
 
 def _whole_vocabulary(head: Any, hidden: torch.Tensor, mask_id: int) -> torch.Tensor:
-    weights = torch.log1p(F.relu(head(hidden).float().amax(dim=1)))  # [B, V]
+    weights = lexical_weights(head(hidden))  # [B, V]
     weights[:, mask_id] = 0.0
     return weights
 
 
-def _columns_of(head: Any, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return float32 [B, K, C], computing no other column where the head is a plain Linear."""
-    if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
-        return F.linear(hidden, head.weight[columns]).float()
-    logits = head(hidden)  # perhaps on another device
-    return logits[..., columns.to(logits.device)].float().to(hidden.device)
+def lexical_weights(logits: torch.Tensor) -> torch.Tensor:
+    """Return log(1 + relu(max over K)) of logits [B, K, C], with gradient: float32 [B, C] (paper Eq. 3)."""
+    return torch.log1p(F.relu(logits.float().amax(dim=1)))
+
+
+def logits_at(head: Any, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the logits of some vocabulary entries, as the whole head gives them, with gradient.
+
+    No other column is computed where the head is a plain Linear, alone or with a LoRA adapter beside it.
+
+    Args:
+        head: the output head, [V, H].
+        hidden: [B, K, H].
+        columns: int64 [C], vocabulary entries.
+
+    Returns:
+        float32 [B, K, C].
+    """
+    base = head.get_base_layer() if _is_plain_lora(head) else head
+    if type(base) is not nn.Linear or any(hasattr(module, "_hf_hook") for module in head.modules()):
+        logits = head(hidden)  # perhaps on another device
+        return logits[..., columns.to(logits.device)].float().to(hidden.device)
+    hidden = hidden.to(base.weight.dtype)
+    logits = F.linear(hidden, base.weight[columns]).float()
+    if base is head:
+        return logits
+    down, up = head.lora_A["default"], head.lora_B["default"].weight[columns]  # [r, H], [C, r]
+    update = F.linear(down(head.lora_dropout["default"](hidden.to(down.weight.dtype))), up)
+    return logits + head.scaling["default"] * update.float()
+
+
+def _is_plain_lora(head: Any) -> bool:
+    """Whether the head is peft's LoRA layer whose update is scaling · B A x and nothing else."""
+    if not hasattr(head, "lora_A") or head.merged or head.disable_adapters:
+        return False
+    return list(head.lora_A) == ["default"] and not head.lora_variant and not head.lora_bias["default"]
 
 
 def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

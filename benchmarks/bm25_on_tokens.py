@@ -19,7 +19,7 @@ from diffretriever.data.benchmark import read_benchmark
 from diffretriever.data.corpus import read_corpus
 from diffretriever.evaluation.bm25 import BM25
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
-from diffretriever.evaluation.report import write_json
+from diffretriever.files.durable import write_json
 
 DEPTH = 1000  # passages a query
 

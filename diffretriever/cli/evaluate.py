@@ -125,8 +125,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace, evaluation: Any, runs: Mapping[str, Any]) -> None:
     """Write the files that were asked for."""
-    from ..evaluation.report import to_markdown, write_json, write_text
+    from ..evaluation.report import to_markdown
     from ..evaluation.runs import write_run
+    from ..files.durable import write_json, write_text
 
     if options.per_query:
         write_json(options.per_query, evaluation.rows)

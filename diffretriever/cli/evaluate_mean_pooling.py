@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ def register(commands: Any) -> None:
 
 def run_mean(options: argparse.Namespace) -> int:
     """Runs `diffretriever evaluate-mean-pooling`."""
+    from ..files.durable import write_json
     from ..training.mean_evaluation import evaluate_mean_pooling
 
     figures = evaluate_mean_pooling(
@@ -33,6 +33,6 @@ def run_mean(options: argparse.Namespace) -> int:
         options.run_file,
     )  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, figures)
     print(f"dense nDCG@10 {figures['ndcg@10']:.4f} ({figures['queries']} queries, {figures['passages']} passages)")
     return 0

@@ -24,14 +24,13 @@ def register(commands: Any) -> None:
 
 def run_budget(options: argparse.Namespace) -> int:
     """Runs `diffretriever select-budget`."""
-    from ..training.adapter_output import write_json
+    from ..files.durable import write_json
     from ..training.budget import select_budget, table
 
     budgets = sorted(set(options.budgets))
     found = select_budget(
         options.model, options.pairs, options.queries, options.passages, options.seed, budgets, options.out.parent
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, found)
     choice = found["choice"]
     print(f"nDCG@10 of {found['queries']} training queries on {found['passages']} passages")

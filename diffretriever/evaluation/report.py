@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files.durable import write_whole
 from .comparisons import LEVEL, Comparison
 from .metrics import PerQuery, means
 
@@ -109,18 +108,6 @@ def _below(evaluation: Evaluation) -> list[str]:
     for note in evaluation.notes:
         lines += ["", f"Note: {note}"]
     return lines
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, [text.encode("utf-8")])
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_per_query(path: str | Path) -> dict[str, PerQuery]:

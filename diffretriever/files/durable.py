@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .locks import create_locked, machine_name, remove_if_free
 
@@ -42,7 +45,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], keep: bool = F
                 os.replace(temporary, path)
         finally:
             os.close(handle)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         if error.errno in FULL_DISK:
             reason = f"{os.strerror(error.errno or 0)}; nothing of this file is kept. Make room"
@@ -68,11 +71,38 @@ def _write_all(handle: int, content: memoryview) -> None:
         content = content[os.write(handle, content[:BLOCK]) :]
 
 
-def sync_folder(folder: Path) -> None:
-    """Force a folder's names to the disk, where the system has that."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text as UTF-8, whole or not at all, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, [text.encode("utf-8")])
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, whole or not at all, making its folder."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def publish_folder(made: Path, place: Path) -> None:
+    """Force a folder that was filled aside to the disk and only then give it its name.
+
+    Args:
+        made: the folder, on the same filesystem as `place`.
+        place: its name to be; what is there is removed.
+    """
+    for path in (*made.rglob("*"), made):
+        sync(path)
+    if place.exists():
+        shutil.rmtree(place)
+    os.replace(made, place)
+    sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's names, to the disk, where the system has that."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import save
 
+from ..files.durable import write_json, write_whole
+from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE
 from .adapter_recipe import AdapterRecipe
-from .lora import LLADA_PROJECTIONS, PROJECTIONS, lora_parameters, original_key
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-RETRIEVER_FILE = "retriever_config.json"
+from .lora import original_parameters
 
 
 def save_adapter(model: Any, recipe: AdapterRecipe, out: Path, base: str) -> None:
-    """Writes adapter_config.json, adapter_model.safetensors and, for mask pooling, retriever_config.json.
+    """Write adapter_config.json, adapter_model.safetensors and, for mask pooling, retriever_config.json.
 
     Args:
         model: a DiffRetriever after `add_lora`.
@@ -31,57 +27,31 @@ def save_adapter(model: Any, recipe: AdapterRecipe, out: Path, base: str) -> Non
     Raises:
         FloatingPointError: a weight is not finite; nothing is written.
     """
-    kind = model.config.backbone_type
-    weights = {
-        original_key(name, kind): value.detach().float().cpu().contiguous()
-        for name, value in lora_parameters(model).items()
-    }
+    found = original_parameters(model).items()
+    weights = {name: value.detach().float().cpu().contiguous() for name, value in found}
     broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if broken:
         raise FloatingPointError(f"{len(broken)} adapter weights hold NaN or infinite values, {broken[0]} among them")
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{WEIGHTS_FILE}.partial"
-    save_file(weights, str(partial), metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes files for the owner alone
-    os.replace(partial, out / WEIGHTS_FILE)
-    head = any(".transformer.ff_out." in name for name in weights)
-    write_json(out / CONFIG_FILE, adapter_config(recipe, kind, base, head))
+    write_whole(out / WEIGHTS_FILE, [save(weights, metadata={"format": "pt"})])
+    write_json(out / CONFIG_FILE, adapter_config(recipe, model.config.backbone_type, base, weights))
     if recipe.pooling == "masks":
         write_json(out / RETRIEVER_FILE, retriever_config(model, recipe))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def save_tokenizer_files(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Writes the tokenizer so that every supported transformers reads it; 5.x alone knows its own class name."""
-    tokenizer.save_pretrained(str(out))
-    file = out / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):  # 4.54 wants an object there, and takes a list here
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    for name in ("auto_map", "backend", "is_local", "local_files_only", "name_or_path"):  # code, and where it lay
-        settings.pop(name, None)
-    write_json(file, settings)
-    rules = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))  # half the size without the white space
-    (out / "tokenizer.json").write_text(json.dumps(rules, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-
-
-def adapter_config(recipe: AdapterRecipe, backbone_type: str, base: str, head: bool) -> dict[str, Any]:
-    """peft's adapter_config.json, with the backbone's original module names.
+def adapter_config(recipe: AdapterRecipe, backbone_type: str, base: str, weights: Iterable[str]) -> dict[str, Any]:
+    """Return peft's adapter_config.json, with the backbone's original module names.
 
     Args:
         recipe: rank, alpha, dropout.
         backbone_type: "llada" or "dream".
         base: the backbone's name.
-        head: whether LLaDA's output head, whose name is also that of a layer, has weights.
+        weights: the original names of the adapter's weights.
     """
     llada = backbone_type == "llada"
+    modules = [name.split(".lora_")[0] for name in weights]
+    # LLaDA's output head has the name of a projection, so that it is adapted, too, unless it is excluded.
+    head = any(module.endswith("model.transformer.ff_out") for module in modules)
     return {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -97,7 +67,7 @@ def adapter_config(recipe: AdapterRecipe, backbone_type: str, base: str, head: b
         "peft_type": "LORA",
         "r": recipe.rank,
         "revision": None,
-        "target_modules": list(LLADA_PROJECTIONS if llada else PROJECTIONS),
+        "target_modules": list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
         "task_type": "CAUSAL_LM" if llada else "FEATURE_EXTRACTION",
         "use_rslora": False,
         "use_dora": False,
@@ -105,7 +75,7 @@ def adapter_config(recipe: AdapterRecipe, backbone_type: str, base: str, head: b
 
 
 def retriever_config(model: Any, recipe: AdapterRecipe) -> dict[str, Any]:
-    """retriever_config.json as the method's training writes it: budgets, lengths, the prompts' token ids."""
+    """Return retriever_config.json as the method's training writes it: budgets, lengths, the prompts' token ids."""
     config: dict[str, Any] = {
         "model_type": "llada1" if model.config.backbone_type == "llada" else model.config.backbone_type,
         "mask_token_id": model.texts.mask_id,

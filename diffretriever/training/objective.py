@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..model.scoring import multi_dense
+from ..model.sparse_head import lexical_weights, logits_at
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
-from .lora import head_logits, lora_parameters
-from .losses import info_nce, maxsim
+from .lora import lora_parameters
+from .losses import info_nce
 from .mean_pooling import mean_states
 
-# Vocabulary entries [C] and mask states [B, K, H] -> logits [B, K, C].
+# Mask states [B, K, H] and vocabulary entries [C] -> logits [B, K, C].
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -35,18 +38,27 @@ class Side:
 
 
 def dense_scores(query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-    """MaxSim of the L2-normalised states (paper Eq. 2), in float32: [Q, K_q, H] and [P, K_p, H] -> [Q, P]."""
-    return maxsim(F.normalize(query.float(), dim=-1), F.normalize(passage.float(), dim=-1))
+    """Return the MaxSim of the L2-normalised states (paper Eq. 2).
+
+    Args:
+        query: [Q, K_q, H]; passage: [P, K_p, H].
+
+    Returns:
+        float32 [Q, P].
+    """
+    sides = [F.normalize(side.float(), dim=-1) for side in (query, passage)]
+    there = [torch.ones(side.shape[:2], dtype=torch.bool, device=side.device) for side in sides]
+    return multi_dense(*sides, *there)
 
 
 def word_columns(words: torch.Tensor) -> torch.Tensor:
-    """The vocabulary entries that occur in lists of ids padded with -1: int64 [C], sorted, never empty."""
+    """Return the vocabulary entries that occur in lists of ids padded with -1: int64 [C], sorted, never empty."""
     columns = torch.unique(words[words >= 0])
     return columns if len(columns) else columns.new_zeros(1)  # the head must take part in every backward pass
 
 
 def sparse_weights(side: Side, head: Head, columns: torch.Tensor) -> torch.Tensor:
-    """Sparse weights log(1 + relu(max over K)) of each text's content words (paper Eq. 3).
+    """Return the sparse weights of each text's content words (paper Eq. 3).
 
     Args:
         side: N texts.
@@ -56,14 +68,14 @@ def sparse_weights(side: Side, head: Head, columns: torch.Tensor) -> torch.Tenso
     Returns:
         float32 [N, C].
     """
-    weights = torch.log1p(torch.relu(head(side.states, columns).float().amax(dim=1)))
+    weights = lexical_weights(head(side.states, columns))
     places = torch.searchsorted(columns, side.words.clamp(min=0)).clamp(max=len(columns) - 1)  # [N, W]
     known = (columns[places] == side.words).float()
     return weights * torch.zeros_like(weights).scatter_reduce(1, places, known, "amax")
 
 
 def sparse_scores(query: Side, passage: Side, head: Head) -> torch.Tensor:
-    """Dot products of content-filtered sparse vectors [Q, P]; no other columns than the queries' can contribute."""
+    """Return dot products of content-filtered sparse vectors [Q, P]; the queries' columns alone can contribute."""
     columns = word_columns(query.words)
     return sparse_weights(query, head, columns) @ sparse_weights(passage, head, columns).T
 
@@ -77,7 +89,7 @@ def contrastive_loss(
     temperature: float,
     sparse_weight: float,
 ) -> dict[str, torch.Tensor]:
-    """InfoNCE over dense scores / temperature, plus sparse_weight times InfoNCE over sparse scores (paper Eq. 5).
+    """Return InfoNCE over dense scores / temperature, plus sparse_weight times that over sparse scores (paper Eq. 5).
 
     Args:
         query: Q texts; passage: P texts, the positives and negatives of every query.
@@ -117,7 +129,7 @@ class ContrastiveModel(nn.Module):
         self.recipe = recipe
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Computes the loss of one process's queries among all processes' passages.
+        """Compute the loss of one process's queries among all processes' passages.
 
         Args:
             batch: from `batches.Collator`.
@@ -132,21 +144,15 @@ class ContrastiveModel(nn.Module):
         hashes, _ = gather_rows(batch["passage_hashes"])
         targets = torch.arange(len(query.states), device=states.device) + start
         excluded = known_positives(batch["query_hashes"], batch["positive_hashes"], hashes, targets)
-        head = None if self.recipe.pooling == "mean" else self.head
+        head = None if self.recipe.pooling == "mean" else partial(logits_at, self.retriever.lm_head)
         kind = states.device.type
         with torch.autocast(kind, enabled=False):  # a score of bfloat16 precision over 0.01 would be noise
             return contrastive_loss(
                 query, passage, targets, excluded, head, self.recipe.temperature, self.recipe.sparse_weight
             )
 
-    def head(self, states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Logits of some vocabulary entries, float32 [B, K, C]."""
-        head = self.retriever.lm_head
-        weight = head.get_base_layer().weight if hasattr(head, "get_base_layer") else head.weight
-        return head_logits(head, states.to(weight.dtype), columns)
-
     def encode(self, side: dict[str, Any], is_query: bool) -> torch.Tensor:
-        """States of one side's texts, a chunk at a time: [N, K, H], in the order before the chunks were cut.
+        """Return the states of one side's texts [N, K, H], in the order before the chunks were cut.
 
         With `grad_cache_chunk`, a chunk's activations are dropped after its forward pass and computed again, with
         the same dropout, when its gradient is known (GradCache, arXiv:2101.06983): a large batch then costs the
@@ -169,14 +175,14 @@ class ContrastiveModel(nn.Module):
         return hidden
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The LoRA matrices only."""
+        """Return the LoRA matrices only."""
         kept = super().state_dict(*args, **kwargs)
         for name in [name for name in kept if ".lora_" not in name]:
             del kept[name]
         return kept
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Takes what `state_dict` returned.
+        """Take what `state_dict` returned.
 
         Raises:
             ValueError: other keys than this adapter's.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.pair_files import PairFiles
-from .adapter_output import write_json
+from ..files.durable import write_json
 from .adapter_recipe import AdapterRecipe
 
 RUN_FILE = "run.json"
@@ -20,7 +20,7 @@ FREE_KEYS = frozenset("save_steps keep_checkpoints log_steps eval_steps eval_pas
 
 
 def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, base: str, processes: int) -> dict[str, Any]:
-    """Describes a run.
+    """Describe a run.
 
     Args:
         recipe: what is done.
@@ -49,7 +49,7 @@ def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, base: str, p
 
 
 def check_resumable(folder: Path, record: dict[str, Any]) -> None:
-    """Compares a run with the one that `folder` was made by, or writes the record if there is none.
+    """Compare a run with the one that `folder` was made by, or write the record if there is none.
 
     Args:
         folder: the run's state.
@@ -60,7 +60,6 @@ def check_resumable(folder: Path, record: dict[str, Any]) -> None:
     """
     file = folder / RUN_FILE
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(file, record)
         return
     before = json.loads(file.read_text(encoding="utf-8"))

@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from ..data.pair_files import PairFiles
-from .adapter_output import WEIGHTS_FILE, save_adapter, save_tokenizer_files, write_json
+from ..files.durable import write_json
+from ..model.adapter_loading import WEIGHTS_FILE
+from ..model.backbone_loading import save_tokenizer
+from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batches import PreparedTexts, SampledItems
 from .candidates import world
@@ -89,7 +92,7 @@ def train_adapter(
     if is_main():
         retriever.config.max_length = recipe.max_length
         save_adapter(retriever, recipe, out, name)
-        save_tokenizer_files(retriever.tokenizer, out)
+        save_tokenizer(retriever.tokenizer, out)
         write_json(out / RUN_FILE, record)
         say(f"saved the adapter in {out}")
     files.close()
@@ -177,7 +180,7 @@ def run(trainer: RetrievalTrainer, state: Path) -> None:
     if last is not None and step_of(last) >= trainer.args.max_steps:
         retriever: Any = trainer.accelerator.unwrap_model(trainer.model).retriever
         file = str(last / WEIGHTS_FILE)
-        load_lora(retriever, load_file(file), retriever.config.backbone_type, file)
+        load_lora(retriever, load_file(file), file)
         say(f"all {trainer.args.max_steps} steps were done before")
         return
     if last is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -12,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..files.hashes import hash64
-from .adapter_output import WEIGHTS_FILE, save_adapter
+from ..model.adapter_loading import WEIGHTS_FILE
+from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batch_order import EpochLoader, EpochSampler
 from .batches import Collator, SampledItems
@@ -128,11 +129,12 @@ class RetrievalTrainer(Trainer):
         """
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             remove_partial(self.folder)
             kept = checkpoints(self.folder)
             last = f"the previous one, {kept[-1]}, is whole" if kept else "there is no earlier one"
-            raise OSError(f"{self.folder}: the checkpoint could not be saved ({error}); {last}") from error
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, f"the checkpoint could not be saved ({error}); {last}", str(self.folder)) from error
         self.accelerator.wait_for_everyone()  # other processes write their part, too
         if self.args.should_save:
             publish_checkpoint(self.folder, self.state.global_step, self.recipe.keep_checkpoints)
@@ -148,7 +150,7 @@ class RetrievalTrainer(Trainer):
         """Reads the adapter back."""
         file = os.path.join(resume_from_checkpoint, WEIGHTS_FILE)
         retriever: Any = self.accelerator.unwrap_model(model or self.model).retriever
-        load_lora(retriever, load_file(file), retriever.config.backbone_type, file)
+        load_lora(retriever, load_file(file), file)
 
 
 class StopOnSignal(TrainerCallback):

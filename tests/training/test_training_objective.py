@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from training_data import batch_of, contrastive_model, gradients, made_up_pairs, small_recipe
 
+from diffretriever.model.sparse_head import logits_at
 from diffretriever.training.batches import padded_ids
 from diffretriever.training.candidates import known_positives
-from diffretriever.training.lora import head_logits
 from diffretriever.training.objective import Side, contrastive_loss, sparse_scores, word_columns
 
 
@@ -80,7 +81,7 @@ def test_loss_against_a_loop(seed: int, k_q: int, k_p: int, temperature: float) 
         passage,
         torch.tensor(targets),
         excluded,
-        lambda s, c: head_logits(linear(weight), s, c),
+        partial(logits_at, linear(weight)),
         temperature,
         0.7,
     )
@@ -103,7 +104,7 @@ def linear(weight: torch.Tensor) -> torch.nn.Linear:
 def test_sparse_weight_and_missing_head() -> None:
     query, passage, weight = random_sides(1, 2, 2)
     nothing, targets = torch.zeros(3, 7, dtype=torch.bool), torch.tensor([0, 1, 2])
-    head = lambda s, c: head_logits(linear(weight), s, c)  # noqa: E731
+    head = partial(logits_at, linear(weight))
     losses = [contrastive_loss(query, passage, targets, nothing, head, 0.1, w) for w in (0.0, 2.0)]
     assert losses[0]["loss"].item() == pytest.approx(float(losses[0]["dense"]))
     assert losses[1]["loss"].item() == pytest.approx(float(losses[1]["dense"] + 2 * losses[1]["sparse"]), rel=1e-6)
@@ -115,7 +116,7 @@ def test_texts_without_content_words_have_no_sparse_score() -> None:
     query, passage, weight = random_sides(2, 1, 1)
     none = Side(query.states, torch.full((3, 1), -1))
     assert word_columns(none.words).tolist() == [0]
-    assert sparse_scores(none, passage, lambda s, c: head_logits(linear(weight), s, c)).abs().sum() == 0
+    assert sparse_scores(none, passage, partial(logits_at, linear(weight))).abs().sum() == 0
 
 
 def test_known_positives_are_no_negatives() -> None:
@@ -177,19 +178,6 @@ def test_gradients_against_finite_differences(release: Path, tmp_path: Path) -> 
         # RMSNorm and the scores round to float32.
         assert slope == pytest.approx(expected, rel=0.02, abs=4e-3 * len(names) ** 0.5), names
         assert expected > 0.01, names
-
-
-def test_the_head_with_lora_gives_what_the_whole_head_gives(build_release: Callable[..., Path]) -> None:
-    model = contrastive_model(build_release("tiny-llada"), small_recipe(dropout=0.5))
-    head, columns = model.retriever.lm_head, torch.tensor([3, 7, 1999])
-    states = torch.randn(2, 3, model.retriever.config.hidden_size)
-    for mode in (model.eval(), model.train()):
-        torch.manual_seed(1)
-        whole = head(states)[..., columns]
-        torch.manual_seed(1)
-        torch.testing.assert_close(head_logits(mode.retriever.lm_head, states, columns), whole, atol=1e-5, rtol=1e-5)
-    torch.manual_seed(2)
-    assert not torch.allclose(head_logits(head, states, columns), whole)  # dropout is at work
 
 
 def test_only_the_adapter_learns_and_travels(release: Path) -> None:

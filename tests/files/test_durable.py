@@ -1,0 +1,47 @@
+"""Files and folders that appear whole or not at all, forced to the disk before they get their name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffretriever.files.durable import publish_folder, write_json, write_text
+
+
+def test_json_and_text_make_their_folder(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "folder" / "values.json", {"ä": [1]})
+    assert json.loads((tmp_path / "new" / "folder" / "values.json").read_text(encoding="utf-8")) == {"ä": [1]}
+    write_text(tmp_path / "other" / "text.md", "ä †\n")
+    assert (tmp_path / "other" / "text.md").read_bytes() == "ä †\n".encode()
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, place = tmp_path / "aside", tmp_path / "name"
+    (made / "inner").mkdir(parents=True)
+    for file in (made / "one", made / "inner" / "two"):
+        file.write_text(file.name)
+    place.mkdir()
+    (place / "old").touch()
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+        fsync(handle)
+
+    def noted_replace(source: Any, target: Any) -> None:
+        done.append("named")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    publish_folder(made, place)
+    assert sorted(path.relative_to(place).as_posix() for path in place.rglob("*")) == ["inner", "inner/two", "one"]
+    assert (place / "inner" / "two").read_text() == "two"
+    assert not made.exists()
+    assert sorted(done[:4]) == ["aside", "aside/inner", "aside/inner/two", "aside/one"]
+    assert done[4:] == ["named", "."]
