@@ -156,6 +156,26 @@ class Adapter:
                         f"layer of {rows} x {columns} needs {list(wanted[part])}."
                     )
 
+    def add_to(self, model: nn.Module, merge: bool | None) -> None:
+        """Merge the adapter into the model's weights, or attach it where they cannot take it.
+
+        Args:
+            model: has the layers that the adapter is for.
+            merge: True and False say which; None merges unless the model is quantised or offloaded.
+
+        Raises:
+            ValueError: `merge` is True for a model that is quantised or offloaded.
+        """
+        quantised = getattr(model, "hf_quantizer", None) is not None
+        offloaded = any(weight.is_meta for weight in model.parameters())
+        if merge and (quantised or offloaded):
+            state = "quantised" if quantised else "offloaded"
+            raise ValueError(f"merge_adapter=True, but the backbone is {state}; leave it unset to keep them apart.")
+        if merge is False or quantised or offloaded:
+            self.attach(model)
+        else:
+            self.merge_into(model)
+
     def attach(self, model: nn.Module) -> None:
         """Put the adapter beside the model's weights, in float32, unmerged."""
         peft = import_peft()

@@ -463,3 +463,18 @@ def is_finite(weight: torch.Tensor) -> bool:
         return True
     rows = max(1, CHECKED_ELEMENTS * len(weight) // max(1, weight.numel()))  # a CPU's sum makes a float32 copy
     return all(bool(part.sum(dtype=torch.float32).isfinite()) for part in weight.detach().split(rows))
+
+
+def not_finite(model: Any, values: torch.Tensor) -> str:
+    """Say which rows of [B, …] are not finite, and why.
+
+    Args:
+        model: that made the values.
+        values: what it returned for B texts.
+    """
+    rows = torch.isfinite(values).flatten(1).all(dim=1).logical_not().nonzero().flatten().tolist()
+    broken = [name for name, weight in model.named_parameters() if not is_finite(weight)]
+    cause = f"the weights are finite, so {model.dtype} overflowed; load with dtype=torch.float32 or torch.bfloat16"
+    if broken:
+        cause = f"the weights {', '.join(broken[:5])} hold NaN or infinite values"
+    return f"The vectors of rows {rows[:10]} are not finite: {cause}."

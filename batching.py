@@ -1,18 +1,50 @@
-"""Batches of similar length, run side by side on a CPU, and their results put back in order."""
+"""Texts in batches of similar length, run side by side on a CPU, and their results put back in order."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 MOST_WORKERS = 8  # each holds the states of a batch
+WINDOW = 8192  # texts that are sorted by length at a time
+
+
+def check_texts(texts: Any, first: int = 0) -> list[str]:
+    """Return `texts` as a list, or say which entry is no string; `first` is the number of the first entry.
+
+    Raises:
+        TypeError: one string instead of a list, or an entry that is not a string.
+        ValueError: an empty list.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"`texts` must be a list of strings, got one {type(texts).__name__}; write [text].")
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"`texts` must be a list of strings, got {type(texts).__name__}.")
+    texts = list(texts)
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            raise TypeError(f"`texts[{number}]` must be a string, got {type(text).__name__}: {text!r:.80}.")
+    if not texts:
+        raise ValueError("`texts` is empty; pass at least one string.")
+    return texts
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a whole number of at least 1, or raise ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+    return value
 
 
 def batches_by_length(
@@ -147,3 +179,51 @@ class OrderedResults:
                 whole[name][start : start + size] = block.pop(name)
             start += size
         return whole
+
+
+def encode_in_order(
+    model: Any,
+    texts: Iterable[str],
+    is_query: bool,
+    batch_size: int | None,
+    tokens_per_batch: int | None,
+    show_progress_bar: bool,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Encode any number of texts: what `encode_texts` of a model does.
+
+    Args:
+        model: has `encode`, `map_batches`, `texts` and `device`.
+        texts, is_query, batch_size, tokens_per_batch, show_progress_bar: as for its `encode_texts`.
+        options: handed to `encode`.
+
+    Returns:
+        {name: tensor [N, …]} of what `encode` returns, in the texts' order, on the CPU.
+    """
+    total = len(texts) if isinstance(texts, Sized) else None
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) or total == 0:
+        check_texts(texts)
+    for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
+        if value is not None:
+            check_count(name, value)
+    budget = tokens_per_batch or (1024 if model.device.type == "cpu" else 16384)
+    collected = OrderedResults(total)
+    stream = iter(texts)
+    with logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar:
+        while window := list(islice(stream, WINDOW)):
+            sequences = model.texts.tokenize(check_texts(window, first=collected.count), is_query)
+            batches = list(batches_by_length([len(sequence) for sequence in sequences], budget, batch_size))
+            work = partial(_encode_rows, model, sequences, is_query=is_query, **options)
+            with closing(model.map_batches(work, batches)) as results:
+                for rows, out in results:
+                    collected.put(rows, len(window), out)
+                    bar.update(len(rows))
+            collected.close_window(len(window))
+    if collected.count == 0:
+        check_texts([])
+    return collected.result()
+
+
+def _encode_rows(model: Any, sequences: Sequence[list[int]], rows: Sequence[int], **options: Any) -> Any:
+    ids, mask = model.texts.pad([sequences[row] for row in rows])  # [B, L] each
+    return model.encode(ids.to(model.device), mask.to(model.device), **options)

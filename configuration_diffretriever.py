@@ -192,7 +192,7 @@ class DiffRetrieverConfig(PretrainedConfig):
             known = '", "'.join(BACKBONE_TYPES)
             raise ValueError(f'config field `backbone_type` must be one of "{known}", got {self.backbone_type!r}.')
         for name in ("query_prompt", "passage_prompt"):
-            _check_prompt(name, getattr(self, name))
+            check_prompt(name, getattr(self, name))
 
 
 def _backbone_fields(config: PretrainedConfig) -> dict[str, Any]:
@@ -215,7 +215,8 @@ def _read_backbone_fields(fields: dict[str, Any]) -> PretrainedConfig:
     return CONFIG_MAPPING[fields["model_type"]](**fields)
 
 
-def _check_prompt(name: str, prompt: Any) -> None:
+def check_prompt(name: str, prompt: Any) -> None:
+    """Raise ValueError for a field that is neither null nor a prompt of the three roles."""
     if prompt is None:
         return
     if not isinstance(prompt, dict) or set(prompt) != set(ROLES):

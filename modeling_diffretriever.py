@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Sized
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .adapter_loading import RETRIEVER_FILE, Adapter, merged_state
 from .backbone_loading import (
@@ -30,12 +27,13 @@ from .backbone_loading import (
     find_weights,
     is_finite,
     load_tokenizer,
+    not_finite,
     original_name,
     our_name,
     resolve_folder,
     save_tokenizer,
 )
-from .batching import OrderedResults, batches_by_length, count_workers, run_side_by_side
+from .batching import check_count, check_texts, count_workers, encode_in_order, run_side_by_side
 from .bidirectional_layers import (
     attention_bias,
     build_backbone,
@@ -50,9 +48,7 @@ from .scoring import score
 from .sparse_head import confidence_of, sparse_vectors
 from .tokenization_helpers import (
     RetrievalTokenizer,
-    check_count,
     check_ids,
-    check_texts,
     find_masks,
     read_retriever_config,
 )
@@ -60,7 +56,6 @@ from .tokenization_helpers import (
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
-WINDOW = 8192  # texts that encode_texts sorts by length at a time
 AUTO_MAP = {
     "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
     "AutoModel": "modeling_diffretriever.DiffRetriever",
@@ -170,26 +165,13 @@ class DiffRetriever(PreTrainedModel):
         model.tokenizer = tokenizer
         _ = model.texts  # a tokenizer that cannot build the prompts is refused now, not at the first text
         if adapter is not None:
-            model._add_adapter(adapter)
+            adapter.add_to(model, model.config.merge_adapter)
         broken = [name for name, weight in model.named_parameters() if not is_finite(weight)]
         if broken:
             broken = [original_name(names_of, name) if names_of else name for name in broken[:5]]
             raise ValueError(f"{weights}: {', '.join(broken)} hold NaN or infinite values (as {model.dtype}).")
         model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model.eval(), report) if want_report else model.eval()
-
-    def _add_adapter(self, adapter: Adapter) -> None:
-        """Merge the adapter, or attach it where the weights cannot take it."""
-        quantised = getattr(self, "hf_quantizer", None) is not None
-        offloaded = any(weight.is_meta for weight in self.parameters())
-        merge = self.config.merge_adapter
-        if merge and (quantised or offloaded):
-            state = "quantised" if quantised else "offloaded"
-            raise ValueError(f"merge_adapter=True, but the backbone is {state}; leave it unset to keep them apart.")
-        if merge is False or quantised or offloaded:
-            adapter.attach(self)
-        else:
-            adapter.merge_into(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a folder that loads without backbone or adapter: merged weights, tokenizer, config and code.
@@ -349,14 +331,14 @@ class DiffRetriever(PreTrainedModel):
         if compute_sparse and content_filter:
             content = content_token_ids
             if content is None:
-                content = [self.texts.content_ids(self.texts.text_of(ids)) for ids in text_ids]
+                content = self.texts.content_lists(text_ids)
             if len(content) != len(host_ids):
                 raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
         unpadded = bool(host_mask.all())
         mask = None if unpadded or attention_mask is None else (attention_mask != 0).long().to(input_ids.device)
         hidden = self._denoise(input_ids.long(), mask, positions.to(input_ids.device))
         if not torch.isfinite(hidden).all():
-            raise ValueError(self._not_finite(hidden))
+            raise ValueError(not_finite(self, hidden))
         output = DiffRetrieverOutput(repr_hidden=hidden.float())
         if self.config.normalize:
             output["repr_hidden"] = F.normalize(hidden.float(), dim=-1)
@@ -365,24 +347,12 @@ class DiffRetriever(PreTrainedModel):
                 self.lm_head, hidden, content, top_k, self.texts.mask_id
             )
             if not torch.isfinite(output["sparse_values"]).all():
-                raise ValueError(self._not_finite(output["sparse_values"]))
+                raise ValueError(not_finite(self, output["sparse_values"]))
         return output
 
     def _check_top_k(self, sparse_top_k: int | None) -> int:
         top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
         return min(check_count("sparse_top_k", top_k), self.config.vocab_size)
-
-    def _not_finite(self, hidden: torch.Tensor) -> str:
-        rows = torch.isfinite(hidden).flatten(1).all(dim=1).logical_not().nonzero().flatten().tolist()
-        broken = [name for name, weight in self.named_parameters() if not is_finite(weight)]
-        cause = (
-            f"the weights {', '.join(broken[:5])} hold NaN or infinite values"
-            if broken
-            else (
-                f"the weights are finite, so {self.dtype} overflowed; load with dtype=torch.float32 or torch.bfloat16"
-            )
-        )
-        return f"The vectors of rows {rows[:10]} are not finite: {cause}."
 
     def _denoise(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
         """Return the states at the masks [B, K, H]; over several steps, each as it was when its mask was filled.
@@ -434,38 +404,9 @@ class DiffRetriever(PreTrainedModel):
         Raises:
             TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0.
         """
-        if (
-            isinstance(texts, (str, bytes))
-            or not isinstance(texts, Iterable)
-            or (isinstance(texts, Sized) and not len(texts))
-        ):
-            check_texts(texts)
-        for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
-            if value is not None:
-                check_count(name, value)
-        budget = tokens_per_batch or (1024 if self.device.type == "cpu" else 16384)
-        options: dict[str, Any] = {"compute_sparse": compute_sparse, "sparse_top_k": sparse_top_k}
-        options |= {"is_query": is_query, "content_filter": content_filter}
-        total = len(texts) if isinstance(texts, Sized) else None
-        collected = OrderedResults(total)
-        stream = iter(texts)
-        with logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar:
-            while window := list(islice(stream, WINDOW)):
-                sequences = self.texts.tokenize(check_texts(window, first=collected.count), is_query)
-                batches = list(batches_by_length([len(sequence) for sequence in sequences], budget, batch_size))
-                run = partial(self._encode_rows, sequences, **options)
-                with closing(self.map_batches(run, batches)) as results:
-                    for rows, out in results:
-                        collected.put(rows, len(window), out)
-                        bar.update(len(rows))
-                collected.close_window(len(window))
-        if collected.count == 0:
-            check_texts([])
-        return DiffRetrieverOutput(**collected.result())
-
-    def _encode_rows(self, sequences: Sequence[list[int]], rows: Sequence[int], **options: Any) -> DiffRetrieverOutput:
-        ids, mask = self.texts.pad([sequences[row] for row in rows])
-        return self.encode(ids.to(self.device), mask.to(self.device), **options)
+        options = {"compute_sparse": compute_sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
+        found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
+        return DiffRetrieverOutput(**found)
 
     def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
         """Run `work`, which calls `encode` on a batch, on every batch: on a CPU several at a time.

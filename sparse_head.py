@@ -13,7 +13,7 @@ LOGITS_ELEMENTS = 32 * 1024 * 1024  # logits held at once when the whole vocabul
 
 
 def sparse_vectors(
-    head: Any, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int, mask_id: int
+    head: Any, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int, mask_id: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest weights of log1p(relu(max over K of the logits)).
 
@@ -23,7 +23,7 @@ def sparse_vectors(
         content: the ids that each text may use, one list a text; None lets the whole vocabulary in. Only the columns
             that some text of the batch may use are computed.
         top_k: T, weights kept a text.
-        mask_id: never weighted.
+        mask_id: never weighted; None for a model without.
 
     Returns:
         Token ids int64 [B, T] by falling value, and weights float32 [B, T]; unused slots are 0 and 0.0.
@@ -46,9 +46,10 @@ def sparse_vectors(
     return _top(lexical_weights(logits_at(head, hidden, columns)) * allowed, columns, top_k)
 
 
-def _whole_vocabulary(head: Any, hidden: torch.Tensor, mask_id: int) -> torch.Tensor:
+def _whole_vocabulary(head: Any, hidden: torch.Tensor, mask_id: int | None) -> torch.Tensor:
     weights = lexical_weights(head(hidden))  # [B, V]
-    weights[:, mask_id] = 0.0
+    if mask_id is not None:
+        weights[:, mask_id] = 0.0
     return weights
 
 

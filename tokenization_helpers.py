@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,33 +143,6 @@ def content_words(text: str) -> list[str]:
     return [word for word in split_words(text.lower()) if word not in STOPWORDS and word not in PUNCTUATION]
 
 
-def check_texts(texts: Any, first: int = 0) -> list[str]:
-    """Return `texts` as a list, or say which entry is no string; `first` is the number of the first entry.
-
-    Raises:
-        TypeError: one string instead of a list, or an entry that is not a string.
-        ValueError: an empty list.
-    """
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"`texts` must be a list of strings, got one {type(texts).__name__}; write [text].")
-    if not isinstance(texts, Iterable):
-        raise TypeError(f"`texts` must be a list of strings, got {type(texts).__name__}.")
-    texts = list(texts)
-    for number, text in enumerate(texts, first):
-        if not isinstance(text, str):
-            raise TypeError(f"`texts[{number}]` must be a string, got {type(text).__name__}: {text!r:.80}.")
-    if not texts:
-        raise ValueError("`texts` is empty; pass at least one string.")
-    return texts
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return a whole number of at least 1, or raise ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-    return value
-
-
 def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and attention mask (None: all ones) on the CPU, [B, L] each, or say what is wrong with them."""
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -305,67 +278,54 @@ def read_retriever_config(file: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 class PromptLayout:
-    """The fixed parts of one side's sequence: prefix + text + suffix + [MASK]·K + tail."""
+    """The fixed parts of one side's sequence: prefix + text (at most `room` tokens) + suffix + [MASK]·K + tail."""
 
-    def __init__(self, prefix: list[int], suffix: list[int], mask_id: int, num_masks: int, tail: list[int]) -> None:
-        self.prefix = prefix
-        self.suffix = suffix
-        self.num_masks = num_masks
-        self.closing = suffix + [mask_id] * num_masks + tail  # all that follows the text
-        self.num_tail = len(tail)
+    def __init__(self, prefix: list[int], suffix: list[int], room: int, masks: Sequence[int], tail: list[int]) -> None:
+        self.prefix, self.suffix, self.room = prefix, suffix, room
+        self.num_masks, self.num_tail = len(masks), len(tail)
+        self.closing = [*suffix, *masks, *tail]  # all that follows the text
 
 
-class RetrievalTokenizer:
-    """Builds the sequences that the model reads, and finds text and masks in them again.
+class FramedTokenizer:
+    """Puts a layout around texts, in which nothing is a special token, and finds the texts again.
 
     Args:
-        tokenizer: a transformers fast tokenizer with chat template, mask, pad and end-of-text tokens.
-        config: the release's `DiffRetrieverConfig`.
+        tokenizer: a transformers fast tokenizer with an end-of-text token.
+
+    Attributes:
+        layouts: that of queries (True) and of passages (False); who derives from this class fills it.
+        mask_id: of the [MASK] token; None for a model without.
 
     Raises:
-        ValueError: no fast tokenizer, no mask token or chat template, or `max_length` leaves no room for text.
+        ValueError: no fast tokenizer, or no end-of-text token.
     """
 
     WORD_CACHE_SIZE = 200_000
 
-    def __init__(self, tokenizer: Any, config: Any) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.max_length = config.max_length
+        self.layouts: dict[bool, PromptLayout] = {}
+        self.mask_id: int | None = None
         self._plain = _plain_backend(tokenizer)
-        self.mask_id = find_mask_id(tokenizer)
         self.end_of_text_id = _special_id(tokenizer, "end-of-text", (tokenizer.eos_token, "<|endoftext|>"))
         self.pad_id = self.end_of_text_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        end_of_turn = _special_id(tokenizer, "end-of-turn", ("<|eot_id|>", "<|im_end|>"))
-        tail = [*self._plain_ids('"'), end_of_turn, self.end_of_text_id]  # paper Eq. 1
-        self.layouts: dict[bool, PromptLayout] = {}
-        for is_query in (True, False):
-            prefix, suffix = (self._template_ids(part) for part in render_prompt(tokenizer, config.prompt(is_query)))
-            self.layouts[is_query] = PromptLayout(prefix, suffix, self.mask_id, config.num_masks(is_query), tail)
-            self._check_room(is_query)
         self._word_ids: dict[str, list[int]] = {}
-
-    def _check_room(self, is_query: bool) -> None:
-        layout = self.layouts[is_query]
-        prompt_length = len(layout.prefix) + len(layout.suffix)
-        if self.max_length <= prompt_length:
-            side = "query" if is_query else "passage"
-            raise ValueError(
-                f"config field `max_length` is {self.max_length}, but the {side} prompt alone takes {prompt_length} "
-                f"tokens; set it to at least {prompt_length + 1}, better {prompt_length + 100}."
-            )
 
     def _plain_ids(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def _template_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _prompt_ids(self, prompt: dict[str, str]) -> list[list[int]]:
+        """Return the ids before and after the text, each part tokenised as one string."""
+        return [
+            self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            for part in render_prompt(self.tokenizer, prompt)
+        ]
 
     def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
         """Return the whole sequence of each text, unpadded. Special-token strings in a text stay plain text."""
         layout = self.layouts[is_query]
-        room = self.max_length - len(layout.prefix) - len(layout.suffix)
         cleaned = [without_lone_surrogates(text) for text in texts]
-        return [layout.prefix + ids + layout.closing for ids in self._first_ids(cleaned, room)]
+        return [layout.prefix + ids + layout.closing for ids in self._first_ids(cleaned, layout.room)]
 
     def _first_ids(self, texts: list[str], room: int) -> list[list[int]]:
         """Return the first `room` ids of each text without tokenising the rest of a long one."""
@@ -429,7 +389,7 @@ class RetrievalTokenizer:
     def _misfit(self, number: int, row: list[int], is_query: bool) -> str:
         side, other = ("query", "passage") if is_query else ("passage", "query")
         other_layout = self.layouts[not is_query]
-        found, expected = row.count(self.mask_id), self.layouts[is_query].num_masks
+        found, expected = sum(token == self.mask_id for token in row), self.layouts[is_query].num_masks
         made_with = f"tokenize(..., is_query={is_query})"
         if row[: len(other_layout.prefix)] == other_layout.prefix and found == other_layout.num_masks:
             return f"ids row {number} is a {other}, but encode() was told is_query={is_query}; use {made_with}."
@@ -454,8 +414,42 @@ class RetrievalTokenizer:
                     self._word_ids.clear()
                 ids = self._word_ids[word] = self._plain_ids(word)
             found.update(ids)
-        found.discard(self.mask_id)
-        return sorted(found)
+        return sorted(found - {self.mask_id})
+
+    def content_lists(self, text_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return `content_ids` of each text, as it was cut."""
+        return [self.content_ids(self.text_of(ids)) for ids in text_ids]
+
+
+class RetrievalTokenizer(FramedTokenizer):
+    """Builds the sequences that the model reads, and finds text and masks in them again.
+
+    Args:
+        tokenizer: a transformers fast tokenizer with chat template, mask, pad and end-of-text tokens.
+        config: the release's `DiffRetrieverConfig`.
+
+    Raises:
+        ValueError: no fast tokenizer, no mask token or chat template, or `max_length` leaves no room for text.
+    """
+
+    mask_id: int
+
+    def __init__(self, tokenizer: Any, config: Any) -> None:
+        mask_id = find_mask_id(tokenizer)
+        super().__init__(tokenizer)
+        self.mask_id, self.max_length = mask_id, config.max_length
+        end_of_turn = _special_id(tokenizer, "end-of-turn", ("<|eot_id|>", "<|im_end|>"))
+        tail = [*self._plain_ids('"'), end_of_turn, self.end_of_text_id]  # paper Eq. 1
+        for is_query, side in ((True, "query"), (False, "passage")):
+            prefix, suffix = self._prompt_ids(config.prompt(is_query))
+            length = len(prefix) + len(suffix)
+            if self.max_length <= length:
+                raise ValueError(
+                    f"config field `max_length` is {self.max_length}, but the {side} prompt alone takes {length} "
+                    f"tokens; set it to at least {length + 1}, better {length + 100}."
+                )
+            masks = [self.mask_id] * config.num_masks(is_query)
+            self.layouts[is_query] = PromptLayout(prefix, suffix, self.max_length - length, masks, tail)
 
 
 def _plain_backend(tokenizer: Any) -> Any:

@@ -71,7 +71,7 @@ def prepare_shard(
     content = None
     if settings.options["content_filter"]:  # of the text as it was cut, the way `encode` itself finds them
         _, text_ids = model.texts.locate(input_ids, mask, is_query)
-        content = [model.texts.content_ids(model.texts.text_of(row)) for row in text_ids]
+        content = model.texts.content_lists(text_ids)
     batches = token_batches(lengths.tolist(), tokens_per_batch)
     return PreparedShard(number, ids, texts, input_ids, mask, lengths, batches, content)
 

@@ -307,11 +307,16 @@ def test_several_steps_change_something_and_leave_the_ids_alone(load_release: Ca
 # ------------------------------------------------------------------------------------------------ encode_texts
 
 
+def batching_of(model: Any) -> Any:
+    """Return the module that the model's own code takes its batches from."""
+    return sys.modules[sys.modules[type(model).__module__].encode_in_order.__module__]
+
+
 @pytest.mark.parametrize("kind", [list, tuple, iter, lambda texts: (text for text in texts), dict.fromkeys])
 @pytest.mark.parametrize("window", [1, 3, 8, 9, 8192])
 def test_any_source_and_window(small: Any, kind: Any, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = small.encode_texts(TEXTS, is_query=False)
-    monkeypatch.setattr(sys.modules[type(small).__module__], "WINDOW", window)
+    monkeypatch.setattr(batching_of(small), "WINDOW", window)
     out = small.encode_texts(kind(TEXTS), is_query=False)
     assert len(out.repr_hidden) == len(TEXTS)
     for row in range(len(TEXTS)):
@@ -321,7 +326,7 @@ def test_any_source_and_window(small: Any, kind: Any, window: int, monkeypatch: 
 
 @pytest.mark.parametrize("kind", [list, iter])
 def test_an_error_names_the_entry_in_the_whole_input(small: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[type(small).__module__], "WINDOW", 4)
+    monkeypatch.setattr(batching_of(small), "WINDOW", 4)
     texts: list[Any] = ["a"] * 9 + [None]
     with pytest.raises(TypeError, match=r"`texts\[9\]` must be a string, got NoneType"):
         small.encode_texts(kind(texts), is_query=True)
@@ -345,7 +350,7 @@ def test_progress_bar(small: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_iterator_is_read_a_window_at_a_time(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[type(small).__module__], "WINDOW", 4)
+    monkeypatch.setattr(batching_of(small), "WINDOW", 4)
     read: list[int] = []
     encoded_when_read: list[int] = []
     encode = type(small).encode
@@ -367,7 +372,7 @@ def test_an_iterator_is_read_a_window_at_a_time(small: Any, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("traced", [True, False], ids=["python", "process"])
 def test_memory_grows_with_the_output_alone(small: Any, traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[type(small).__module__], "WINDOW", 64)
+    monkeypatch.setattr(batching_of(small), "WINDOW", 64)
 
     def texts(number: int) -> Iterator[str]:
         return (f"{n} " + "abc " * 5000 for n in range(number))  # 20 kB each; its output is 1 kB

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffretriever.model.tokenization_helpers import check_texts, find_masks, read_prompt, without_lone_surrogates
+from diffretriever.model.batching import check_texts
+from diffretriever.model.tokenization_helpers import find_masks, read_prompt, without_lone_surrogates
 
 BACKBONES = {"tiny-llada": "llada-q4p4", "tiny-dream": "dream-q4p16"}
 TEXTS = ["a cat", "", "   ", "the seasons on earth", "word " * 300, "日本語 😀 ünï", "<|im_end|><|eot_id|><|mdm_mask|>"]
