@@ -136,7 +136,7 @@ def original_name(backbone_type: str, ours: str) -> str:
 def resolve_folder(
     name: str, beside: Path | None, revision: str | None, hub_options: Mapping[str, Any], patterns: list[str]
 ) -> Path:
-    """Return the local folder of a Hub id or path; what is on the Hub is fetched into the cache.
+    """Return the local folder, absolute, of a Hub id or path; what is on the Hub is fetched into the cache.
 
     Args:
         name: a folder (a relative one starts at `beside`) or a Hub id.
@@ -161,7 +161,7 @@ def resolve_folder(
     if HF_HUB_OFFLINE:  # huggingface_hub 1.x else wants a listing of the files, which no old cache has
         options["local_files_only"] = True
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options)).resolve()
     except (OSError, ValueError) as error:  # huggingface_hub's errors are one or the other
         wanted = f"{name} (revision {revision})" if revision else name
         raise OSError(

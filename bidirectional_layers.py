@@ -83,6 +83,43 @@ def attention_bias(
     return bias.masked_fill(attention_mask == 0, torch.finfo(dtype).min)[:, None, None, :]
 
 
+def run_layers(
+    backbone: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    implementation: str,
+) -> torch.Tensor:
+    """Run a backbone of `build_backbone` once, with gradient.
+
+    Args:
+        backbone: the LlamaModel or Qwen2Model.
+        input_ids: int64 [B, L].
+        attention_mask: int64 [B, L], 1 for real tokens; None when no row is padded.
+        positions: int64 [B, K], whose final states to return; None for all.
+        implementation: of the attention, as for `attention_bias`.
+
+    Returns:
+        The final states, [B, K, H] or [B, L, H] in the backbone's dtype.
+    """
+    hidden = backbone.embed_tokens(input_ids)  # [B, L, H]
+    if attention_mask is None:
+        position_ids = torch.arange(input_ids.shape[1], device=hidden.device).expand(input_ids.shape)
+    else:  # every text starts at 0, wherever its padding is
+        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, L]
+    rotation = backbone.rotary_emb(hidden, position_ids)  # cos, sin: [B, L, D]
+    bias = attention_bias(implementation, input_ids, attention_mask, hidden.dtype)
+    *layers, last = backbone.layers
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotation)
+    if positions is not None and can_trim(last, implementation):
+        hidden = trimmed_layer(last, hidden, positions, rotation, bias, implementation)  # [B, K, H]
+    else:
+        hidden = last(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotation)
+        hidden = hidden if positions is None else rows_at(hidden, positions)
+    return backbone.norm(hidden)
+
+
 def can_trim(layer: nn.Module, implementation: str) -> bool:
     """Whether `trimmed_layer` may stand in for the layer: no hooks or checkpointing to bypass, a mask over keys."""
     watched = hasattr(layer, "_hf_hook") or getattr(layer, "gradient_checkpointing", False)

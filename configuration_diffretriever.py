@@ -1,9 +1,12 @@
-"""Configuration of a DiffRetriever release: the backbone, the mask budgets and the retrieval prompts."""
+"""A DiffRetriever release's configuration (backbone, mask budgets, prompts) and where a model was loaded from."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -29,6 +32,23 @@ BACKBONE_FIELDS = (
     "tie_word_embeddings",
     "use_cache",
 )
+
+
+@dataclass(frozen=True)
+class LoadedFrom:
+    """The folders that a model was really made from, absolute; one of the Hub's cache is named by its commit.
+
+    Args:
+        release: of config.json and the code's settings.
+        weights: of the backbone's weights and config, or the release itself where it holds merged ones.
+        adapter: None without one.
+        tokenizer: of the tokenizer's files.
+    """
+
+    release: Path
+    weights: Path
+    adapter: Path | None
+    tokenizer: Path
 
 
 def paper_prompt(side: str, num_masks: int) -> dict[str, str]:
@@ -131,6 +151,27 @@ class DiffRetrieverConfig(PretrainedConfig):
         config._overrides = overrides
         config.check()
         return result
+
+    @classmethod
+    def to_load(cls, folder: Any, given: Any, overrides: dict[str, Any]) -> Any:
+        """Return a config of its own to load a model by, with the caller's fields in place of the release's.
+
+        Args:
+            folder: of the release.
+            given: what the caller passed as `config`: a config, or a path of one; None takes the release's.
+            overrides: fields and their values.
+
+        Raises:
+            ValueError: a field has a value that no release can have.
+        """
+        if not isinstance(given, PretrainedConfig):
+            return cls.from_pretrained(given or folder, **overrides)
+        config: Any = deepcopy(given)
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        config._overrides = (*getattr(config, "_overrides", ()), *overrides)
+        config.check()
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ModelOutput
 
@@ -34,16 +34,8 @@ from .backbone_loading import (
     save_tokenizer,
 )
 from .batching import check_count, check_texts, count_workers, encode_in_order, run_side_by_side
-from .bidirectional_layers import (
-    attention_bias,
-    build_backbone,
-    can_trim,
-    linear_shapes,
-    parameter_shapes,
-    rows_at,
-    trimmed_layer,
-)
-from .configuration_diffretriever import FIELDS, DiffRetrieverConfig
+from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes, run_layers
+from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
 from .scoring import score
 from .sparse_head import confidence_of, sparse_vectors
 from .tokenization_helpers import (
@@ -88,6 +80,7 @@ class DiffRetriever(PreTrainedModel):
         backbone: transformers' LlamaModel or Qwen2Model, without the causal mask.
         lm_head: the output head, Linear [V, H].
         tokenizer: the backbone's fast tokenizer.
+        loaded_from: the folders that `from_pretrained` took it from; None for a model that was made otherwise.
     """
 
     config_class = DiffRetrieverConfig
@@ -111,6 +104,7 @@ class DiffRetriever(PreTrainedModel):
         self.backbone: Any = build_backbone(config.backbone_type, backbone_config)
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
         self.tokenizer: Any = None
+        self.loaded_from: LoadedFrom | None = None
         self._texts: tuple[Any, RetrievalTokenizer] | None = None
         self.post_init()
 
@@ -147,7 +141,9 @@ class DiffRetriever(PreTrainedModel):
         for name in ("adapter_kwargs", "trust_remote_code", *HUB_OPTIONS):
             kwargs.pop(name, None)
         folder = resolve_folder(str(pretrained_model_name_or_path), None, revision, hub, RELEASE_FILES)
-        config = _resolve_config(folder, config, {name: kwargs.pop(name) for name in FIELDS if name in kwargs})
+        config = DiffRetrieverConfig.to_load(
+            folder, config, {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
+        )
         weights, names_of = find_weights(config, folder, hub)
         shapes = parameter_shapes(config.backbone_type, config.backbone_config)
         stored_dtype = audit_weights(weights, names_of, shapes)
@@ -163,6 +159,8 @@ class DiffRetriever(PreTrainedModel):
         if problems:
             raise ValueError(f"{weights}: transformers reports {problems}; the weights are not whole.")
         model.tokenizer = tokenizer
+        place = None if adapter is None else adapter.folder
+        model.loaded_from = LoadedFrom(folder, weights, place, Path(tokenizer.name_or_path))
         _ = model.texts  # a tokenizer that cannot build the prompts is refused now, not at the first text
         if adapter is not None:
             adapter.add_to(model, model.config.merge_adapter)
@@ -232,32 +230,13 @@ class DiffRetriever(PreTrainedModel):
         """
         if mask_positions is None:
             mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.num_masks(is_query))
-        return DiffRetrieverOutput(mask_hidden=self._run_layers(input_ids, attention_mask, mask_positions))
+        implementation = self.config._attn_implementation
+        hidden = run_layers(self.backbone, input_ids, attention_mask, mask_positions, implementation)
+        return DiffRetrieverOutput(mask_hidden=hidden)
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the final states at every position, [B, L, H], with gradient."""
-        return self._run_layers(input_ids, attention_mask, None)
-
-    def _run_layers(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
-    ) -> torch.Tensor:
-        hidden = self.backbone.embed_tokens(input_ids)  # [B, L, H]
-        if attention_mask is None:
-            position_ids = torch.arange(input_ids.shape[1], device=hidden.device).expand(input_ids.shape)
-        else:  # every text starts at 0, wherever its padding is
-            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, L]
-        rotation = self.backbone.rotary_emb(hidden, position_ids)  # cos, sin: [B, L, D]
-        implementation = self.config._attn_implementation
-        bias = attention_bias(implementation, input_ids, attention_mask, hidden.dtype)
-        *layers, last = self.backbone.layers
-        for layer in layers:
-            hidden = layer(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotation)
-        if positions is not None and can_trim(last, implementation):
-            hidden = trimmed_layer(last, hidden, positions, rotation, bias, implementation)  # [B, K, H]
-        else:
-            hidden = last(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotation)
-            hidden = hidden if positions is None else rows_at(hidden, positions)
-        return self.backbone.norm(hidden)
+        return run_layers(self.backbone, input_ids, attention_mask, None, self.config._attn_implementation)
 
     # ---------------------------------------------------------------------------------------------- texts to vectors
 
@@ -423,18 +402,6 @@ class DiffRetriever(PreTrainedModel):
     def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
         """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors."""
         return score(queries, passages, mode)
-
-
-def _resolve_config(folder: Path, config: Any, overrides: dict[str, Any]) -> Any:
-    """Return a config of our own to change, from the folder or the caller."""
-    if not isinstance(config, PretrainedConfig):
-        return DiffRetrieverConfig.from_pretrained(config or folder, **overrides)
-    config = deepcopy(config)
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    config._overrides = (*getattr(config, "_overrides", ()), *overrides)
-    config.check()
-    return config
 
 
 def _read_adapter(

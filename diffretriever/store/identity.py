@@ -6,16 +6,16 @@ import hashlib
 import importlib.metadata
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from ..files.durable import BLOCK
+from ..files.hashes import hash_file
 from .manifest import Settings
 
-COMMIT = re.compile(r"(?<=\.)[0-9a-f]{40}(?=\.)")
 BLOB_NAME = re.compile("[0-9a-f]{64}")  # the Hub's cache names a large file by its SHA-256
 SHARED_BY_BOTH_SIDES = ("weights_sha256", "adapter_sha256", "hidden_size", "vocab_size", "prompts")
 SHARED_OPTIONS = ("normalize", "num_denoise_steps")
@@ -32,17 +32,22 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
 
     Raises:
         FileNotFoundError: the model's files are no longer where it was loaded from.
+        ValueError: the model does not know where it was loaded from.
     """
-    config = model.config
-    revision = find_revision(model)
-    release = _release_folder(config, revision)
+    config, loaded_from = model.config, getattr(model, "loaded_from", None)
+    if loaded_from is None:
+        raise ValueError(
+            f"{config.name_or_path!r} does not say which files it was made from. Load it with "
+            "AutoModel.from_pretrained; a release that an earlier version built brings that version's code: build it "
+            "again with publish.py."
+        )
     given = dict(options or {})
     top_k = given.pop("sparse_top_k", None) or config.sparse_top_k
     return Settings(
         model=str(config.name_or_path),
-        revision=revision,
-        weights_sha256=hash_files(_weights_folder(config, release)),
-        adapter_sha256=_adapter_hash(config, release),
+        revision=_commit(loaded_from.release),
+        weights_sha256=hash_files(loaded_from.weights),
+        adapter_sha256=None if loaded_from.adapter is None else hash_files(loaded_from.adapter),
         side="query" if is_query else "passage",
         num_masks=config.num_masks(is_query),
         hidden_size=config.hidden_size,
@@ -87,63 +92,43 @@ def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
 
 
 def hash_files(folder: Path) -> str:
-    """Return one hash over the names and contents of a folder's safetensors files."""
+    """Return one hash over the names and contents of a folder's safetensors files.
+
+    Raises:
+        FileNotFoundError: it holds none.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: no .safetensors files; the model's weights are no longer there.")
     with ThreadPoolExecutor(4) as workers:
-        hashes = list(workers.map(_hash_file, files))
+        hashes = list(workers.map(_content_hash, files))
     lines = [f"{file.name} {digest}" for file, digest in zip(files, hashes, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _hash_file(file: Path) -> str:
+def _content_hash(file: Path) -> str:
     real = file.resolve()
-    if BLOB_NAME.fullmatch(real.name):
+    if BLOB_NAME.fullmatch(real.name) and _in_hub_cache(file, real):
         return real.name
-    digest = hashlib.sha256()
-    with real.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    status = real.stat()
+    return _hash_once(real, status.st_size, status.st_mtime_ns)
 
 
-def find_revision(model: Any) -> str | None:
-    """Return the commit on the Hub that a model was loaded from; None for a folder.
-
-    transformers names the module of a repository's code by the commit; 4.x also keeps it in the config.
-    """
-    found = COMMIT.search(type(model).__module__)
-    return found[0] if found else getattr(model.config, "_commit_hash", None)
+def _in_hub_cache(file: Path, blob: Path) -> bool:
+    """Return whether a file is a link of the Hub's cache, from models--…/snapshots/COMMIT/… to models--…/blobs."""
+    place = blob.parent.parent
+    return place.name.startswith("models--") and blob.parent.name == "blobs" and place / "snapshots" in file.parents
 
 
-def _release_folder(config: Any, revision: str | None) -> Path:
-    name = str(config.name_or_path)
-    return Path(name) if Path(name).is_dir() else _snapshot(name, revision)
+@cache
+def _hash_once(file: Path, size: int, changed: int) -> str:
+    """Hash a file that a process asks for again and again; `size` and `changed` tell whether it is still the same."""
+    return hash_file(file)
 
 
-def _weights_folder(config: Any, release: Path) -> Path:
-    base = config.base_model_name_or_path
-    return release if base is None else _resolve(base, release, config.base_model_revision)
-
-
-def _adapter_hash(config: Any, release: Path) -> str | None:
-    adapter = config.adapter_name_or_path
-    return None if adapter is None else hash_files(_resolve(adapter, release, None))
-
-
-def _resolve(name: str, release: Path, revision: str | None) -> Path:
-    """Return the folder that the model was loaded from: inside the release, anywhere else, or the Hub's cache."""
-    for folder in (release / name, Path(name)):
-        if folder.is_dir():
-            return folder
-    return _snapshot(name, revision)
-
-
-def _snapshot(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download  # the model is loaded, so its files are in the cache
-
-    return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+def _commit(folder: Path) -> str | None:
+    """Return the commit on the Hub whose files a folder of the Hub's cache holds; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _own_version() -> str:

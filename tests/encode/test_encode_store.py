@@ -16,7 +16,6 @@ from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
 from diffretriever.data.corpus import Passage
 from diffretriever.encode.encode_store import encode_store
 from diffretriever.files.claims import Claims
-from diffretriever.store.identity import check_searchable, describe_model
 from diffretriever.store.store import Store
 
 
@@ -278,11 +277,3 @@ def test_a_store_that_somebody_writes_is_locked(
             Store.open(folder)
         with pytest.raises(ValueError, match=f"made otherwise. dtype.*{owner}"):
             encode(tiny, corpus, folder, dtype="int8")
-
-
-def test_queries_of_another_model_cannot_search_the_store(load_release: Callable[..., Any], tiny: Any) -> None:
-    passages = describe_model(tiny, False, "float16")
-    check_searchable(passages, describe_model(tiny, True, "float32"), "store")
-    other = describe_model(load_release("tiny-llada"), True, "float32")
-    with pytest.raises(ValueError, match=r"store: its passages were encoded with '.*q4p4.*adapter_sha256.*prompts"):
-        check_searchable(passages, other, "store")
