@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModel
 
+from .data.texts import join_title
 from .publishing.releases import DREAM, LLADA, RELEASES
 
 # What each mode is in sentence-transformers: the release's revision, the wrapper's name in mteb, its similarity there.
@@ -83,7 +85,7 @@ def model_meta(release: str, mode: str, organisation: str, **loader_options: Any
     fields: dict[str, Any] = {"embed_dim": backbone.hidden_size, "model_type": ["hybrid"]}
     if mode in EMBEDDING_MODES:
         revision, wrapper, kind, similarity = EMBEDDING_MODES[mode]
-        loader = getattr(models.sentence_transformer_wrapper, wrapper)
+        loader = _with_our_titles(getattr(models.sentence_transformer_wrapper, wrapper))
         fields |= {"model_type": [kind], "embed_dim": backbone.vocab_size if kind == "sparse" else backbone.hidden_size}
         loader_options.setdefault("trust_remote_code", True)
     else:
@@ -128,6 +130,21 @@ def _mteb_models() -> Any:
     return models
 
 
+def _with_our_titles(wrapper: type) -> type:
+    """Return mteb's wrapper, joining titles as releases encode corpora ("T. x"), where mteb puts a blank between."""
+
+    class Wrapper(wrapper):
+        """Encodes passages whose title and text are joined anew."""
+
+        def encode(self, inputs: Any, **options: Any) -> Any:
+            if {"title", "body"} <= set(inputs.dataset.column_names):  # "body" is the text without its title
+                rows = inputs.dataset.map(lambda row: {"text": join_title(row["title"], row["body"])})
+                inputs = DataLoader(rows, batch_size=inputs.batch_size, collate_fn=inputs.collate_fn)
+            return super().encode(inputs, **options)
+
+    return Wrapper
+
+
 class FusionSearch:
     """A release in any scoring mode as MTEB's SearchProtocol; the only way to evaluate a fusion mode there.
 
@@ -166,12 +183,12 @@ class FusionSearch:
         """Encode the corpus.
 
         Args:
-            corpus: rows with "id", "text" and perhaps "title", which is put in front as mteb does it.
+            corpus: rows with "id", "text" and perhaps "title", which is put in front as everywhere here.
             encode_kwargs: `batch_size` and `show_progress_bar`.
         """
         rows = list(corpus)
         self.passage_ids = [row["id"] for row in rows]
-        self.passages = self._encode([passage_text(row) for row in rows], False, encode_kwargs)
+        self.passages = self._encode([join_title(row.get("title"), row["text"]) for row in rows], False, encode_kwargs)
 
     def search(
         self,
@@ -233,16 +250,6 @@ class FusionSearch:
             {self.passage_ids[places[column]]: score for column, score in zip(columns, values, strict=True)}
             for columns, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-
-
-def passage_text(row: Mapping[str, Any]) -> str:
-    """Join a passage's title and text as mteb does.
-
-    >>> passage_text({"title": "Tide", "text": "The sea rises."})
-    'Tide The sea rises.'
-    """
-    title = row.get("title")
-    return f"{title} {row['text']}".strip() if title else row["text"]
 
 
 def _rows(output: Mapping[str, torch.Tensor], rows: list[int]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from ..files.lines import COMPRESSIONS, read_lines, read_objects
 from ..model.tokenization_helpers import without_lone_surrogates
 from .datasets_reader import read_dataset, read_parquet
+from .texts import join_title
 
 ID_FIELDS = ("_id", "id", "docid", "doc_id", "pid", "corpus-id", "query-id", "query_id", "qid")
 TEXT_FIELDS = ("text", "contents", "passage", "body", "query")
@@ -198,5 +199,6 @@ def _text_of(record: Mapping[str, Any], where: str) -> str:
     for field, value in ((name, text), (title_name, "" if title is None else title)):
         if not isinstance(value, str):
             raise ValueError(f"{where}: {field!r} is missing or no text ({value!r:.80}).")
-    joined = f"{title}. {text}" if title and title.strip() else text
-    return without_lone_surrogates(joined)  # as the model reads it, so that the store holds what was encoded
+    return without_lone_surrogates(
+        join_title(title, text)
+    )  # a store holds what was encoded

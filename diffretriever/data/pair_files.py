@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import lzma
 import os
-import shutil
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from ..files.durable import remove_temporaries, write_whole
 from ..files.hashes import hash64
+from ..files.lines import COMPRESSIONS, decode_line, parse_object, read_blocks, read_raw_lines
 from .ids import repeated_hashes
+from .texts import join_title, text_key
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,21 @@ class DataReport:
     fewest_negatives: int = -1
 
 
-def read_item(line: bytes, where: str) -> TrainingItem:
-    """Reads one line of either layout.
+def read_item(line: str, where: str) -> TrainingItem:
+    """Read one line of either layout.
 
     Args:
-        line: UTF-8 JSON: {"query", "positive" or "positives", "negatives"}, or Tevatron's {"query_id", "query",
+        line: JSON: {"query", "positive" or "positives", "negatives"}, or Tevatron's {"query_id", "query",
             "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}.
         where: names file and line in errors.
+
+    Returns:
+        The item; negatives that say what a positive says, or come twice, are left out.
 
     Raises:
         ValueError: malformed, or a query or positive missing or empty.
     """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid UTF-8 (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    record = parse_object(line, where)
     query = record.get("query")
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"{where}: 'query' must be a text that is not empty")
@@ -77,14 +71,18 @@ def read_item(line: bytes, where: str) -> TrainingItem:
         positives, negatives = _texts(given, where, names[0]), _texts(record.get("negatives"), where, "negatives")
     if not positives:
         raise ValueError(f"{where}: '{names[0]}' is missing or empty; every query needs a passage that answers it")
-    kept = tuple(dict.fromkeys(text for text in negatives if text not in positives))
+    answers = set(map(text_key, positives))
+    kept: dict[str, str] = {}
+    for text in negatives:
+        if (key := text_key(text)) not in answers:
+            kept.setdefault(key, text)
     identity = record.get("query_id", record.get("_id"))
-    identity = None if identity is None else str(identity)
-    return TrainingItem(query, tuple(dict.fromkeys(positives)), kept, identity, where, len(negatives) - len(kept))
+    identity, dropped = None if identity is None else str(identity), len(negatives) - len(kept)
+    return TrainingItem(query, tuple(dict.fromkeys(positives)), tuple(kept.values()), identity, where, dropped)
 
 
 def _texts(value: Any, where: str, name: str) -> list[str]:
-    """One text or a list of texts; blank ones refused."""
+    """Return one text or a list of texts as a list; blank ones are refused."""
     values = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(values, list):
         raise ValueError(f"{where}: '{name}' must be a text or a list of texts, got {type(value).__name__}")
@@ -95,7 +93,7 @@ def _texts(value: Any, where: str, name: str) -> list[str]:
 
 
 def _passages(value: Any, where: str, name: str) -> list[str]:
-    """Tevatron's list of {"docid", "title", "text"}: title and text, joined by a space."""
+    """Return the texts of Tevatron's list of {"docid", "title", "text"}."""
     values = [] if value is None else value
     if not isinstance(values, list):
         raise ValueError(f"{where}: '{name}' must be a list of {{docid, title, text}}, got {type(value).__name__}")
@@ -103,7 +101,10 @@ def _passages(value: Any, where: str, name: str) -> list[str]:
     for passage in values:
         if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
             raise ValueError(f"{where}: '{name}' holds an entry without a 'text'")
-        found.append(f"{passage.get('title') or ''} {passage['text']}".strip())
+        title = passage.get("title")
+        if not isinstance(title, str | None):
+            raise ValueError(f"{where}: '{name}' holds a 'title' that is no text: {title!r:.80}")
+        found.append(join_title(title, passage["text"]))
     return _texts(found, where, name)
 
 
@@ -111,7 +112,7 @@ class PairFiles:
     """Training items by number, read from disk when asked for; memory holds 24 bytes an item.
 
     Args:
-        paths: JSONL files; .gz and .xz are unpacked into `scratch` first.
+        paths: JSONL files; .gz, .xz and .zst are unpacked into `scratch` first.
         scratch: folder for unpacked copies.
 
     Raises:
@@ -132,20 +133,21 @@ class PairFiles:
         self._handles: dict[tuple[int, int], int] = {}  # (process, file): descriptor; workers open their own
 
     def _scan(self, number: int) -> None:
-        """Checks every line of one file and notes where it starts."""
+        """Check every line of one file and note where it starts."""
         digest, offset, report = hashlib.sha256(), 0, self.report
         identities, before = array("q"), len(self._offsets)
-        with self.paths[number].open("rb") as lines:
-            for line_number, line in enumerate(lines, start=1):
-                digest.update(line)
-                if line.strip():
-                    item = read_item(line, f"{self.names[number]}, line {line_number}")
-                    self._offsets.append(offset)
-                    self._lines.append(line_number)
-                    self.lengths.append(len(item.positives[0]))
-                    identities.append(hash64(item.identity) if item.identity is not None else -line_number)
-                    self._count(item)
-                offset += len(line)
+        for line_number, raw in read_raw_lines(self.paths[number]):
+            digest.update(raw)
+            where = f"{self.names[number]}, line {line_number}"
+            line = decode_line(raw, line_number, where)
+            if line.strip():
+                item = read_item(line, where)
+                self._offsets.append(offset)
+                self._lines.append(line_number)
+                self.lengths.append(len(item.positives[0]))
+                identities.append(hash64(item.identity) if item.identity is not None else -line_number)
+                self._count(item)
+            offset += len(raw)
         report.counts.append(len(self._offsets) - before)
         report.fingerprints[self.names[number]] = digest.hexdigest()
         self._refuse_repeated(number, before, identities)
@@ -172,14 +174,15 @@ class PairFiles:
         return len(self._offsets)
 
     def __getitem__(self, number: int) -> TrainingItem:
-        """Reads item `number`, from 0."""
+        """Read item `number`, from 0."""
         if not 0 <= number < len(self):
             raise IndexError(f"item {number} of {len(self)}")
         file = int(np.searchsorted(self._starts, number, side="right")) - 1
         last = number + 1 == self._starts[file + 1]
         end = os.path.getsize(self.paths[file]) if last else self._offsets[number + 1]
-        line = os.pread(self._descriptor(file), end - self._offsets[number], self._offsets[number])
-        return read_item(line.split(b"\n", 1)[0], f"{self.names[file]}, line {self._lines[number]}")
+        raw = os.pread(self._descriptor(file), end - self._offsets[number], self._offsets[number])
+        where = f"{self.names[file]}, line {self._lines[number]}"
+        return read_item(decode_line(raw.split(b"\n", 1)[0], self._lines[number], where), where)
 
     def __iter__(self) -> Iterator[TrainingItem]:
         return (self[number] for number in range(len(self)))
@@ -191,7 +194,7 @@ class PairFiles:
         return self._handles[key]
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for (process, _), descriptor in self._handles.items():
             if process == os.getpid():
                 os.close(descriptor)
@@ -199,11 +202,10 @@ class PairFiles:
 
 
 def _plain_file(path: Path, number: int, scratch: Path | None) -> Path:
-    """The file itself, or an unpacked copy of a compressed one: lines of a packed file cannot be read by offset."""
+    """Return the file itself, or an unpacked copy of a compressed one, whose lines cannot be read by offset."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file; give the path of a JSONL file (.jsonl, .gz or .xz)")
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    if path.suffix not in openers:
+        raise FileNotFoundError(f"{path}: no such data file; give the path of a JSONL file (also .gz, .xz, .zst)")
+    if path.suffix not in COMPRESSIONS:
         return path
     if scratch is None:
         raise ValueError(f"{path}: unpack it first; lines of a compressed file cannot be read by offset")
@@ -211,12 +213,6 @@ def _plain_file(path: Path, number: int, scratch: Path | None) -> Path:
     stamp = path.stat()
     copy = scratch / f"data-{number}-{stamp.st_size}-{stamp.st_mtime_ns}.jsonl"
     if not copy.is_file():
-        partial = copy.with_suffix(f".partial-{os.getpid()}")
-        with ExitStack() as stack:
-            try:
-                packed: BinaryIO = stack.enter_context(openers[path.suffix](path, "rb"))
-                shutil.copyfileobj(packed, stack.enter_context(partial.open("wb")))
-            except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
-                raise ValueError(f"{path}: cannot be unpacked: {error}") from error
-        os.replace(partial, copy)
+        remove_temporaries(scratch)
+        write_whole(copy, read_blocks(path))
     return copy

@@ -91,30 +91,63 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         FileNotFoundError: no such file.
         ValueError: a line that is not UTF-8, or a compressed file that is damaged or cut off.
     """
+    for number, raw in read_raw_lines(path):
+        yield number, decode_line(raw, number, f"{path}, line {number}")
+
+
+def read_raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file as they are, line ends included, with their numbers, from 1.
+
+    Raises:
+        As `read_lines`, save that a line may be anything.
+    """
     number = 0
     with open_bytes(path) as stream:
         lines = iter(stream)
-        while (raw := _next_line(lines, path, number)) is not None:
+        while (raw := _next_part(lines, f"{path}, after line {number}")) is not None:
             number += 1
-            if number == 1:
-                raw = raw.removeprefix(BYTE_ORDER_MARK)
-            try:
-                line = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid UTF-8 (byte {error.start + 1} of the line is "
-                    f"0x{raw[error.start]:02x}); convert the file to UTF-8."
-                ) from error
-            yield number, line
+            yield number, raw
 
 
-def _next_line(lines: Iterator[bytes], path: str | Path, number: int) -> bytes | None:
+def read_blocks(path: str | Path) -> Iterator[bytes]:
+    """Yield the plain content of a file, block by block.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a compressed file that is damaged or cut off.
+    """
+    with open_bytes(path) as stream:
+        blocks = iter(lambda: stream.read(CHUNK), b"")
+        while (block := _next_part(blocks, str(path))) is not None:
+            yield block
+
+
+def decode_line(raw: bytes, number: int, where: str) -> str:
+    """Return the text of a line without its end, and the first without a byte order mark.
+
+    Args:
+        raw: from `read_raw_lines`.
+        number: the line's, from 1.
+        where: names file and line.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    raw = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
     try:
-        return next(lines, None)
-    except _damage() as error:
+        return raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}, after line {number}: the compressed file is damaged or cut off ({error})."
+            f"{where}: not valid UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x}); convert the "
+            "file to UTF-8."
         ) from error
+
+
+def _next_part(parts: Iterator[bytes], where: str) -> bytes | None:
+    try:
+        return next(parts, None)
+    except _damage() as error:
+        raise ValueError(f"{where}: the compressed file is damaged or cut off ({error}).") from error
 
 
 def _damage() -> tuple[type[Exception], ...]:
@@ -133,12 +166,21 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}).") from error
-        except RecursionError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON (nested too deeply).") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}.")
-        yield number, record
+        yield number, parse_object(line, f"{path}, line {number}")
+
+
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """Return the JSON object that a line holds.
+
+    Raises:
+        ValueError: it holds none; the message begins with `where`, which names file and line.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: not valid JSON (nested too deeply).") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}.")
+    return record

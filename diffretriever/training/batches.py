@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..data.pair_files import PairFiles, TrainingItem
+from ..data.texts import text_key
 from ..files.hashes import hash64
 from .adapter_recipe import AdapterRecipe
 from .mean_pooling import bare_sequences
@@ -126,11 +127,11 @@ class Collator:
         for name, is_query, rows in (("query", True, prepared[0]), ("passage", False, prepared[1])):
             batch[name] = self.chunked([row[0] for row in rows], is_query)
             batch[f"{name}_words"] = padded_ids([row[1] for row in rows])
-        query_hashes = [hash64(query) for query in queries]
+        query_hashes = hashes_of(queries)
         owners = query_hashes + [-1] * len(negatives)
-        texts = [hash64(text) for text in positives + negatives]
+        texts = hashes_of(positives + negatives)
         batch["query_hashes"] = torch.tensor(query_hashes)
-        batch["positive_hashes"] = padded_ids([[hash64(text) for text in item.positives] for item in items])
+        batch["positive_hashes"] = padded_ids([hashes_of(item.positives) for item in items])
         batch["passage_hashes"] = torch.tensor([texts, owners]).T.contiguous()
         batch["tokens"] = sum(len(row[0]) for side in prepared for row in side)
         batch["cut"] = sum(row[2] for side in prepared for row in side)
@@ -151,6 +152,11 @@ class Collator:
         if self.recipe.pooling == "masks":
             chunk["positions"], _ = self.model.texts.locate(ids, mask, is_query)
         return chunk
+
+
+def hashes_of(texts: Sequence[str]) -> list[int]:
+    """Return a number for each text, the same for texts that say the same."""
+    return [hash64(text_key(text)) for text in texts]
 
 
 def padded_ids(rows: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -21,6 +21,7 @@ from datasets import Dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from diffretriever.data.texts import join_title
 from diffretriever.mteb_models import FUSION_MODES, MODES, FusionSearch
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "diffretriever-llada-tiny-single"
@@ -33,10 +34,10 @@ CLASSES = {
 
 
 def read_rows(file: Path) -> Dataset:
-    """Read a corpus or queries; the ids are called "id" in MTEB."""
+    """Read a corpus or queries; titles are joined here ("title. text"), as MTEB itself would put a blank between."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    fields = ("title", "text") if any("title" in row for row in rows) else ("text",)
-    return Dataset.from_list([{"id": row["_id"], **{name: row.get(name, "") for name in fields}} for row in rows])
+    texts = (join_title(row.get("title"), row["text"]) for row in rows)
+    return Dataset.from_list([{"id": row["_id"], "text": text} for row, text in zip(rows, texts, strict=True)])
 
 
 def read_qrels(file: Path) -> dict[str, dict[str, int]]:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def test_both_layouts(tmp_path: Path) -> None:
     files = PairFiles([path])
     first, second, third = files
     assert (first.query, first.identity) == ("what is a fjord", "17")
-    assert first.positives == ("Fjord A long narrow inlet.",)
+    assert first.positives == ("Fjord. A long narrow inlet.",)
     assert first.negatives == ("A car maker.",)
     assert (second.positives, second.negatives) == (("a", "b"), ("c",))
     assert (third.query, third.positives, third.negatives) == ("x", ("y",), ())
@@ -83,6 +84,11 @@ def test_every_item_is_read_from_its_own_place(texts: list[tuple[str, bool]]) ->
             "'positive_passages' holds an entry without a 'text'",
         ),
         ('{"query": "q", "positive_passages": "p"}', "must be a list of {docid, title, text}, got str"),
+        (
+            '{"query": "q", "positive_passages": [{"title": 7, "text": "t"}]}',
+            "'positive_passages' holds a 'title' that is no text: 7",
+        ),
+        ("[" * 100_000, "line 2: not valid JSON"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
@@ -95,8 +101,22 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, words: str) -> Non
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b'{"query": "q", "positive": "p"}\n{"query": "\xff", "positive": "p"}\n')
-    with pytest.raises(ValueError, match=r"line 2: not valid UTF-8 \(byte 11\)"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 2: not valid UTF-8 \(byte 12 of the line is 0xff\)"):
         PairFiles([path])
+
+
+def test_a_byte_order_mark_and_carriage_returns(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"query": "q", "positive": "p"}\r\n\r\n{"query": "r", "positive": "s"}\r\n')
+    files = PairFiles([path])
+    assert [(item.query, item.positives) for item in files] == [("q", ("p",)), ("r", ("s",))]
+    assert files.report.fingerprints[str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_negatives_that_say_what_a_positive_says_are_dropped() -> None:
+    line = {"query": "q", "positive": "a  river\n", "negatives": [" a river", "a lake", "a  lake ", "a sea"]}
+    item = read_item(json.dumps(line), "here")
+    assert (item.negatives, item.dropped) == (("a lake", "a sea"), 2)
 
 
 def test_repeated_ids_are_named_with_both_lines(tmp_path: Path) -> None:
@@ -116,19 +136,25 @@ def test_absent_and_empty_files(tmp_path: Path) -> None:
         PairFiles([tmp_path / "empty.jsonl"])
 
 
-@pytest.mark.parametrize(("suffix", "opener"), [(".gz", gzip.open), (".xz", lzma.open)])
-def test_compressed_files_are_unpacked_once(tmp_path: Path, suffix: str, opener: Any) -> None:
+def zstandard_compress(content: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(content)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard_compress)]
+)
+def test_compressed_files_are_unpacked_once(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
     path = tmp_path / f"pairs.jsonl{suffix}"
-    with opener(path, "wt", encoding="utf-8") as lines:
-        lines.write(json.dumps(PAIR) + "\n")
+    path.write_bytes(pack(json.dumps(PAIR).encode() + b"\n"))
     for _ in range(2):
         files = PairFiles([path], tmp_path / "scratch")
         assert files[0].query == "q"
         assert files[0].where == f"{path}, line 1"
     assert len(list((tmp_path / "scratch").iterdir())) == 1
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="cannot be unpacked"):
+    with pytest.raises(ValueError, match=rf"pairs.jsonl{suffix}: the compressed file is damaged or cut off"):
         PairFiles([path], tmp_path / "scratch")
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
 
 
 def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
@@ -146,4 +172,4 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
 
 
 def test_a_number_is_an_id() -> None:
-    assert read_item(b'{"query": "a", "positive": "b", "_id": 7}', "here").identity == "7"
+    assert read_item('{"query": "a", "positive": "b", "_id": 7}', "here").identity == "7"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,8 @@ def rows(file: Path) -> list[dict[str, str]]:
 def our_ndcg(model: Any, data: Path, mode: str) -> float:
     """Evaluate with AutoModel, score and pytrec_eval, and nothing of the examples."""
     corpus, queries = rows(data / "corpus.jsonl"), rows(data / "queries.jsonl")
-    passages = model.encode_texts([f"{row['title']} {row['text']}".strip() for row in corpus], False)
+    texts = [f"{row['title']}. {row['text']}" if row["title"] else row["text"] for row in corpus]
+    passages = model.encode_texts(texts, False)
     scores = model.score(model.encode_texts([row["text"] for row in queries], True), passages, mode)
     run = {
         query["_id"]: {passage["_id"]: float(score) for passage, score in zip(corpus, values, strict=True)}
@@ -87,32 +87,22 @@ def test_same_ndcg(
     assert abs(float(found[1]) - expected) < 2e-4  # MTEB rounds to 5 decimals
 
 
-@pytest.fixture(scope="module")
-def untitled(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus without titles: MTEB joins them by a blank, the method by a full stop."""
-    folder = tmp_path_factory.mktemp("untitled") / "beir"
-    shutil.copytree(data, folder)
-    passages = rows(folder / "corpus.jsonl")
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({**row, "title": ""}) + "\n" for row in passages))
-    return folder
-
-
 @pytest.mark.parametrize("mode", models.MODES)
 def test_same_ndcg_as_our_evaluation(
     folders: Folders,
-    untitled: Path,
+    data: Path,
     tmp_path: Path,
     example: Callable[[str], Any],
     run_example: Callable[..., str],
     mode: str,
 ) -> None:
     folder = folders.folder("multi", KINDS.get(mode, "dense"))
-    printed = run_example(example("mteb_evaluation"), "--data", str(untitled), "--model", str(folder), "--mode", mode)
+    printed = run_example(example("mteb_evaluation"), "--data", str(data), "--model", str(folder), "--mode", mode)
     found = re.search(r"ndcg_at_10=(\d\.\d{4})", printed)
     assert found, printed
     model = folders.plain("multi")
-    store = encode_store(model, untitled, tmp_path / "store", dtype="float32")
-    evaluation, _ = evaluate(model, read_benchmark(untitled, "test"), store, Options(modes=[mode]))
+    store = encode_store(model, data, tmp_path / "store", dtype="float32")
+    evaluation, _ = evaluate(model, read_benchmark(data, "test"), store, Options(modes=[mode]))
     assert abs(float(found[1]) - means(evaluation.rows[mode])["nDCG@10"]) < 2e-4
 
 
