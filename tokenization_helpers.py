@@ -324,11 +324,11 @@ class FramedTokenizer:
     def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
         """Return the whole sequence of each text, unpadded. Special-token strings in a text stay plain text."""
         layout = self.layouts[is_query]
-        cleaned = [without_lone_surrogates(text) for text in texts]
-        return [layout.prefix + ids + layout.closing for ids in self._first_ids(cleaned, layout.room)]
+        return [layout.prefix + ids + layout.closing for ids in self.first_ids(texts, layout.room)]
 
-    def _first_ids(self, texts: list[str], room: int) -> list[list[int]]:
-        """Return the first `room` ids of each text without tokenising the rest of a long one."""
+    def first_ids(self, texts: Sequence[str], room: int) -> list[list[int]]:
+        """Return the first `room` ids of each text alone, without tokenising the rest of a long one."""
+        texts = [without_lone_surrogates(text) for text in texts]
         length = 8 * room + 64  # characters; twice as many as `room` tokens of English take
         short = [text if len(text) <= length else "" for text in texts]
         rows = [encoding.ids[:room] for encoding in self._plain.encode_batch_fast(short, add_special_tokens=False)]

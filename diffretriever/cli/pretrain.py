@@ -25,8 +25,8 @@ def register(commands: Any) -> None:
 def run_pretrain(options: argparse.Namespace) -> int:
     """Run `diffretriever pretrain`."""
     from ..pretraining.pretrain import pretrain
-    from ..training.recipe import PretrainRecipe, read_recipe
+    from ..pretraining.recipe import read_pretrain_recipe
 
-    recipe = read_recipe(options.recipe, PretrainRecipe, {"seed": options.seed})
+    recipe = read_pretrain_recipe(options.recipe, seed=options.seed)
     pretrain(recipe, options.pairs, options.texts, options.out, options.dev, options.threads)
     return 0

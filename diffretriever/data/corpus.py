@@ -199,6 +199,4 @@ def _text_of(record: Mapping[str, Any], where: str) -> str:
     for field, value in ((name, text), (title_name, "" if title is None else title)):
         if not isinstance(value, str):
             raise ValueError(f"{where}: {field!r} is missing or no text ({value!r:.80}).")
-    return without_lone_surrogates(
-        join_title(title, text)
-    )  # a store holds what was encoded
+    return without_lone_surrogates(join_title(title, text))  # a store holds what was encoded

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..training.losses import denoising_loss
-from .backbone import hidden_states
-from .backbone_format import Backbone
-from .data import IdLists, pad_left
+from ..model.batching import batches_by_length
+from ..model.modeling_diffretriever import DiffRetriever
+from ..model.tokenization_helpers import RetrievalTokenizer
+from .corpus import IdLists
+from .losses import denoising_loss
+from .plan import EndlessBatches
 
 POOL = 8192  # texts that are sorted by length together
 SMALLEST_T = 0.05  # t is kept away from 0, where 1/t has no finite variance
@@ -20,46 +22,20 @@ HELD_OUT_T = (0.15, 0.5, 0.85)
 
 
 def token_batches(lengths: Sequence[int], tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Splits texts into batches of similar length and about the same number of tokens, in random order.
+    """Split texts into batches of similar length and about the same number of tokens, in random order.
 
     Args:
         lengths: tokens of each text.
         tokens: padded tokens in a batch, at most (a longer text makes a batch of its own).
         seed, epoch: fix the order.
     """
-    rng = random.Random(f"{seed}-{epoch}")
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
+    rng = np.random.default_rng([seed, epoch])
+    order, sizes = rng.permutation(len(lengths)), np.asarray(lengths)
     batches: list[list[int]] = []
     for start in range(0, len(order), POOL):
-        current: list[int] = []
-        for item in sorted(order[start : start + POOL], key=lengths.__getitem__):
-            if current and lengths[item] * (len(current) + 1) > tokens:
-                batches.append(current)
-                current = []
-            current.append(item)
-        batches.append(current)
-    rng.shuffle(batches)
-    return batches
-
-
-class TokenBatches:
-    """Batch number n of an endless sequence, the same in every run: epochs of `token_batches`."""
-
-    def __init__(self, lengths: Sequence[int], tokens: int, seed: int) -> None:
-        if not lengths:
-            raise ValueError("there are no plain texts to denoise")
-        self.lengths, self.tokens, self.seed = lengths, tokens, seed
-        self._first, self._epoch = 0, -1
-        self._batches: list[list[int]] = []
-
-    def __getitem__(self, number: int) -> list[int]:
-        if number < self._first:
-            self._first, self._epoch, self._batches = 0, -1, []
-        while number >= self._first + len(self._batches):
-            self._first, self._epoch = self._first + len(self._batches), self._epoch + 1
-            self._batches = token_batches(self.lengths, self.tokens, self.seed, self._epoch)
-        return self._batches[number - self._first]
+        pool = order[start : start + POOL]
+        batches += [pool[rows].tolist() for rows in batches_by_length(sizes[pool].tolist(), tokens)]
+    return [batches[number] for number in rng.permutation(len(batches))]
 
 
 class Denoiser:
@@ -67,33 +43,39 @@ class Denoiser:
 
     Args:
         texts: the corpus as token ids.
-        special: ids of "mask", "bos" and "eos" (which pads).
+        rules: knows the mask token, and pads.
         length: tokens of a text that are used, with the bos token.
         tokens: padded tokens in a batch.
         seed: fixes the order of the batches.
         shift: a token is predicted from the state so many positions before it: 0 for LLaDA, 1 for Dream.
+
+    Raises:
+        ValueError: there are no texts.
     """
 
     def __init__(
-        self, texts: IdLists, special: dict[str, int], length: int, tokens: int, seed: int, shift: int = 0
+        self, texts: IdLists, rules: RetrievalTokenizer, length: int, tokens: int, seed: int, shift: int = 0
     ) -> None:
-        self.texts, self.special, self.length, self.tokens, self.shift = texts, special, length, tokens, shift
-        self.batches = TokenBatches([n + 1 for n in texts.lengths(length - 1)], tokens, seed)
+        if not len(texts):
+            raise ValueError("there are no plain texts to denoise")
+        self.texts, self.rules, self.length, self.tokens, self.shift = texts, rules, length, tokens, shift
+        self.bos: int = rules.tokenizer.bos_token_id
+        lengths = self._lengths(texts)
+        self.batches = EndlessBatches(lambda epoch: token_batches(lengths, tokens, seed, epoch))
 
-    def loss(self, model: Backbone, number: int, rng: random.Random) -> torch.Tensor:
-        """The objective on batch `number`: mask each token with probability t, cross-entropy over t."""
-        ids, mask = self._rows(self.texts, self.batches[number], rng)
+    def loss(self, model: DiffRetriever, number: int, rng: random.Random) -> torch.Tensor:
+        """Return the objective on batch `number`: each token masked with probability t, cross-entropy over t."""
+        ids, mask = self.rows(self.texts, self.batches[number], rng)
         # t is uniform in every row, and spread over its range within the batch: a lower variance at no cost.
         shift = torch.rand(1)
         t = ((torch.arange(len(ids)) + shift) / len(ids))[torch.randperm(len(ids))] % 1.0
         t = SMALLEST_T + (1 - SMALLEST_T) * t  # [B]
-        chosen = self._choose(ids, mask, t[:, None], None)
-        rows = chosen.nonzero()[:, 0]
-        return denoising_loss(self._logits(model, ids, mask, chosen), ids[chosen], t, rows)
+        chosen = self.choose(ids, mask, t[:, None])
+        return denoising_loss(self.logits(model, ids, mask, chosen), ids[chosen], t[chosen.nonzero()[:, 0]])
 
     @torch.no_grad()
-    def held_out(self, model: Backbone, texts: IdLists) -> dict[str, float]:
-        """Mean cross-entropy (nats) on masked tokens of other texts at three masking probabilities; same masks always.
+    def held_out(self, model: DiffRetriever, texts: IdLists) -> dict[str, float]:
+        """Return the mean cross-entropy (nats) on masked tokens at three masking probabilities; same masks always.
 
         Args:
             model: the model.
@@ -102,38 +84,41 @@ class Denoiser:
         Returns:
             {"t=0.15": ..., "t=0.5": ..., "t=0.85": ...}.
         """
-        lengths = [n + 1 for n in texts.lengths(self.length - 1)]
         generator, result = torch.Generator().manual_seed(0), {}
         for t in HELD_OUT_T:
             total, count = 0.0, 0
-            for batch in token_batches(lengths, self.tokens, 0, 0):
-                ids, mask = self._rows(texts, batch, random.Random(0))
-                chosen = self._choose(ids, mask, torch.tensor(t), generator)
-                logits = self._logits(model, ids, mask, chosen).float()
+            for batch in batches_by_length(self._lengths(texts), self.tokens):
+                ids, mask = self.rows(texts, batch, random.Random(0))
+                chosen = self.choose(ids, mask, torch.tensor(t), generator)
+                logits = self.logits(model, ids, mask, chosen).float()
                 total += float(F.cross_entropy(logits, ids[chosen], reduction="sum"))
                 count += int(chosen.sum())
             result[f"t={t}"] = round(total / count, 4)
         return result
 
-    def _rows(self, texts: IdLists, batch: Sequence[int], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask [B, L] of a batch: bos and a random stretch of each text."""
-        return pad_left(list(self._stretches(texts, batch, rng)), self.special["eos"])
+    def _lengths(self, texts: IdLists) -> list[int]:
+        return [length + 1 for length in texts.lengths(self.length - 1)]
 
-    def _stretches(self, texts: IdLists, batch: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
+    def rows(self, texts: IdLists, batch: Sequence[int], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and mask [B, L] of a batch: bos and a random stretch of each text."""
+        sequences = []
         for number in batch:
             text = texts[number]
             start = rng.randrange(max(len(text) - self.length + 1, 0) + 1)
-            yield [self.special["bos"], *text[start : start + self.length - 1]]
+            sequences.append([self.bos, *text[start : start + self.length - 1]])
+        return self.rules.pad(sequences)
 
-    def _choose(self, ids: torch.Tensor, mask: torch.Tensor, t: torch.Tensor, generator: Any) -> torch.Tensor:
-        """Which tokens are masked: each with probability t, never bos or padding; at least one in a row. [B, L]."""
-        chosen = (torch.rand(ids.shape, generator=generator) < t) & (mask == 1) & (ids != self.special["bos"])
+    def choose(
+        self, ids: torch.Tensor, mask: torch.Tensor, t: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Say which tokens are masked: each with probability t, never bos or padding; at least one in a row. [B, L]."""
+        chosen = (torch.rand(ids.shape, generator=generator) < t) & (mask == 1) & (ids != self.bos)
         chosen[:, -1] |= ~chosen.any(1)
         return chosen
 
-    def _logits(self, model: Backbone, ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Logits for the masked tokens alone: [M, V]."""
-        states = hidden_states(model, ids.masked_fill(chosen, self.special["mask"]), mask)
+    def logits(self, model: DiffRetriever, ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the logits for the M chosen tokens alone, which the model sees masked: [M, V]."""
+        states = model.hidden_states(ids.masked_fill(chosen, self.rules.mask_id), mask)  # [B, L, H]
         # A row begins with padding or bos, which is never chosen: no masked token is lost.
         before = states[:, : states.shape[1] - self.shift][chosen[:, self.shift :]]
         logits: torch.Tensor = model.lm_head(before)

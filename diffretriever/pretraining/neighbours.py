@@ -3,67 +3,59 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
+
+from ..evaluation.bm25 import BM25
+from ..files.durable import write_whole
 
 
-def bm25_neighbours(queries: Sequence[str], passages: Sequence[str], depth: int) -> torch.Tensor:
-    """Finds hard negatives among the training passages.
+def bm25_neighbours(queries: Sequence[str], passages: Sequence[str], depth: int) -> np.ndarray:
+    """Find hard negatives among the training passages.
 
     Args:
-        queries, passages: pair i is (queries[i], passages[i]).
-        depth: neighbours per query.
+        queries, passages: pair n is (queries[n], passages[n]).
+        depth: neighbours a query.
 
     Returns:
-        int32 [N, depth], numbers of other pairs; a pair with the same passage text is left out (its place
-        is taken by the next neighbour, or by -1 where there is none).
+        int32 [N, depth], numbers of other pairs, best first; a pair with the same passage text is left out. -1 where
+        there are no more.
 
     Raises:
-        ImportError: if bm25s is not installed.
+        ImportError: bm25s or PyStemmer is not installed.
     """
-    try:
-        import bm25s
-    except ImportError as error:
-        raise ImportError("mining hard negatives needs the package bm25s: pip install bm25s") from error
-    index = bm25s.BM25(k1=0.9, b=0.4, backend="auto")  # numba where it is installed: 50 times as fast
-    index.index(bm25s.tokenize(list(passages), stopwords="en", show_progress=False), show_progress=False)
-    asked = bm25s.tokenize(list(queries), stopwords="en", show_progress=False)
-    take = min(depth + 4, len(passages))
-    found, scores = index.retrieve(asked, k=take, show_progress=False)
-    rows: list[list[int]] = []
-    for number, (row, values) in enumerate(zip(found.tolist(), scores.tolist(), strict=True)):
-        own = passages[number]
-        good = [other for other, value in zip(row, values, strict=True) if value > 0 and passages[other] != own]
-        rows.append((good + [-1] * depth)[:depth])
-    return torch.tensor(rows, dtype=torch.int32)
-
-
-def fingerprint(*columns: Sequence[str]) -> str:
-    """A short hash of lists of texts, in their order."""
-    digest = hashlib.sha256()
-    for column in columns:
-        for text in column:
-            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def cached_neighbours(queries: Sequence[str], passages: Sequence[str], depth: int, folder: Path) -> torch.Tensor:
-    """As `bm25_neighbours`, kept in a file of `folder` that is named after the data."""
-    path = folder / f"neighbours-{fingerprint(queries, passages)}-{depth}.pt"
-    if path.is_file():
-        kept: torch.Tensor = torch.load(path, weights_only=True)
-        return kept
-    found = bm25_neighbours(queries, passages, depth)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path)
+    index = BM25([str(number) for number in range(len(passages))], passages)
+    most = max(Counter(passages).values())  # so many of the best may be the query's own passage
+    run = index.search({str(number): query for number, query in enumerate(queries)}, depth + most)
+    found = np.full((len(queries), depth), -1, dtype=np.int32)
+    for number, ranked in enumerate(run.values()):
+        others = [int(other) for other in ranked if passages[int(other)] != passages[number]][:depth]
+        found[number, : len(others)] = others
     return found
 
 
-def with_neighbours(seeds: Sequence[int], neighbours: torch.Tensor, rng: random.Random) -> list[int]:
-    """A batch in which pairs stand beside one of their neighbours: each is the other's hard negative.
+def cached_neighbours(
+    queries: Sequence[str], passages: Sequence[str], depth: int, folder: Path, data: Iterable[str]
+) -> np.ndarray:
+    """Return what `bm25_neighbours` does, kept in a file of `folder` that is named after the hashes of the data."""
+    mark = hashlib.sha256(" ".join(data).encode()).hexdigest()[:16]
+    path = folder / f"neighbours-{mark}-{depth}.npy"
+    if path.is_file():
+        kept: np.ndarray = np.load(path)
+        return kept
+    found, buffer = bm25_neighbours(queries, passages, depth), io.BytesIO()
+    np.save(buffer, found)
+    write_whole(path, [buffer.getbuffer()])
+    return found
+
+
+def with_neighbours(seeds: Sequence[int], neighbours: np.ndarray, rng: random.Random) -> list[int]:
+    """Return a batch in which pairs stand beside one of their neighbours: each is the other's hard negative.
 
     Args:
         seeds: pair numbers.
@@ -73,7 +65,7 @@ def with_neighbours(seeds: Sequence[int], neighbours: torch.Tensor, rng: random.
     Returns:
         The seeds and one neighbour of each, every pair once.
     """
-    batch = list(dict.fromkeys(seeds))
+    batch = list(seeds)
     for seed in seeds:
         row = [other for other in neighbours[seed].tolist() if other >= 0]
         if row:

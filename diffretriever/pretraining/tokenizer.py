@@ -12,64 +12,62 @@ which live in `tokenizer.json` and need no code of their own:
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
-ROLES = ("system", "user", "assistant")
+from ..files.durable import write_json, write_text
+from ..model.configuration_diffretriever import paper_prompt
+from ..model.tokenization_helpers import render_prompt
+
+PROMPTS = [paper_prompt(side, num_masks) for side in ("query", "passage") for num_masks in (1, 4)]
+PROMPT_REPEATS = 20_000  # so often does training see the prompt: enough for every merge inside its sentences
 
 
 @dataclass(frozen=True)
 class TokenizerForm:
-    """What tells one format's tokenizer from another's."""
+    """What tells one format's tokenizer from another's.
 
-    special_tokens: tuple[str, ...]  # they have the last ids, in this order
-    mask: str
-    bos: str
-    eos: str
-    end_of_turn: str
-    named: dict[str, Any]  # special_tokens_map.json
+    Args:
+        special_tokens: they have the last ids, in this order.
+        named: special_tokens_map.json.
+        chat_template: as in tokenizer_config.json.
+        spelling: decoded text -> the chat template's spelling, in this order.
+    """
+
+    special_tokens: tuple[str, ...]
+    named: dict[str, Any]
     chat_template: str
-    turn_start: str  # what the template writes between the special tokens and a turn's content; knows {role}
-    turn_break: str  # between the special tokens of two turns
-    spelling: tuple[tuple[str, str], ...]  # decoded text -> the chat template's spelling, in this order
-
-    def special_ids(self, tokenizer: Any) -> dict[str, int]:
-        """Ids of "mask", "bos" and "eos".
-
-        Raises:
-            ValueError: if the tokenizer is not of this form.
-        """
-        vocabulary, tokens = tokenizer.get_vocab(), {"mask": self.mask, "bos": self.bos, "eos": self.eos}
-        absent = [token for token in tokens.values() if token not in vocabulary]
-        if absent:
-            raise ValueError(
-                f"{tokenizer.name_or_path}: the tokenizer has no {absent[0]}; "
-                "it was made for another backbone_type: give another output folder"
-            )
-        return {name: int(vocabulary[token]) for name, token in tokens.items()}
+    spelling: tuple[tuple[str, str], ...]
 
 
-# The sentences of the retrieval prompt (paper Table 1), lower-cased, as one pre-token each.
-PROMPT_SENTENCES = (
-    r" ?you are an ai assistant that can understand human language\."
-    r"| use (?:one word|a few words) to represent the (?:query|passage) in a retrieval task\."
-    r"| make sure your (?:word is|words are) in lowercase\."
-    r"|the (?:word is|words are):"
-)
+def prompt_sentences() -> list[str]:
+    """Return patterns of the retrieval prompt's sentences (paper Table 1), lower-cased, each to be one pre-token."""
+    found = []
+    for prompt in PROMPTS:
+        _, asked = prompt["user"].lower().split('"{text}".')
+        found += [" ?" + re.escape(prompt["system"].lower()), *map(re.escape, re.findall(r" [^.]+\.", asked))]
+        found.append(re.escape(prompt["assistant"].lower().removesuffix(' "')))
+    return list(dict.fromkeys(found))
+
+
 # The rest follows LLaDA's pattern, with letters joined by a space only: a quote or a hyphen stands alone.
-SPLIT_PATTERN = (
-    PROMPT_SENTENCES
-    + r"|(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERN = "|".join(
+    [
+        *prompt_sentences(),
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ]
 )
 
 
 def prompt_spelling(user_start: str, assistant_start: str) -> tuple[tuple[str, str], ...]:
-    """Replacements by which decoding gives the prompt back in its own spelling (the text itself stays lower-case).
+    """Return replacements by which decoding gives the prompt back in its own spelling; the text stays lower-case.
 
     Args:
         user_start, assistant_start: what the chat template writes before the content of these turns.
@@ -84,23 +82,29 @@ def prompt_spelling(user_start: str, assistant_start: str) -> tuple[tuple[str, s
     )
 
 
-def build_tokenizer(
-    form: TokenizerForm, texts: Iterable[str], vocab_size: int, prompt_texts: Iterable[str] = ()
-) -> Tokenizer:
-    """Trains the BPE.
+def prompt_pieces(form: TokenizerForm) -> list[str]:
+    """Return the pieces between special tokens in which the rendered retrieval prompts are tokenised."""
+    bare: Any = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), chat_template=form.chat_template, **form.named
+    )
+    between = re.compile("|".join(map(re.escape, form.special_tokens)))
+    parts = chain.from_iterable(render_prompt(bare, prompt) for prompt in PROMPTS)
+    return list(dict.fromkeys(piece for part in parts for piece in between.split(part) if piece))
+
+
+def build_tokenizer(form: TokenizerForm, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train the BPE.
 
     Args:
         form: the format's special tokens and spelling.
         texts: training texts.
         vocab_size: entries in all, the special tokens included.
-        prompt_texts: prompt strings that must become single tokens per sentence; repeated often enough
-            for every merge inside them.
 
     Returns:
         A `tokenizers.Tokenizer` whose special tokens have the last ids, in the form's order.
 
     Raises:
-        ValueError: if vocab_size leaves no room for merges.
+        ValueError: vocab_size leaves no room for merges.
     """
     room = vocab_size - len(form.special_tokens)
     if room <= 300:
@@ -122,40 +126,24 @@ def build_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=room, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False
     )
-    prompts = list(prompt_texts)
-
-    def all_texts() -> Iterable[str]:
-        for _ in range(20_000):
-            yield from prompts
-        yield from texts
-
-    tokenizer.train_from_iterator(all_texts(), trainer=trainer)
+    prompts = chain.from_iterable(repeat(prompt_pieces(form), PROMPT_REPEATS))
+    tokenizer.train_from_iterator(chain(prompts, texts), trainer=trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in form.special_tokens])
     return tokenizer
 
 
-def save_tokenizer(form: TokenizerForm, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, as the format's repositories have them.
+def save_tokenizer(form: TokenizerForm, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as the format's repositories have them.
+
+    transformers' own `save_pretrained` would write other files in each of its versions.
 
     Args:
         form: what the tokenizer was built with.
-        tokenizer: as returned by `build_tokenizer`.
+        tokenizer: from `build_tokenizer`.
         folder: where to write; made if absent.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    decoder = {
-        str(tokenizer.token_to_id(token)): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
-        for token in form.special_tokens
-    }
+    named = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    decoder = {str(tokenizer.token_to_id(token)): {"content": token, **named} for token in form.special_tokens}
     config = {
         "added_tokens_decoder": decoder,
         **form.named,
@@ -165,5 +153,6 @@ def save_tokenizer(form: TokenizerForm, tokenizer: Tokenizer, folder: str | Path
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": form.chat_template,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(form.named, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", tokenizer.to_str())
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", form.named)

@@ -9,15 +9,14 @@ previous token, the next one, and the neighbourhood. Everything is trained from 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import nn
 
-from .backbone_format import Backbone, rope_theta
-from .data import IdLists
+from ..model.modeling_diffretriever import DiffRetriever
+from .corpus import IdLists
 
 WINDOW = 4  # tokens to each side that count as neighbours, with weight 1 / distance
 RAREST = 0.5  # a weighted count that is no more than this is one distant meeting: chance
@@ -88,8 +87,8 @@ def _coordinates(width: int, heads: int) -> torch.Tensor:
     return (direction % heads) * (width // heads) + direction // heads
 
 
-def start_from_statistics(model: Backbone, ids: IdLists, seed: int, shift: int = 0) -> None:
-    """Sets embeddings, output head and the first layer's attention from a corpus's token statistics.
+def start_from_statistics(model: DiffRetriever, ids: IdLists, seed: int, shift: int = 0) -> None:
+    """Set embeddings, output head and the first layer's attention from a corpus's token statistics.
 
     Afterwards the other layers still add nothing (see `new_backbone`), and the model predicts a masked token from the
     tokens around it, better than the unigram distribution does.
@@ -101,9 +100,10 @@ def start_from_statistics(model: Backbone, ids: IdLists, seed: int, shift: int =
         shift: a token is predicted from the state so many positions before it: 0 for LLaDA, 1 for Dream.
 
     Raises:
-        ValueError: if the corpus has no two neighbouring tokens.
+        ValueError: the corpus has no two neighbouring tokens.
     """
-    config, vocab_size, width = model.config, model.config.vocab_size, model.config.hidden_size
+    config = model.backbone.config
+    vocab_size, width = config.vocab_size, config.hidden_size
     if not len(ids) or int(np.diff(np.frombuffer(ids.starts, dtype=np.int64)).max()) < 2:
         raise ValueError("the plain texts hold no text of two tokens or more; statistics need neighbouring tokens")
     torch.manual_seed(seed)
@@ -121,19 +121,19 @@ def start_from_statistics(model: Backbone, ids: IdLists, seed: int, shift: int =
     head[:, place[0]] = (log_p - log_p.mean()) / math.sqrt(width)
     head[:, place[1:]] = right * (HEAD_GAIN / (scale * math.sqrt(width)))
     with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(embedding)
+        model.backbone.embed_tokens.weight.copy_(embedding)
         model.lm_head.weight.copy_(head)
         _look_at_neighbours(model, int(place[0]), shift)
 
 
-def _look_at_neighbours(model: Backbone, constant: int, shift: int) -> None:
+def _look_at_neighbours(model: DiffRetriever, constant: int, shift: int) -> None:
     """First layer: heads that look at the predicted token's neighbours (`HEADS`); values pass through."""
-    config, attention = model.config, model.model.layers[0].self_attn
-    width, heads = config.hidden_size, config.num_attention_heads
-    size = width // heads
+    config, attention = model.backbone.config, model.backbone.layers[0].self_attn
+    width, heads, size = config.hidden_size, config.num_attention_heads, attention.head_dim
     for projection in (attention.q_proj, attention.k_proj):
         nn.init.normal_(projection.weight, std=0.02)
-    used = [(pair, angle) for pair, angle in _frequencies(rope_theta(config), size) if angle > SLOWEST]
+    angles = model.backbone.rotary_emb.inv_freq.tolist()  # RoPE's radians a token, for each pair of coordinates
+    used = [(pair, angle) for pair, angle in enumerate(angles) if angle > SLOWEST]
     # Query and key are this times the normalised constant, about sqrt(H) at a mask and 0.7 of it at a word.
     amplitude = math.sqrt(PEAK / (0.7 * width * len(used)))
     for number in range(heads):
@@ -147,9 +147,3 @@ def _look_at_neighbours(model: Backbone, constant: int, shift: int) -> None:
     nn.init.eye_(attention.v_proj.weight).mul_(width**-0.25)
     nn.init.eye_(attention.o_proj.weight).mul_(width**-0.25)
     attention.v_proj.weight[constant] = 0.0
-
-
-def _frequencies(theta: float, size: int) -> Iterator[tuple[int, float]]:
-    """RoPE's (pair, radians a token), for heads of `size` coordinates."""
-    for pair in range(size // 2):
-        yield pair, theta ** (-2 * pair / size)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .recipe import read_recipe
+from ..files.recipe import read_recipe
 
 POOLINGS = ("masks", "mean")
 DTYPES = ("float32", "bfloat16")

@@ -17,7 +17,6 @@ from ..model.sparse_head import lexical_weights, logits_at
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
 from .lora import lora_parameters
-from .losses import info_nce
 from .mean_pooling import mean_states
 
 # Mask states [B, K, H] and vocabulary entries [C] -> logits [B, K, C].
@@ -68,16 +67,44 @@ def sparse_weights(side: Side, head: Head, columns: torch.Tensor) -> torch.Tenso
     Returns:
         float32 [N, C].
     """
-    weights = lexical_weights(head(side.states, columns))
-    places = torch.searchsorted(columns, side.words.clamp(min=0)).clamp(max=len(columns) - 1)  # [N, W]
-    known = (columns[places] == side.words).float()
-    return weights * torch.zeros_like(weights).scatter_reduce(1, places, known, "amax")
+    return lexical_weights(head(side.states, columns)) * membership(side.words, columns)
+
+
+def membership(words: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Say which of the columns each text has among its words.
+
+    Args:
+        words: int64 [N, W], padded with -1.
+        columns: int64 [C], sorted, at least one.
+
+    Returns:
+        float32 [N, C] of 0 and 1.
+    """
+    places = torch.searchsorted(columns, words.clamp(min=0)).clamp(max=len(columns) - 1)  # [N, W]
+    known = (columns[places] == words).float()
+    return known.new_zeros(len(words), len(columns)).scatter_reduce(1, places, known, "amax")
 
 
 def sparse_scores(query: Side, passage: Side, head: Head) -> torch.Tensor:
     """Return dot products of content-filtered sparse vectors [Q, P]; the queries' columns alone can contribute."""
     columns = word_columns(query.words)
     return sparse_weights(query, head, columns) @ sparse_weights(passage, head, columns).T
+
+
+def info_nce(scores: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Return InfoNCE (paper Eq. 5): -log softmax of the positive's score among all candidates, mean over queries.
+
+    Args:
+        scores: [Q, P].
+        targets: int64 [Q], the positive's column.
+        temperature: divides the scores.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return F.cross_entropy(scores.float() / temperature, targets)
 
 
 def contrastive_loss(

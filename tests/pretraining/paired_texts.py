@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import tempfile
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
 from diffretriever.pretraining.backbone import new_backbone
-from diffretriever.pretraining.data import IdLists
-from diffretriever.pretraining.formats import FORMATS
-from diffretriever.training.recipe import Shape
+from diffretriever.pretraining.corpus import IdLists
+from diffretriever.pretraining.formats import FORMATS, write_description
+from diffretriever.pretraining.recipe import Shape
+from diffretriever.pretraining.tokenizer import save_tokenizer
 
-VOCABULARY, MASK, BOS, EOS = 103, 100, 101, 102
-SPECIAL = {"mask": MASK, "bos": BOS, "eos": EOS}
+WORDS = [f"w{number}" for number in range(100)]
+MASK, BOS, EOS = 100, 101, 102
+SPECIAL = {
+    "llada": ("<|mdm_mask|>", "<|startoftext|>", "<|endoftext|>", "<|eot_id|>"),
+    "dream": ("<|mask|>", "<|beginoftext|>", "<|endoftext|>", "<|im_end|>"),
+}
 
 
-def tiny_model(kind: str = "llada", heads: int = 3) -> Any:
-    shape = Shape(VOCABULARY, d_model=48, n_layers=2, n_heads=heads, mlp_hidden_size=64, max_sequence_length=128)
-    return new_backbone(FORMATS[kind], FORMATS[kind].new_config(shape, SPECIAL), seed=1)
+@lru_cache
+def tiny_folder(kind: str) -> Path:
+    """Config and tokenizer of a backbone whose words are the hundred of WORDS."""
+    folder, special = Path(tempfile.mkdtemp()), SPECIAL[kind]
+    vocabulary = {word: number for number, word in enumerate([*WORDS, *special, "unknown"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    form = FORMATS[kind].tokenizer
+    named = {role: form.named[role] for role in ("bos_token", "eos_token", "pad_token")}
+    save_tokenizer(dataclasses.replace(form, special_tokens=special, named=named), tokenizer, folder)
+    shape = Shape(len(vocabulary), d_model=48, n_layers=2, n_heads=3, mlp_hidden_size=64, max_sequence_length=128)
+    write_description(kind, shape, folder)
+    return folder
+
+
+def tiny_model(kind: str = "llada") -> Any:
+    return new_backbone(tiny_folder(kind), seed=1)
 
 
 def paired_texts(count: int, seed: int) -> IdLists:

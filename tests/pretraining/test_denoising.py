@@ -8,26 +8,25 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_folders import KINDS
-from paired_texts import BOS, EOS, MASK, SPECIAL, paired_texts, tiny_model
+from paired_texts import BOS, EOS, MASK, paired_texts, tiny_model
 from torch.nn import functional as F
 
-from diffretriever.pretraining.backbone import hidden_states
-from diffretriever.pretraining.data import IdLists
-from diffretriever.pretraining.denoising import Denoiser, TokenBatches, token_batches
+from diffretriever.pretraining.corpus import IdLists
+from diffretriever.pretraining.denoising import Denoiser, token_batches
 from diffretriever.pretraining.formats import FORMATS
-from diffretriever.training.losses import denoising_loss
+from diffretriever.pretraining.losses import denoising_loss
 
 
 def test_denoising_loss_against_a_loop() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(5, 7), torch.tensor([1, 2, 3, 4, 5])
-    t, rows = torch.tensor([0.2, 0.8]), torch.tensor([0, 0, 1, 1, 1])
+    t = torch.tensor([0.2, 0.2, 0.8, 0.8, 0.8])
     total = weights = 0.0
     for n in range(5):
-        weight = 1 / float(t[rows[n]])
+        weight = 1 / float(t[n])
         total += weight * -float(F.log_softmax(logits[n], dim=0)[targets[n]])
         weights += weight
-    assert float(denoising_loss(logits, targets, t, rows)) == pytest.approx(total / weights, rel=1e-5)
+    assert float(denoising_loss(logits, targets, t)) == pytest.approx(total / weights, rel=1e-5)
 
 
 def test_batches_hold_every_text_once_within_the_budget() -> None:
@@ -41,33 +40,33 @@ def test_batches_hold_every_text_once_within_the_budget() -> None:
 
 
 def test_batch_numbers_mean_the_same_in_any_order() -> None:
-    lengths = [5] * 50
-    forward, back = TokenBatches(lengths, 20, seed=0), TokenBatches(lengths, 20, seed=0)
+    texts, rules = IdLists([[5] * 4] * 50), tiny_model().texts
+    forward, back = (Denoiser(texts, rules, 8, 20, seed=0).batches for _ in range(2))
     in_order = [forward[number] for number in range(40)]  # three epochs and more
     assert [back[number] for number in reversed(range(40))] == in_order[::-1]
 
 
 def test_no_texts() -> None:
     with pytest.raises(ValueError, match="no plain texts"):
-        TokenBatches([], 20, seed=0)
+        Denoiser(IdLists(), tiny_model().texts, 8, 20, seed=0)
 
 
 def test_words_alone_are_masked_and_every_text_has_a_mask() -> None:
-    denoiser = Denoiser(IdLists([[1, 2, 3], [4]]), SPECIAL, length=8, tokens=64, seed=0)
+    denoiser = Denoiser(IdLists([[1, 2, 3], [4]]), tiny_model().texts, length=8, tokens=64, seed=0)
     ids = torch.tensor([[BOS, 1, 2, 3], [EOS, EOS, BOS, 4]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    everything = denoiser._choose(ids, mask, torch.tensor(1.0), None)
+    everything = denoiser.choose(ids, mask, torch.tensor(1.0))
     assert everything.tolist() == [[False, True, True, True], [False, False, False, True]]
-    assert denoiser._choose(ids, mask, torch.tensor(0.0), None).sum(1).tolist() == [1, 1]
+    assert denoiser.choose(ids, mask, torch.tensor(0.0)).sum(1).tolist() == [1, 1]
 
 
 def test_a_long_text_is_cut_and_the_held_out_loss_repeats() -> None:
-    denoiser = Denoiser(IdLists([list(range(1, 90))]), SPECIAL, length=16, tokens=64, seed=0)
-    ids, mask = denoiser._rows(denoiser.texts, [0], random.Random(0))
+    model = tiny_model()
+    denoiser = Denoiser(IdLists([list(range(1, 90))]), model.texts, length=16, tokens=64, seed=0)
+    ids, mask = denoiser.rows(denoiser.texts, [0], random.Random(0))
     assert ids.shape == (1, 16)
     assert ids[0, 0] == BOS
     assert mask.all()
-    model = tiny_model()
     assert denoiser.held_out(model, paired_texts(5, 2)) == denoiser.held_out(model, paired_texts(5, 2))
 
 
@@ -78,7 +77,7 @@ def test_the_loss_against_a_loop_over_the_masked_tokens(kind: str) -> None:
     model, shift = tiny_model(kind), {"llada": 0, "dream": 1}[kind]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    denoiser = Denoiser(IdLists([[1, 2, 3, 4], [5], [6, 7]]), SPECIAL, 8, 64, seed=0, shift=shift)
+    denoiser = Denoiser(IdLists([[1, 2, 3, 4], [5], [6, 7]]), model.texts, 8, 64, seed=0, shift=shift)
     ids = torch.tensor([[BOS, 1, 2, 3, 4], [EOS, EOS, EOS, BOS, 5], [EOS, EOS, BOS, 6, 7]])
     mask = (ids != EOS).long()
     chosen = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0]]).bool()
@@ -86,27 +85,27 @@ def test_the_loss_against_a_loop_over_the_masked_tokens(kind: str) -> None:
     losses = []
     for row in range(3):
         alone = mask[row].bool()
-        states = hidden_states(model, masked[row, alone][None], mask[row, alone][None])[0]
+        states = model.hidden_states(masked[row, alone][None], mask[row, alone][None])[0]
         for place, token in enumerate(ids[row, alone].tolist()):
             if chosen[row, alone][place]:
                 logits = model.lm_head.weight @ states[place - shift]
                 losses.append(float(torch.logsumexp(logits, 0) - logits[token]))
-    got = F.cross_entropy(denoiser._logits(model, ids, mask, chosen), ids[chosen], reduction="none")
+    got = F.cross_entropy(denoiser.logits(model, ids, mask, chosen), ids[chosen], reduction="none")
     assert got.tolist() == pytest.approx(losses, abs=1e-4)
 
 
 def test_dream_learns_nothing_from_the_masked_position_itself() -> None:
     """The gradient of one masked token's loss, at the last layer's states, is on the position before it alone."""
     model = tiny_model("dream")
-    denoiser = Denoiser(IdLists([[1, 2, 3, 4]]), SPECIAL, 8, 64, seed=0, shift=1)
+    denoiser = Denoiser(IdLists([[1, 2, 3, 4]]), model.texts, 8, 64, seed=0, shift=1)
     found: list[torch.Tensor] = []
 
     def watch(module: Any, inputs: Any, states: torch.Tensor) -> None:
         states.register_hook(found.append)
 
-    hook = model.model.norm.register_forward_hook(watch)
+    hook = model.backbone.norm.register_forward_hook(watch)
     ids, chosen = torch.tensor([[BOS, 1, 2, 3, 4]]), torch.tensor([[False, False, False, True, False]])
-    F.cross_entropy(denoiser._logits(model, ids, torch.ones_like(ids), chosen), ids[chosen]).backward()
+    F.cross_entropy(denoiser.logits(model, ids, torch.ones_like(ids), chosen), ids[chosen]).backward()
     hook.remove()
     assert found[0][0].abs().sum(1).nonzero()[:, 0].tolist() == [2]
 
@@ -114,7 +113,7 @@ def test_dream_learns_nothing_from_the_masked_position_itself() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_on_it_lowers_the_held_out_loss(kind: str) -> None:
     model, texts = tiny_model(kind), paired_texts(300, seed=0)
-    denoiser = Denoiser(texts, SPECIAL, length=32, tokens=512, seed=0, shift=FORMATS[kind].shift)
+    denoiser = Denoiser(texts, model.texts, length=32, tokens=512, seed=0, shift=FORMATS[kind].shift)
     other = paired_texts(40, seed=1)
     before = denoiser.held_out(model, other)["t=0.15"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

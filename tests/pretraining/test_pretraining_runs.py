@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from transformers import AutoModel, AutoTokenizer
 
 import publish
 from diffretriever.cli.main import main
-from diffretriever.pretraining.backbone import mask_states
-from diffretriever.pretraining.checkpoint import load_checkpoint
-from diffretriever.pretraining.data import encode_texts
+from diffretriever.model.backbone_loading import load_tokenizer
+from diffretriever.model.configuration_diffretriever import paper_prompt
+from diffretriever.model.tokenization_helpers import render_prompt
+from diffretriever.pretraining.backbone import new_backbone
+from diffretriever.pretraining.corpus import read_corpus
 from diffretriever.pretraining.denoising import Denoiser
-from diffretriever.pretraining.formats import FORMATS
-from diffretriever.pretraining.pretrain import Pretrainer, read_corpus
-from diffretriever.pretraining.prompts import Prompt, rendered_prompt
-from diffretriever.training.recipe import PretrainRecipe, read_recipe
+from diffretriever.pretraining.pretrain import Pretrainer
+from diffretriever.pretraining.recipe import PretrainRecipe, read_pretrain_recipe
+from diffretriever.pretraining.steps import StageSteps
 
 TEXTS = ["Network printer", "", "File-server mail 42; the KERNEL's window", "a <|mask|> <|mdm_mask|> <|im_end|>?"]
 PARITY = Path(__file__).parents[1] / "parity"
@@ -70,16 +73,21 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def recipe(kind: str, data: dict[str, Path]) -> PretrainRecipe:
-    return read_recipe(data["folder"] / f"{kind}.yaml", PretrainRecipe)
+    return read_pretrain_recipe(data["folder"] / f"{kind}.yaml")
 
 
 @pytest.fixture(scope="module")
 def pretrained(kind: str, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a pretraining run by the command."""
     out = tmp_path_factory.mktemp("training-pretrained")
-    arguments = ["--pairs", data["pairs"], "--texts", data["texts"], "--out", out, "--dev", data["bench"]]
-    assert main(["pretrain", "--recipe", str(data["folder"] / f"{kind}.yaml"), *map(str, arguments)]) == 0
+    assert command(kind, data, out, "--dev", str(data["bench"])) == 0
     return out
+
+
+def command(kind: str, data: dict[str, Path], out: Path, *more: str) -> int:
+    """Run `diffretriever pretrain`."""
+    arguments = ["--pairs", data["pairs"], "--texts", data["texts"], "--out", out]
+    return main(["pretrain", "--recipe", str(data["folder"] / f"{kind}.yaml"), *map(str, arguments), *more])
 
 
 def test_pretrain_writes_the_format(kind: str, pretrained: Path) -> None:
@@ -102,7 +110,7 @@ def test_pretrain_writes_the_format(kind: str, pretrained: Path) -> None:
 
 def test_the_chat_template_is_the_reference_checkpoints(kind: str, pretrained: Path) -> None:
     """By its text for Dream; LLaDA's is written in its own way, so by what it makes."""
-    folders = PARITY / "backbones" / f"tiny-{kind}", pretrained / "tokenizer"
+    folders = PARITY / "backbones" / f"tiny-{kind}", pretrained / "backbone"
     expected, got = (AutoTokenizer.from_pretrained(str(folder)) for folder in folders)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
     for messages in (turns, turns[1:], [*turns, {"role": "assistant", "content": "That."}, *turns[1:]]):
@@ -110,29 +118,53 @@ def test_the_chat_template_is_the_reference_checkpoints(kind: str, pretrained: P
         assert made[0] == made[1]
 
 
-def test_the_tokenizer_keeps_words_whole_and_gives_the_prompt_back(kind: str, pretrained: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(str(pretrained / "tokenizer"))
-    ids = tokenizer("Network of a network", add_special_tokens=False)["input_ids"]
-    assert ids[0] == ids[-1] == tokenizer("network", add_special_tokens=False)["input_ids"][0]
-    for is_query in (True, False):
+def test_the_tokenizer_keeps_words_whole_and_gives_the_prompt_back(pretrained: Path) -> None:
+    tokenizer = load_tokenizer([pretrained / "backbone"])
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids = tokens("Network of a network")
+    assert ids[0] == ids[-1] == tokens("network")[0]
+    assert len(tokens('"')) == 1
+    for side in ("query", "passage"):
         for masks in (1, 4):
-            prompt = Prompt.build(tokenizer, FORMATS[kind].tokenizer, is_query, masks)
-            assert (tokenizer.decode(prompt.prefix), tokenizer.decode(prompt.suffix)) == rendered_prompt(
-                tokenizer, is_query, masks
-            )
-            assert len(prompt.prefix) + len(prompt.suffix) < 35
-            assert len(prompt.tail) == 3
+            parts = render_prompt(tokenizer, paper_prompt(side, masks))
+            assert tuple(tokenizer.decode(tokens(part)) for part in parts) == parts
+            assert sum(len(tokens(part)) for part in parts) < 35
 
 
-def test_interrupted_pretraining_ends_with_the_same_weights(
-    recipe: PretrainRecipe, pretrained: Path, data: dict[str, Path], tmp_path: Path
+def test_an_interrupted_run_says_so_and_ends_with_the_same_weights(
+    kind: str,
+    pretrained: Path,
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tokenizer_folder = pretrained / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
-    for stop in (2, 3, None):  # inside the first stage, inside the second, to the end
-        corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], tokenizer, tmp_path)
-        Pretrainer(recipe, corpus, tokenizer_folder, tmp_path / "run").run(stop_after=stop)
-    once, again = (load_file(str(p / "backbone" / "model.safetensors")) for p in (pretrained, tmp_path / "run"))
+    log = Pretrainer.log
+
+    def stop_at(place: tuple[int, int], number: int) -> None:
+        def logged(self: Pretrainer, **extra: Any) -> None:
+            log(self, **extra)
+            if (self.stage, self.step) == place and "rate" in extra:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(Pretrainer, "log", logged)
+
+    for place, number in (((0, 1), signal.SIGINT), ((1, 3), signal.SIGTERM)):
+        stop_at(place, number)
+        assert command(kind, data, tmp_path) == 3
+        said = capsys.readouterr()
+        assert "interrupted" in said.err
+        assert "The same command goes on" in said.err
+        last = json.loads(said.out.splitlines()[-1])
+        assert (last["stage"], last["step"]) == place
+        assert last["note"] == f"interrupted; {tmp_path / 'pretrain.ckpt'} is saved"
+        assert not (tmp_path / "backbone" / "model.safetensors").exists()
+    monkeypatch.setattr(Pretrainer, "log", log)
+    assert command(kind, data, tmp_path) == 0
+    once, again = (load_file(str(folder / "backbone" / "model.safetensors")) for folder in (pretrained, tmp_path))
     for name, value in once.items():
         assert torch.equal(value, again[name]), name
 
@@ -142,50 +174,52 @@ def test_the_run_measures_the_formats_own_objective(
 ) -> None:
     """The logged loss is that of predicting a token from its own state (LLaDA) or from the one before it (Dream)."""
     logged = json.loads((pretrained / "log.jsonl").read_text().splitlines()[-1])["evaluation"]["denoise"]
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(pretrained / "tokenizer"))
-    corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], tokenizer, tmp_path)
-    model, special = FORMATS[kind].load(pretrained / "backbone"), FORMATS[kind].tokenizer.special_ids(tokenizer)
-    state = load_checkpoint(pretrained / "pretrain.ckpt")  # in float32, unlike the backbone
-    assert state is not None
-    model.load_state_dict(state["model"])
-    found = [Denoiser(corpus.texts, special, 128, 2048, 0, n).held_out(model, corpus.held_out) for n in (0, 1)]
+    model = new_backbone(pretrained / "backbone", seed=9)
+    corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], model.texts, tmp_path)
+    model.load_state_dict(torch.load(pretrained / "pretrain.ckpt", weights_only=True)["model"])  # float32
+    found = [
+        Denoiser(corpus.texts, model.texts, 128, 2048, 0, shift).held_out(model, corpus.held_out) for shift in (0, 1)
+    ]
     right = {"llada": 0, "dream": 1}[kind]
     assert found[right] == pytest.approx(logged, abs=2e-4)
     assert found[1 - right] != pytest.approx(logged, abs=5e-3)
 
 
-def test_a_folder_with_another_formats_tokenizer_is_refused(
-    kind: str, pretrained: Path, data: dict[str, Path], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("key", "value"), [("backbone_type", None), ("shape", {"n_layers": 3})])
+def test_a_folder_that_holds_another_backbone_is_refused(
+    kind: str,
+    recipe: PretrainRecipe,
+    pretrained: Path,
+    data: dict[str, Path],
+    tmp_path: Path,
+    key: str,
+    value: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other, mask = {"llada": ("dream", "<|mask|>"), "dream": ("llada", "<|mdm_mask|>")}[kind]
-    arguments = ["--pairs", data["pairs"], "--texts", data["texts"], "--out", pretrained]
-    assert main(["pretrain", "--recipe", str(data["folder"] / f"{other}.yaml"), *map(str, arguments)]) == 2
-    message = capsys.readouterr().err
-    assert f"{pretrained / 'tokenizer'}: the tokenizer has no {mask}" in message
-    assert "give another output folder" in message
+    other = {"llada": "dream", "dream": "llada"}[kind]
+    changed = dataclasses.asdict(recipe) | {key: value or other}
+    (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(changed))
+    before = (pretrained / "recipe.json").read_bytes()
+    assert command(kind, {**data, "folder": tmp_path}, pretrained) == 2
+    said = capsys.readouterr().err
+    assert f"{pretrained / 'recipe.json'}: this run was started with {key} = " in said
+    assert "Choose another --out" in said
+    assert (pretrained / "recipe.json").read_bytes() == before
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(
     recipe: PretrainRecipe, pretrained: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(str(pretrained / "tokenizer"))
-    corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], tokenizer, tmp_path)
-    trainer = Pretrainer(recipe, corpus, pretrained / "tokenizer", tmp_path / "run")
-    trainer.run(stop_after=2)
-    before = (tmp_path / "run" / "pretrain.ckpt").read_bytes()
-    broken = Pretrainer(recipe, corpus, pretrained / "tokenizer", tmp_path / "run")
-    resume = broken._resume
-
-    def poisoned() -> Any:
-        state = resume()
-        with torch.no_grad():
-            broken.model.model.norm.weight.fill_(float("nan"))
-        return state
-
-    broken._resume = poisoned  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at stage 0, step 2 \(denoise\)"):
-        broken.run()
-    assert (tmp_path / "run" / "pretrain.ckpt").read_bytes() == before
+    model = new_backbone(pretrained / "backbone", seed=9)
+    corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], model.texts, tmp_path)
+    hot = dataclasses.replace(recipe.stages[0], learning_rate=1e30, steps=9)  # the second step's loss overflows
+    trainer = Pretrainer(dataclasses.replace(recipe, stages=[hot], save_every=1), model, corpus, tmp_path)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at stage 0, step 1 \(denoise\); lower"):
+        trainer.run()
+    state = torch.load(tmp_path / "pretrain.ckpt", weights_only=True)
+    assert state["step"] == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["model"][name]), name
 
 
 @pytest.fixture(scope="module")
@@ -198,23 +232,39 @@ def release(kind: str, pretrained: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("is_query", [True, False])
-def test_training_makes_the_ids_of_the_release(kind: str, pretrained: Path, release: Any, is_query: bool) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(str(pretrained / "tokenizer"))
-    prompt = Prompt.build(tokenizer, FORMATS[kind].tokenizer, is_query, release.config.num_masks(is_query))
-    for text in TEXTS:
-        ids, _ = release.tokenize([text], is_query=is_query)
-        assert prompt.wrap(encode_texts([text], tokenizer, 100)[0][0], 100) == ids[0].tolist()
+def test_training_makes_the_sequences_of_the_release(
+    recipe: PretrainRecipe, pretrained: Path, release: Any, data: dict[str, Path], tmp_path: Path, is_query: bool
+) -> None:
+    """Prompt, text, masks and tail, and the content words, of all training pairs."""
+    model = new_backbone(pretrained / "backbone", seed=9)
+    corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], model.texts, tmp_path)
+    steps = StageSteps(model, recipe, 1, corpus)
+    pairs = [json.loads(line) for line in data["pairs"].read_text().splitlines()]
+    texts = [pair["query" if is_query else "positive"] for pair in pairs]
+    ids, words = (
+        (corpus.pairs.queries, corpus.pairs.query_words)
+        if is_query
+        else (corpus.pairs.passages, corpus.pairs.passage_words)
+    )
+    made, mask = steps.sequences(
+        [ids[number] for number in range(len(ids))], is_query, release.config.num_masks(is_query), 96
+    )
+    expected, expected_mask = release.tokenize(texts, is_query)
+    assert torch.equal(made, expected)
+    assert torch.equal(mask, expected_mask)
+    assert [words[number] for number in range(len(words))] == release.content_token_ids(texts)
 
 
 @pytest.mark.parametrize("is_query", [True, False])
 @torch.no_grad()
-def test_the_release_gives_the_states_of_training(kind: str, pretrained: Path, release: Any, is_query: bool) -> None:
-    """At the masks, unshifted, in Dream as in LLaDA."""
-    trained: Any = FORMATS[kind].load(pretrained / "backbone")
+def test_the_release_gives_the_states_of_training(pretrained: Path, release: Any, is_query: bool) -> None:
+    """At the masks, unshifted, in Dream as in LLaDA; the backbone's bfloat16 is all that lies between."""
+    model = new_backbone(pretrained / "backbone", seed=9)
+    model.load_state_dict(torch.load(pretrained / "pretrain.ckpt", weights_only=True)["model"])
+    for weight in model.parameters():
+        weight.copy_(weight.bfloat16())
     ids, mask = release.tokenize(TEXTS, is_query=is_query)
-    expected = mask_states(trained, ids, mask, release.config.num_masks(is_query))
-    at_masks = ids == FORMATS[kind].tokenizer.special_ids(release.tokenizer)["mask"]
-    got = release.hidden_states(ids, mask)[at_masks].view_as(expected)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    at_masks = ids == release.texts.mask_id
+    states = model.hidden_states(ids, mask)[at_masks].view(len(TEXTS), release.config.num_masks(is_query), -1)
     out = release.encode(ids, mask, is_query=is_query)
-    torch.testing.assert_close(out.repr_hidden, F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.repr_hidden, F.normalize(states, dim=-1), atol=1e-5, rtol=0)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import KINDS
-from paired_texts import MASK, SPECIAL, paired_texts, tiny_model
+from paired_texts import MASK, paired_texts, tiny_model
 from scipy.sparse import csr_array
 
-from diffretriever.pretraining.data import IdLists
+from diffretriever.pretraining.corpus import IdLists
 from diffretriever.pretraining.denoising import Denoiser
 from diffretriever.pretraining.formats import FORMATS
 from diffretriever.pretraining.warm_start import (
@@ -64,7 +64,7 @@ def test_pmi_by_its_definition() -> None:
 def test_the_start_beats_the_unigram_distribution(kind: str) -> None:
     model, texts, shift = tiny_model(kind), paired_texts(400, seed=0), FORMATS[kind].shift
     start_from_statistics(model, texts, 0, shift)
-    denoiser = Denoiser(texts, SPECIAL, length=32, tokens=512, seed=0, shift=shift)
+    denoiser = Denoiser(texts, model.texts, length=32, tokens=512, seed=0, shift=shift)
     unigram = math.log(100)  # the hundred tokens are equally frequent
     assert denoiser.held_out(model, paired_texts(50, seed=1))["t=0.15"] < unigram - 0.25
 
@@ -76,14 +76,14 @@ def test_the_first_heads_look_at_the_neighbours_of_the_predicted_token(kind: str
     """From a mask in LLaDA; from the position before it in Dream, which holds the previous token itself."""
     model, shift = tiny_model(kind), FORMATS[kind].shift
     start_from_statistics(model, paired_texts(100, seed=0), 0, shift)
-    model.model.config._attn_implementation = "eager"
+    model.backbone.config._attn_implementation = "eager"
     ids = torch.tensor([[10, 20, 30, 40, MASK, 50, 60, 70, 80]])
     probabilities: list[torch.Tensor] = []
-    hook = model.model.layers[0].self_attn.register_forward_hook(lambda *call: probabilities.append(call[2][1]))
+    hook = model.backbone.layers[0].self_attn.register_forward_hook(lambda *call: probabilities.append(call[2][1]))
     mask = torch.zeros(1, 1, 1, ids.shape[1])
-    states = model.model.embed_tokens(ids)
-    rotation = model.model.rotary_emb(states, torch.arange(ids.shape[1])[None])
-    model.model.layers[0](states, attention_mask=mask, position_embeddings=rotation)
+    states = model.backbone.embed_tokens(ids)
+    rotation = model.backbone.rotary_emb(states, torch.arange(ids.shape[1])[None])
+    model.backbone.layers[0](states, attention_mask=mask, position_embeddings=rotation)
     hook.remove()
     reader = 4 - shift
     assert int(probabilities[0][0, head, reader].argmax()) == reader + offset

@@ -1,0 +1,78 @@
+"""nDCG@10 along the way of a training, against plain loops."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffretriever.evaluation.dev_split import DevSplit
+
+GRADES = {"q0": {"p1": 2, "p4": 1}, "q1": {"p0": 1, "p3": 0}, "q2": {"p2": 0}}  # q2: nothing relevant
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "qrels").mkdir()
+    passages = [{"_id": f"p{n}", "text": f"passage {n}"} for n in range(40)] + [{"_id": "q1", "text": "query 1"}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    queries = [{"_id": f"q{n}", "text": f"query {n}"} for n in range(4)]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    lines = [f"{query}\t{passage}\t{grade}\n" for query, row in GRADES.items() for passage, grade in row.items()]
+    (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return tmp_path
+
+
+def encode(texts: Sequence[str], is_query: bool) -> dict[str, torch.Tensor]:
+    """Vectors that follow from the text alone."""
+    rows = []
+    for text in texts:
+        generator = torch.Generator().manual_seed(sum(map(ord, text)) + 1000 * is_query)
+        rows.append(torch.randn(1, 6, generator=generator))
+    hidden = torch.nn.functional.normalize(torch.stack(rows), dim=-1)  # [N, 1, H]
+    values, indices = hidden[:, 0].abs().sort(dim=1, descending=True)
+    return {"repr_hidden": hidden, "sparse_indices": indices[:, :3], "sparse_values": values[:, :3]}
+
+
+def expected(split: DevSplit, dense: bool) -> float:
+    names = list(split.passages)
+    queries, passages = encode(["query 0", "query 1", "query 2"], True), encode(list(split.passages.values()), False)
+    total = 0.0
+    for row, query in enumerate(GRADES):
+        scores = {}
+        for column, name in enumerate(names):
+            if dense:
+                scores[name] = float(queries["repr_hidden"][row, 0] @ passages["repr_hidden"][column, 0])
+            else:
+                sides = [
+                    dict(zip(side["sparse_indices"][n].tolist(), side["sparse_values"][n].tolist(), strict=True))
+                    for side, n in ((queries, row), (passages, column))
+                ]
+                scores[name] = sum(value * sides[1].get(term, 0.0) for term, value in sides[0].items())
+        scores.pop(query, None)  # BEIR's rule: the query itself is no answer
+        best = sorted(scores, key=lambda name: -scores[name])[:10]
+        best = [name for name in best if dense or scores[name] > 0]
+        gains = [GRADES[query].get(name, 0) / math.log2(rank + 2) for rank, name in enumerate(best)]
+        ideal = [grade / math.log2(rank + 2) for rank, grade in enumerate(sorted(GRADES[query].values(), reverse=True))]
+        total += sum(gains) / sum(ideal) if sum(ideal) else 0.0
+    return total / 3
+
+
+@pytest.mark.parametrize("limit", [None, 20, 3])
+def test_figures_against_loops(folder: Path, limit: int | None) -> None:
+    split = DevSplit(folder, "dev", limit)
+    figures = split.ndcg(encode)
+    assert figures["dense"] == pytest.approx(expected(split, dense=True), abs=1e-6)
+    assert figures["sparse"] == pytest.approx(expected(split, dense=False), abs=1e-6)
+    assert 0 < figures["fused"] < 1
+
+
+def test_judged_passages_stay_whatever_the_limit(folder: Path) -> None:
+    judged = {"p0", "p1", "p2", "p3", "p4"}
+    assert set(DevSplit(folder, "dev", 3).passages) == judged
+    assert set(DevSplit(folder, "dev", 7).passages) == judged | {"p5", "p6"}
+    assert len(DevSplit(folder, "dev").passages) == 41
