@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from .runs import Run, ranking
+
+COMPILED_FROM = 20_000  # passages from which bm25s is worth compiling, where numba is installed
+SPARE = 32  # passages that bm25s, whose order of equal scores is its own, ranks beyond those asked for
+Ranking = list[tuple[int, float]]  # (position, score), best first
 
 
 class BM25:
@@ -37,7 +42,8 @@ class BM25:
         self.ids = list(ids)
         self._tokenize = bm25s.tokenize
         self._rules: dict[str, Any] = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}
-        self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
+        compiled = len(ids) >= COMPILED_FROM and find_spec("numba") is not None
+        self._index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numba" if compiled else "numpy")
         words = self._tokenize(list(texts), **self._rules)
         if not words.vocab:
             raise ValueError("BM25: no passage holds a word that is not a stopword.")
@@ -53,25 +59,58 @@ class BM25:
         Returns:
             {query id: {passage id: score}}, best first.
         """
-        if not queries:
-            return {}
-        asked = self._tokenize(list(queries.values()), return_ids=False, **self._rules)
-        return {query: self._best(words, top_k) for query, words in zip(queries, asked, strict=True)}
+        found = zip(queries, self.rank(list(queries.values()), top_k), strict=True)
+        return {query: dict(ranking({self.ids[place]: score for place, score in row})) for query, row in found}
 
-    def _best(self, words: list[str], top_k: int) -> dict[str, float]:
-        known = [word for word in words if word in self._index.vocab_dict]
-        if not known:
-            return {}
-        scores = np.asarray(self._index.get_scores(known))  # float32 [passages]
-        if top_k < len(scores):
-            limit = np.partition(scores, -top_k)[-top_k]
-            above = np.flatnonzero(scores > limit)
-            level = np.flatnonzero(scores == limit)[: top_k - len(above)]
-            kept = np.concatenate([above, level])
-        else:
-            kept = np.arange(len(scores))
-        found = {self.ids[place]: float(scores[place]) for place in kept.tolist() if scores[place] > 0}
-        return dict(ranking(found))
+    def rank(self, queries: Sequence[str], top_k: int) -> list[Ranking]:
+        """Rank the passages that share a word with each query, by their positions.
+
+        Args:
+            queries: texts.
+            top_k: passages kept a query.
+
+        Returns:
+            Each query's ranking; of equal scores the first position comes first.
+        """
+        if not queries:
+            return []
+        known = self._index.vocab_dict
+        asked = [
+            [word for word in words if word in known]
+            for words in self._tokenize(list(queries), return_ids=False, **self._rules)
+        ]
+        if self._index.backend == "numba":
+            return self._rank_compiled(asked, top_k)
+        return [self._rank_one(words, top_k) for words in asked]
+
+    def _rank_one(self, words: list[str], top_k: int) -> Ranking:
+        if not words:
+            return []
+        scores = np.asarray(self._index.get_scores(words))  # float32 [passages]
+        kept = np.arange(len(scores))
+        if top_k < len(scores):  # whatever ties with the last place stays until the order is known
+            kept = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
+        return _best(kept, scores[kept], top_k)
+
+    def _rank_compiled(self, asked: list[list[str]], top_k: int) -> list[Ranking]:
+        """Rank in one call; where ties at the end reach beyond what it returned, rank that query by itself."""
+        rows: list[Ranking] = [[]] * len(asked)
+        numbers = [number for number, words in enumerate(asked) if words]
+        if not numbers:
+            return rows
+        depth = min(top_k + SPARE, len(self.ids))
+        found = self._index.retrieve([asked[number] for number in numbers], k=depth, show_progress=False)
+        for number, places, scores in zip(numbers, found.documents, found.scores, strict=True):
+            whole = depth == len(self.ids) or scores[-1] < scores[top_k - 1] or scores[-1] == 0
+            rows[number] = _best(places, scores, top_k) if whole else self._rank_one(asked[number], top_k)
+        return rows
+
+
+def _best(places: np.ndarray, scores: np.ndarray, top_k: int) -> Ranking:
+    """Return the best of some passages that share a word with the query."""
+    order = np.lexsort((places, -scores))[:top_k]
+    pairs = zip(places[order].tolist(), scores[order].tolist(), strict=True)
+    return [(place, score) for place, score in pairs if score > 0]
 
 
 def fuse_runs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -55,6 +56,22 @@ def test_top_k_keeps_the_first_of_equal_scores() -> None:
     for top_k in range(1, 7):
         kept = index.search({"q": "web audio"}, top_k)["q"]
         assert sorted(kept.values()) == sorted(everything.values())[-top_k:]
+
+
+def test_the_compiled_index_ranks_as_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ties that reach beyond what one call returns, and queries of words that no passage has."""
+    pytest.importorskip("numba")
+    words = [f"w{chr(97 + number)}" for number in range(12)]
+    numbers = random.Random(3)
+    texts = [" ".join(numbers.choices(words, k=3)) for _ in range(400)]
+    queries = [*words, "wa wb wc", "wa unheard", "unheard", "the"]
+    plain = BM25([str(place) for place in range(400)], texts)
+    monkeypatch.setattr("diffretriever.evaluation.bm25.COMPILED_FROM", 400)
+    compiled = BM25([str(place) for place in range(400)], texts)
+    for top_k in (1, 10, 60, 399, 400, 500):
+        for ours, theirs in zip(compiled.rank(queries, top_k), plain.rank(queries, top_k), strict=True):
+            assert [place for place, _ in ours] == [place for place, _ in theirs]
+            assert [score for _, score in ours] == pytest.approx([score for _, score in theirs])
 
 
 def test_bad_input() -> None:
