@@ -15,7 +15,8 @@ from .arguments import add_command, add_qdrant_options
 from .display import result_lines
 
 if TYPE_CHECKING:
-    from ..search.searcher import Hit, Searcher
+    from ..search.results import Hit
+    from ..search.searcher import Searcher
 
 PROMPT = "question> "
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .qdrant.calls import EngineError
     from .qdrant.engine import QdrantEngine
     from .qdrant.upload import upload
-    from .searcher import Hit, Results, Searcher
+    from .results import Hit, Results
+    from .searcher import Searcher
 
 __all__ = [
     "MODES",
@@ -30,7 +31,7 @@ __all__ = [
 
 _MODULES = {"EngineError": ".qdrant.calls", "ExactEngine": ".exact", "QdrantEngine": ".qdrant.engine"}
 _MODULES |= {"compress": "..store.compression", "open_store": "..store.compression", "upload": ".qdrant.upload"}
-_MODULES |= dict.fromkeys(("Hit", "Results", "Searcher"), ".searcher")
+_MODULES |= {"Hit": ".results", "Results": ".results", "Searcher": ".searcher"}
 
 
 def __getattr__(name: str) -> Any:

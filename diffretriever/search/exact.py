@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, mean_vectors
 from ..store.manifest import Settings
 from ..store.segments import QueryVectors, Segment, resident, segments_of
-from .dense import ROW_TILE, PreparedQueries, Workspace, maxsim, mean_vectors
-from .sparse import Postings, build_postings
+from .engine import Ranking
+from .sparse import Postings, build_postings, join_rows, sparse_of
 from .topk import MAX_POSITIONS, TopK
+from .workspace import Workspace
 
 # Numbers held at once in a block of vectors and in its similarities. On a CPU a thread's share should stay in its
 # caches; with few queries the product is short, and larger blocks save more in calls than the caches would.
@@ -21,6 +23,7 @@ BLOCK_NUMBERS = 64 * 1024 * 1024
 CPU_BLOCK_NUMBERS, CPU_FEW, CPU_FEW_BLOCK_NUMBERS = 384 * 1024, 32, 1024 * 1024
 MOST_THREADS = 16  # of which a block takes account; memory stays bounded
 MAX_COLUMNS = 256  # query vectors multiplied with a block at once
+FEW = 64  # up to so many passages for each chosen one, the inverted index of all is faster than one of the chosen
 
 
 class ExactEngine:
@@ -49,8 +52,8 @@ class ExactEngine:
             raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
         self.device = torch.device(device or "cpu")
         self.block_size = block_size
-        self._segments: list[Segment] = segments_of(passages)
-        self._ids = Ids(passages, ids)
+        self._segments: list[Segment] = segments_of(passages, ids)
+        self._offsets = torch.tensor([segment.offset for segment in self._segments])
         self.settings: Settings | None = None if isinstance(passages, Mapping) else passages.manifest
         if in_memory:
             self._segments = [resident(segment, self.device) for segment in self._segments]
@@ -64,29 +67,15 @@ class ExactEngine:
         return self._length
 
     def ids(self, positions: Sequence[int]) -> list[str]:
-        """Return the ids of passages."""
-        return self._ids.at(positions)
+        """See `Engine.ids`."""
+        return [segment.text_id(row) for segment, row in self._find(positions)]
 
     def texts(self, positions: Sequence[int]) -> list[str | None]:
-        """Return the texts of passages, None where they are not stored."""
-        found: list[str | None] = []
-        offsets = [segment.offset for segment in self._segments]
-        for position in positions:
-            segment = self._segments[bisect_right(offsets, position) - 1]
-            found.append(segment.text(position - segment.offset))
-        return found
+        """See `Engine.texts`."""
+        return [segment.text(row) for segment, row in self._find(positions)]
 
-    def rank(self, queries: QueryVectors, kind: str, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rank all passages.
-
-        Args:
-            queries: Q queries.
-            kind: "single_dense", "multi_dense" or "sparse_max".
-            top_k: passages a query.
-
-        Returns:
-            positions int64 and scores float32, both [Q, min(top_k, passages)], best first; of equal scores the first
-            position comes first. A text without vectors scores -inf.
+    def rank(self, queries: QueryVectors, kind: str, top_k: int) -> Ranking:
+        """See `Engine.rank`; every slot is used.
 
         Raises:
             ValueError: the sides' dimensions differ, or a vector is not finite.
@@ -96,7 +85,7 @@ class ExactEngine:
             return self._rank_sparse(queries, top_k)
         columns = 1 if kind == "single_dense" else queries.dense.shape[1]
         batch = max(1, MAX_COLUMNS // columns)
-        groups = [PreparedQueries.of(part, kind, self.device) for part in queries.batches(batch)]
+        groups = [self._prepare(part, kind) for part in queries.batches(batch)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
         columns = max(len(group.matrix) for group in groups)
         with self._workspace() as workspace:
@@ -104,48 +93,74 @@ class ExactEngine:
                 if kind == "single_dense":
                     vectors, mask = mean_vectors(vectors, mask)
                 for group, kept in zip(groups, best, strict=True):
-                    kept.update(maxsim(vectors, mask, group, workspace), first)
+                    kept.update(maxsim(vectors, mask, group, workspace.take), first)
         results = [kept.result() for kept in best]
         return torch.cat([positions for positions, _ in results]), torch.cat([scores for _, scores in results])
 
     def scores_at(self, queries: QueryVectors, kind: str, positions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Score chosen passages, a list of positions a query.
+        """See `Engine.scores_at`; nothing but the chosen passages is read."""
+        scores_of = self._sparse_scores if kind == "sparse_max" else partial(self._dense_scores, kind)
+        pairs = zip(queries.batches(1), positions, strict=True)
+        return [scores_of(query, wanted) if len(wanted) else torch.empty(0) for query, wanted in pairs]
 
-        Args:
-            queries, kind: as for `rank`.
-            positions: for each query, int64 [C], rising; C may differ.
+    def _prepare(self, queries: QueryVectors, kind: str) -> PreparedQueries:
+        vectors, mask = queries.dense.to(self.device), queries.mask.to(self.device)
+        if kind == "single_dense":
+            return PreparedQueries.of(*mean_vectors(vectors, mask))
+        return PreparedQueries.of(vectors, mask)
 
-        Returns:
-            For each query its scores, float32 [C].
-        """
-        scores = []
-        for query, wanted in zip(queries.batches(1), positions, strict=True):
-            if kind == "sparse_max":
-                scores.append(self._sparse_scores(query)[0][wanted])
-            else:
-                scores.append(self._dense_scores(query, kind, wanted))
-        return scores
-
-    def _dense_scores(self, query: QueryVectors, kind: str, wanted: torch.Tensor) -> torch.Tensor:
+    def _dense_scores(self, kind: str, query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
         """Return the dense scores of one query with the passages at rising positions, float32 [C]."""
-        found = torch.empty(len(wanted))
-        prepared = PreparedQueries.of(query, kind, self.device)
+        prepared, scores = self._prepare(query, kind), torch.empty(len(wanted))
+        step = self._step(self._segments[0], len(prepared.matrix))
         with self._workspace() as workspace:
-            for segment, inside, rows in self._locate(wanted):
-                vectors = segment.rows(rows).to(self.device)
-                mask = segment.mask(0, segment.length)
-                mask = None if mask is None else mask[rows.to(mask.device)]
+            for part, found in zip(wanted.split(step), scores.split(step), strict=True):
+                vectors, mask = self._gather(part)
                 if kind == "single_dense":
                     vectors, mask = mean_vectors(vectors, mask)
-                found[inside] = maxsim(vectors, mask, prepared, workspace)[:, 0].cpu()
-        return found
+                found.copy_(maxsim(vectors, mask, prepared, workspace.take)[:, 0])
+        return scores
 
-    def _locate(self, positions: torch.Tensor) -> Iterator[tuple[Segment, torch.Tensor, torch.Tensor]]:
-        """Yield (segment, which of the positions lie in it, their rows there)."""
-        for segment in self._segments:
-            inside = (positions >= segment.offset) & (positions < segment.offset + segment.length)
-            if bool(inside.any()):
-                yield segment, inside, positions[inside] - segment.offset
+    def _sparse_scores(self, query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
+        """Return the sparse scores of one query with the passages at rising positions, float32 [C]."""
+        (indices,), (values,) = query.require_sparse()
+        if self._length <= FEW * len(wanted):
+            return torch.cat([part.scores(indices, values) for part in self._parts()])[wanted]
+        found = []
+        for segment, rows in self._locate(wanted):
+            terms, weights = sparse_of(segment)
+            found.append((terms[rows], weights[rows]))
+        # an index of these alone adds up in the same order as that of all passages, to the same last bit
+        return Postings.build(*join_rows(found), offset=0, terms=indices[values != 0]).scores(indices, values)
+
+    def _gather(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return vectors float32 [C, K_p, H] and their mask of the passages at rising positions."""
+        vectors, masks = [], []
+        for segment, rows in self._locate(wanted):
+            vectors.append(segment.rows(rows).to(self.device))
+            mask = segment.mask(0, segment.length)
+            if mask is not None:
+                masks.append(mask[rows.to(mask.device)].to(self.device))
+        joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors)  # of one it would be a copy
+        return joined, torch.cat(masks) if masks else None
+
+    def _locate(self, positions: torch.Tensor) -> Iterator[tuple[Segment, torch.Tensor]]:
+        """Yield each segment that holds some of the rising positions, and their rows there."""
+        held, counts = torch.unique_consecutive(self._numbers(positions), return_counts=True)
+        for number, inside in zip(held.tolist(), positions.split(counts.tolist()), strict=True):
+            segment = self._segments[number]
+            yield segment, inside - segment.offset
+
+    def _find(self, positions: Sequence[int]) -> Iterator[tuple[Segment, int]]:
+        """Yield each position's segment and the row there, in any order."""
+        numbers = self._numbers(torch.tensor(positions, dtype=torch.int64)).tolist()
+        for number, position in zip(numbers, positions, strict=True):
+            segment = self._segments[number]
+            yield segment, position - segment.offset
+
+    def _numbers(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return which segment each position lies in, int64."""
+        return torch.searchsorted(self._offsets, positions, right=True) - 1
 
     def _blocks(self, columns: int, workspace: Workspace) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Yield (first position, float32 [p, K_p, H] in reused memory, mask) of consecutive passages."""
@@ -183,59 +198,17 @@ class ExactEngine:
         finally:
             self._spare.append(workspace)
 
-    def _rank_sparse(self, queries: QueryVectors, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rank_sparse(self, queries: QueryVectors, top_k: int) -> Ranking:
         indices, values = queries.require_sparse()
         results = []
         for number in range(len(queries)):
             best = TopK(1, top_k)
             for part in self._parts():
-                scores = torch.empty(part.length)
-                part.scores(indices[number], values[number], scores)
-                best.update(scores[:, None], part.offset)
+                best.update(part.scores(indices[number], values[number])[:, None], part.offset)
             results.append(best.result())
-        empty = torch.empty(0, top_k)
-        if not results:
-            return empty.long(), empty
         return torch.cat([positions for positions, _ in results]), torch.cat([scores for _, scores in results])
-
-    def _sparse_scores(self, query: QueryVectors) -> torch.Tensor:
-        """Return the sparse scores of the first query with every passage, float32 [1, passages]."""
-        indices, values = query.require_sparse()
-        scores = torch.empty(1, self._length)
-        for part in self._parts():
-            part.scores(indices[0], values[0], scores[0, part.offset : part.offset + part.length])
-        return scores
 
     def _parts(self) -> list[Postings]:
         if self._postings is None:
             self._postings = build_postings(self._segments)
         return self._postings
-
-
-class Ids:
-    """Looks up ids by position; a store's are read shard by shard, when first needed."""
-
-    def __init__(self, passages: Any, ids: Sequence[str] | None) -> None:
-        self._given = ids
-        if isinstance(passages, Mapping):
-            self._shards: list[Any] = []
-            length = len(passages["repr_hidden"])
-            if ids is not None and len(ids) != length:
-                raise ValueError(f"`ids` has {len(ids)} entries for {length} passages.")
-            return
-        if ids is not None:
-            raise ValueError("a store knows its passages' ids; leave `ids` out.")
-        self._shards = list(passages.shards())
-        self._offsets = [shard.offset for shard in self._shards]
-
-    def at(self, positions: Sequence[int]) -> list[str]:
-        """Return the ids of passages."""
-        if self._given is not None:
-            return [self._given[position] for position in positions]
-        if not self._shards:
-            return [str(position) for position in positions]
-        found = []
-        for position in positions:
-            shard = self._shards[bisect_right(self._offsets, position) - 1]
-            found.append(shard.ids[position - shard.offset])
-        return found

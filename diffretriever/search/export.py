@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ..files.durable import write_whole
-from ..store.segments import segments_of
-from .qdrant.engine import sum_by_term
+from .sparse import sum_by_term
 
 QUANTISATION = 100.0  # an impact is the weight times this, rounded, as PromptReps and SPLADE exports do
 
@@ -32,13 +31,11 @@ def impact_lines(
     """
     if not factor > 0:
         raise ValueError(f"the factor must be positive, got {factor}.")
-    for segment, shard in zip(segments_of(store), store.shards(), strict=True):
-        if segment.sparse is None:
-            raise ValueError("the store has no sparse vectors.")
-        indices, values = segment.sparse
+    for shard in store.shards():
+        indices, values = shard.sparse
         for row, text_id in enumerate(shard.ids):
             vector = _impacts(indices[row], values[row], tokens, factor, text_id)
-            text = segment.text(row) if contents else None
+            text = shard.text(row) if contents else None
             yield json.dumps({"id": text_id, "contents": text or "", "vector": vector}, ensure_ascii=False)
 
 

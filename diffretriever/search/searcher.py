@@ -2,82 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from ..model.scoring import check_mode, check_weight
 from ..store.identity import check_searchable
-from ..store.manifest import Settings
 from ..store.segments import QueryVectors, query_vectors
+from .engine import Engine, Ranking
 from .exact import ExactEngine
-from .fusion import Ranker, rank_fused
-from .modes import CANDIDATES, FUSED, MODES
+from .fusion import Sides, complete_sides
+from .modes import CANDIDATES, FUSED
+from .results import Results
+
+BATCH_NUMBERS = 8 * 1024 * 1024  # ranked positions and scores held at once
 
 
-class Engine(Ranker, Protocol):
-    """A `Ranker` that knows its passages' ids and the model that made them."""
-
-    @property
-    def settings(self) -> Settings | None:
-        """What the passages were encoded with, where that is known."""
-
-    def ids(self, positions: Sequence[int]) -> list[str]:
-        """The ids of passages."""
-
-    def texts(self, positions: Sequence[int]) -> list[str | None]:
-        """The texts of passages, None where they are not kept."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One found passage."""
-
-    id: str
-    score: float
-    position: int  # in the store
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a search found.
+class Rankings:
+    """Some queries ranked for several modes; what two modes need is ranked once, when the first asks for it.
 
     Args:
-        ids: each query's passages, best first; a query may have fewer than asked for.
-        scores: float32 [Q, k], -inf where there is no passage.
-        positions: int64 [Q, k], the passages' positions in the store, -1 where there is none.
-        query_ids: the queries' ids, if they came from a store.
+        engine: holds the passages.
+        queries: Q queries.
+        depth: passages ranked a query; in the fusion modes, candidates of each side.
     """
 
-    ids: list[list[str]]
-    scores: torch.Tensor
-    positions: torch.Tensor
-    query_ids: list[str] | None = None
+    def __init__(self, engine: Engine, queries: QueryVectors, depth: int) -> None:
+        self._engine, self._queries, self._depth = engine, queries, min(depth, len(engine))
+        self._ranked: dict[str, Ranking] = {}
+        self._sides: dict[str, Sides] = {}
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def results(self, mode: str, top_k: int, fusion_weight: float = 0.5) -> Results:
+        """Return the best passages in one mode; see `Searcher.search`."""
+        if mode in FUSED:
+            return self.sides(mode).fuse(fusion_weight, top_k)
+        positions, scores = (tensor[:, :top_k] for tensor in self._ranking(mode))
+        found = (positions >= 0) & (scores > (0.0 if mode == "sparse_max" else -torch.inf))
+        positions, scores = positions.masked_fill(~found, -1), scores.masked_fill(~found, -torch.inf)
+        return Results.of(self._engine, positions, scores, self._queries.ids)
 
-    def __getitem__(self, query: int) -> list[Hit]:
-        rows = zip(self.ids[query], self.scores[query].tolist(), self.positions[query].tolist(), strict=False)
-        return [Hit(passage, score, position) for passage, score, position in rows]
+    def sides(self, mode: str) -> Sides:
+        """Return the candidates of a fusion mode; see `Searcher.rank_sides`."""
+        if mode not in self._sides:
+            sparse, dense = self._ranking("sparse_max"), self._ranking(FUSED[mode])
+            self._sides[mode] = complete_sides(self._engine, self._queries, FUSED[mode], dense, sparse, self._depth)
+        return self._sides[mode]
 
-    def __iter__(self) -> Iterator[list[Hit]]:
-        return (self[query] for query in range(len(self)))
-
-    def run(self, query_ids: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-        """Return {query id: {passage id: score}}, the form that evaluation tools read.
-
-        Args:
-            query_ids: one a query; None takes the store's.
-
-        Raises:
-            ValueError: no ids, or another number than there are queries.
-        """
-        names = self.query_ids if query_ids is None else list(query_ids)
-        if names is None or len(names) != len(self):
-            raise ValueError(f"there are {len(self)} queries and {len(names or [])} query ids; give one for each.")
-        return {name: {hit.id: hit.score for hit in hits} for name, hits in zip(names, self, strict=True)}
+    def _ranking(self, kind: str) -> Ranking:
+        if kind == "sparse_max":
+            self._queries.require_sparse()
+        if kind not in self._ranked:
+            nothing = not len(self._queries) or not len(self._engine)
+            empty = torch.empty(len(self._queries), 0)
+            ranked = (empty.long(), empty) if nothing else self._engine.rank(self._queries, kind, self._depth)
+            self._ranked[kind] = ranked
+        return self._ranked[kind]
 
 
 class Searcher:
@@ -128,7 +108,7 @@ class Searcher:
             queries: a store of queries or an output of `encode_texts`, Q of them; K_q may differ from K_p.
             mode: one of MODES.
             top_k: passages a query.
-            candidates: in the fusion modes, how many of each side are fused (see `rank_fused`); None takes all.
+            candidates: in the fusion modes, how many of each side are fused (see `rank_sides`); None takes all.
             fusion_weight: in the fusion modes, the dense scores' share.
 
         Returns:
@@ -139,37 +119,62 @@ class Searcher:
             ValueError: a wrong argument, queries of another model than the passages', vectors that are missing, not
                 finite or of another dimension.
         """
-        if mode not in MODES:
-            raise ValueError(f"scoring mode {mode!r} is not known; the modes are {', '.join(MODES)}.")
-        for name, value in (("top_k", top_k), ("candidates", 1 if candidates is None else candidates)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")
-        if not 0.0 <= fusion_weight <= 1.0:
-            raise ValueError(f"`fusion_weight` must lie between 0 and 1, got {fusion_weight}.")
-        stored = not isinstance(queries, Mapping) and hasattr(queries, "manifest")
-        if stored and self.engine.settings is not None:
-            check_searchable(self.engine.settings, queries.manifest, "the collection")
-        vectors = query_vectors(queries)
-        positions, scores = self._rank(vectors, mode, top_k, candidates, fusion_weight)
-        found = positions >= 0
-        if mode not in FUSED:
-            found &= scores > (0.0 if mode == "sparse_max" else -torch.inf)
-        positions, scores = positions.masked_fill(~found, -1), scores.masked_fill(~found, -torch.inf)
-        wanted = positions[found].tolist()  # of all queries at once: for an engine elsewhere this is one request
-        names = iter(self.engine.ids(wanted))
-        ids = [[next(names) for _ in range(count)] for count in found.sum(dim=1).tolist()]
-        return Results(ids, scores, positions, queries.ids() if stored else None)
+        check_mode(mode)
+        check_weight(fusion_weight)
+        _check_count("top_k", top_k)
+        _check_count("candidates", candidates)
+        depth: int | None = top_k
+        if mode in FUSED:  # every hit is a candidate, so fewer candidates than hits would cut the ranking short
+            depth = None if candidates is None else max(candidates, top_k)
+        vectors = self._vectors(queries)
+        size = BATCH_NUMBERS // max(1, min(depth or len(self), len(self)))
+        parts = list(vectors.batches(size)) or [vectors]
+        return Results.joined([self.rank(part, depth).results(mode, top_k, fusion_weight) for part in parts])
 
-    def _rank(
-        self, queries: QueryVectors, mode: str, top_k: int, candidates: int | None, weight: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mode != "multi_dense" and mode != "single_dense":
-            queries.require_sparse()
-        if not len(queries) or not len(self.engine):
-            empty = torch.empty(len(queries), 0)
-            return empty.long(), empty
+    def rank_sides(self, queries: Any, mode: str, candidates: int | None = CANDIDATES) -> Sides:
+        """Find the candidates of a fusion and score both sides; `rank_sides(…).fuse(weight, top_k)` ranks them.
+
+        A query's candidates are its `candidates` best passages by the dense score together with its `candidates` best
+        by the sparse score, of those that have a vector or share a term with it. Both scores of each candidate are
+        exact: what one side alone found is scored by the other too.
+
+        Args:
+            queries: as for `search`; the candidates of all Q of them are held at once.
+            mode: a fusion mode.
+            candidates: of each side; None takes all passages, and the fused score is then that of `model.score`.
+
+        Raises:
+            ValueError: as for `search`, or the mode is no fusion.
+        """
+        check_mode(mode)
+        _check_count("candidates", candidates)
         if mode not in FUSED:
-            return self.engine.rank(queries, mode, top_k)
-        # every hit of a fused ranking is a candidate, so fewer candidates than hits would cut it short
-        depth = None if candidates is None else max(candidates, top_k)
-        return rank_fused(self.engine, queries, FUSED[mode], top_k, depth, weight)
+            raise ValueError(f"scoring mode {mode!r} has one side; the fusion modes are {', '.join(FUSED)}.")
+        return self.rank(queries, candidates).sides(mode)
+
+    def rank(self, queries: Any, depth: int | None = CANDIDATES) -> Rankings:
+        """Prepare to rank queries in several modes, sharing what these have in common.
+
+        Args:
+            queries: as for `search`.
+            depth: passages ranked a query; in the fusion modes, candidates of each side. None ranks all.
+
+        Raises:
+            ValueError: as for `search`.
+        """
+        _check_count("depth", depth)
+        return Rankings(self.engine, self._vectors(queries), len(self) if depth is None else depth)
+
+    def _vectors(self, queries: Any) -> QueryVectors:
+        """Bring queries into one form; refuse those that another model encoded."""
+        if isinstance(queries, QueryVectors):
+            return queries
+        if hasattr(queries, "manifest") and self.engine.settings is not None:
+            check_searchable(self.engine.settings, queries.manifest, "the collection")
+        return query_vectors(queries)
+
+
+def _check_count(name: str, value: int | None) -> None:
+    """Refuse what is no number of passages; None stands for all."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,18 +25,23 @@ class Postings:
     weights: torch.Tensor  # float32 [postings]
 
     @classmethod
-    def build(cls, indices: torch.Tensor, values: torch.Tensor, offset: int) -> Postings:
+    def build(
+        cls, indices: torch.Tensor, values: torch.Tensor, offset: int, terms: torch.Tensor | None = None
+    ) -> Postings:
         """Invert sparse vectors.
 
         Args:
             indices: token ids, int [P, T].
             values: weights, float [P, T]; 0 marks an unused slot.
             offset: the first passage's position in the collection.
+            terms: token ids, the only ones to keep; None keeps all.
 
         Raises:
             ValueError: a weight is NaN or infinite.
         """
         used = values != 0  # NaN counts as used, so that it is seen below
+        if terms is not None:
+            used &= torch.isin(indices, terms.to(indices.dtype))
         weights = values[used].float()
         if not bool(torch.isfinite(weights).all()):
             row = int((~torch.isfinite(values)).any(dim=1).nonzero()[0, 0])
@@ -45,22 +50,21 @@ class Postings:
                 "Encode that text again."
             )
         passages = torch.arange(len(indices), dtype=torch.int32)[:, None].expand(indices.shape)[used]
-        terms, order = torch.sort(indices[used].int(), stable=True)
-        distinct, counts = torch.unique_consecutive(terms, return_counts=True)
+        by_term, order = torch.sort(indices[used].int(), stable=True)
+        distinct, counts = torch.unique_consecutive(by_term, return_counts=True)
         starts = torch.zeros(len(distinct) + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=starts[1:])
         return cls(offset, len(indices), distinct, starts, passages[order], weights[order])
 
-    def scores(self, indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the dot products of one query with every passage.
+    def scores(self, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return the dot products of one query with every passage, float32 [length].
 
         Args:
             indices: int64 [T]; values: float32 [T]; 0 marks an unused slot.
-            out: float32 [length], overwritten.
         """
-        out.zero_()
+        out = torch.zeros(self.length)
         if not len(self.terms):
-            return
+            return out
         used = values != 0
         wanted, weights = indices[used], values[used].tolist()
         places = torch.searchsorted(self.terms, wanted.int()).clamp_(max=len(self.terms) - 1)
@@ -69,6 +73,7 @@ class Postings:
         for weight, begin, end, there in zip(weights, begins, ends, known.tolist(), strict=True):
             if there:
                 out.index_add_(0, self.passages[begin:end], self.weights[begin:end], alpha=weight)
+        return out
 
 
 def build_postings(segments: list[Segment]) -> list[Postings]:
@@ -77,10 +82,7 @@ def build_postings(segments: list[Segment]) -> list[Postings]:
     Raises:
         ValueError: the passages have no sparse vectors, or one that is not finite.
     """
-    parts = []
-    for offset, indices, values in _chunks(segments):
-        parts.append(Postings.build(indices, values, offset))
-    return parts
+    return [Postings.build(indices, values, offset) for offset, indices, values in _chunks(segments)]
 
 
 def _chunks(segments: list[Segment]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -88,24 +90,48 @@ def _chunks(segments: list[Segment]) -> Iterator[tuple[int, torch.Tensor, torch.
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
     held_length = offset = 0
     for segment in segments:
-        if segment.sparse is None:
-            raise ValueError("the passages have no sparse vectors; encode them with sparse vectors to use this mode.")
+        pair = sparse_of(segment)
         for start in range(0, segment.length, CHUNK):
-            indices, values = (tensor[start : start + CHUNK] for tensor in segment.sparse)
+            indices, values = (tensor[start : start + CHUNK] for tensor in pair)
             if held and held_length + len(indices) > CHUNK:
-                yield (offset, *_join(held))
+                yield (offset, *join_rows(held))
                 held, held_length = [], 0
             if not held:
                 offset = segment.offset + start
             held.append((indices, values))
             held_length += len(indices)
     if held:
-        yield (offset, *_join(held))
+        yield (offset, *join_rows(held))
 
 
-def _join(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def sparse_of(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a segment's sparse vectors, token ids and weights [n, T].
+
+    Raises:
+        ValueError: it has none.
+    """
+    if segment.sparse is None:
+        raise ValueError("the passages have no sparse vectors; encode them with sparse vectors to use this mode.")
+    return segment.sparse
+
+
+def join_rows(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack token ids and weights [n, T] of several segments, at least one, whose T may differ."""
     if len(pairs) == 1:
         return pairs[0]
     width = max(indices.shape[1] for indices, _ in pairs)
     padded = [[F.pad(tensor, (0, width - tensor.shape[1])) for tensor in pair] for pair in pairs]
     return torch.cat([indices for indices, _ in padded]), torch.cat([values for _, values in padded])
+
+
+def sum_by_term(indices: torch.Tensor, values: torch.Tensor) -> dict[int, float]:
+    """Return {term: weight} of one sparse vector's used slots, each term once, as other engines want them.
+
+    >>> sum_by_term(torch.tensor([7, 3, 7, 0]), torch.tensor([1.0, 2.0, 0.5, 0.0]))
+    {7: 1.5, 3: 2.0}
+    """
+    weights: dict[int, float] = {}
+    for term, value in zip(indices.tolist(), values.tolist(), strict=True):
+        if value != 0.0:
+            weights[term] = weights.get(term, 0.0) + value
+    return weights

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from ..files.durable import TEMPORARY, write_whole
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry, settings_of
-from .segments import segments_of
 from .shard_file import DamagedShardError, ShardFile, write_shard
 from .store import Shard, Store, check_entry, entry_of, refuse_damaged
 
@@ -33,46 +32,24 @@ ENCODE_ROWS = 4096
 
 
 class CompressedShard(Shard):
-    """A shard whose vectors are centroid numbers; also a `Segment` that search reads.
+    """A shard whose vectors are centroid numbers.
 
     Args:
-        file, offset, count: as for `Shard`.
+        file, offset, length: as for `Shard`.
         codebook: float32 [pieces, 256, H / pieces].
     """
 
-    def __init__(self, file: ShardFile, offset: int, count: int, codebook: torch.Tensor) -> None:
-        super().__init__(file, offset, count)
-        self.length = count
+    def __init__(self, file: ShardFile, offset: int, length: int, codebook: torch.Tensor) -> None:
+        super().__init__(file, offset, length)
         self._table = codebook.reshape(-1, codebook.shape[2])
         self._first = torch.arange(len(codebook), dtype=torch.int32) * CENTROIDS
 
-    @property
-    def sparse(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Segment.sparse`."""
-        return self.sparse_indices, self.sparse_values
-
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """Return the vectors of consecutive rows, float32 [stop - start, K, H], L2-normalised."""
-        return self._decode(self.file.tensor("codes")[start:stop])
+        """See `Segment.block`; the vectors are normalised again."""
+        return self._vectors(slice(start, stop))
 
-    def dense(self, start: int, stop: int) -> torch.Tensor:
-        """See `Shard.dense`."""
-        return self.block(start, stop)
-
-    def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `Segment.rows`."""
-        return self._decode(self.file.tensor("codes")[rows])
-
-    def mask(self, start: int, stop: int) -> torch.Tensor | None:
-        """A store's texts have all their vectors."""
-        return None
-
-    def text(self, row: int) -> Any:
-        """Return one text; None where the store has none."""
-        return super().text(row) if "texts_offsets" in self.file else None
-
-    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the vectors of codes, uint8 [n, K, pieces]; float32 [n, K, H]."""
+    def _vectors(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        codes = self.file.tensor("codes")[rows]  # uint8 [n, K, pieces]
         pieces = F.embedding(codes.int() + self._first, self._table)  # [n, K, pieces, H / pieces]
         return F.normalize(pieces.flatten(2), dim=-1)
 
@@ -145,10 +122,10 @@ def compress(
     quantiser = _quantiser(codebook_file.tensor("codebook"))
     entries = []
     with tqdm(total=len(store), disable=not show_progress_bar, unit="passage", desc="compress") as bar:
-        for number, shard in enumerate(store.shards()):
+        for shard in store.shards():
             path = output / shard.file.path.name
             if not _is_done(path, shard, codebook_file):
-                _write_compressed(path, shard, segments_of(store)[number], quantiser, codebook_file)
+                _write_compressed(path, shard, quantiser, codebook_file)
             entries.append(entry_of(ShardFile(path)))
             bar.update(len(shard))
     book = ShardEntry(CODEBOOK_FILE, 0, 0, codebook_file.size, codebook_file.header_sha256, "")
@@ -208,9 +185,7 @@ def _codebook(store: Store, output: Path, about: Mapping[str, str]) -> ShardFile
 def _learn(store: Store, dimensions_per_byte: int, seed: int) -> torch.Tensor:
     """Learn the centroids by k-means from vectors all over the store; float32 [pieces, 256, dimensions]."""
     stride = max(1, len(store) * store.manifest.num_masks // TRAINING_VECTORS)
-    sample = torch.cat(
-        [segment.rows(torch.arange(0, segment.length, stride)).flatten(0, 1) for segment in segments_of(store)]
-    )
+    sample = torch.cat([shard.rows(torch.arange(0, len(shard), stride)).flatten(0, 1) for shard in store.shards()])
     if len(sample) < CENTROIDS:
         raise ValueError(
             f"{store.folder}: has {len(sample)} vectors; compression learns {CENTROIDS} centroids and needs as many."
@@ -257,10 +232,10 @@ def _is_done(path: Path, shard: Shard, codebook: ShardFile) -> bool:
     return (metadata.get("from"), metadata.get("codebook")) == (shard.file.header_sha256, codebook.header_sha256)
 
 
-def _write_compressed(path: Path, shard: Shard, segment: Any, quantiser: Any, codebook: ShardFile) -> None:
+def _write_compressed(path: Path, shard: Shard, quantiser: Any, codebook: ShardFile) -> None:
     codes = []
     for start in range(0, len(shard), ENCODE_ROWS):
-        vectors = segment.block(start, min(start + ENCODE_ROWS, len(shard))).float()  # [n, K, H]
+        vectors = shard.dense(start, min(start + ENCODE_ROWS, len(shard)))  # [n, K, H]
         found = torch.from_numpy(quantiser.compute_codes(vectors.flatten(0, 1).contiguous().numpy()))
         codes.append(found.view(*vectors.shape[:2], -1))
     names = ("ids_bytes", "ids_offsets", "texts_bytes", "texts_offsets", "sparse_indices", "sparse_values")

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
+from ..model.scoring import sparse_vectors_of, vectors_of
+
 
 class Segment(Protocol):
-    """Consecutive texts of a collection."""
+    """Consecutive texts of a collection; a store's `Shard` is one."""
 
     @property
     def offset(self) -> int:
@@ -28,10 +30,13 @@ class Segment(Protocol):
         """Vectors [stop - start, K, H] of consecutive rows, in the stored floating dtype."""
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Vectors float32 [len(rows), K, H] of any rows, on the CPU."""
+        """Vectors float32 [len(rows), K, H] of any rows."""
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """Which of the vectors exist, bool [stop - start, K]; None where all do."""
+
+    def text_id(self, row: int) -> str:
+        """One text's id."""
 
     def text(self, row: int) -> str | None:
         """One text, or None where the texts are not stored."""
@@ -45,7 +50,8 @@ class TensorSegment:
     vector_mask: torch.Tensor | None = None  # bool [n, K]
     sparse: tuple[torch.Tensor, torch.Tensor] | None = None
     offset: int = 0
-    source: Segment | None = None  # where the texts are
+    ids: Sequence[str] | None = None  # None numbers them
+    source: Segment | None = None  # where ids and texts are
 
     @property
     def length(self) -> int:
@@ -58,81 +64,53 @@ class TensorSegment:
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Segment.rows`."""
-        return self.vectors[rows.to(self.vectors.device)].float().cpu()
+        return self.vectors[rows.to(self.vectors.device)].float()
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """See `Segment.mask`."""
         return None if self.vector_mask is None else self.vector_mask[start:stop]
+
+    def text_id(self, row: int) -> str:
+        """See `Segment.text_id`."""
+        if self.source is not None:
+            return self.source.text_id(row)
+        return str(self.offset + row) if self.ids is None else self.ids[row]
 
     def text(self, row: int) -> str | None:
         """See `Segment.text`; vectors alone have none."""
         return None if self.source is None else self.source.text(row)
 
 
-@dataclass
-class ShardSegment:
-    """A segment read from a store's shard when it is needed; the system's page cache decides what stays in memory."""
-
-    shard: Any  # diffretriever.retrieval.store.Shard, or a compressed one
-
-    @property
-    def offset(self) -> int:
-        """Position of the first text in the store."""
-        return int(self.shard.offset)
-
-    @property
-    def length(self) -> int:
-        """Number of texts."""
-        return len(self.shard)
-
-    @property
-    def sparse(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """See `Segment.sparse`."""
-        return self.shard.sparse_indices, self.shard.sparse_values
-
-    def block(self, start: int, stop: int) -> torch.Tensor:
-        """See `Segment.block`."""
-        return self.shard.repr_hidden[start:stop] if self.shard.repr_scale is None else self.shard.dense(start, stop)
-
-    def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `Segment.rows`."""
-        vectors = self.shard.repr_hidden[rows].float()
-        return vectors if self.shard.repr_scale is None else vectors * self.shard.repr_scale[rows][..., None]
-
-    def mask(self, start: int, stop: int) -> torch.Tensor | None:
-        """A store's texts have all their vectors."""
-        return None
-
-    def text(self, row: int) -> str | None:
-        """See `Segment.text`."""
-        return str(self.shard.text(row)) if "texts_offsets" in self.shard.file else None
-
-
-def segments_of(passages: Any) -> list[Segment]:
+def segments_of(passages: Any, ids: Sequence[str] | None = None) -> list[Segment]:
     """Return the segments of a store, or of an `encode_texts` output.
 
     Args:
         passages: a store, or a mapping with `repr_hidden` [P, K, H] and perhaps `repr_mask` [P, K],
             `sparse_indices` and `sparse_values` [P, T].
+        ids: the texts' ids, for an output of `encode_texts`; None numbers them.
 
     Raises:
-        ValueError: the mapping's tensors do not go together.
+        ValueError: the mapping's tensors or the ids do not go together, or ids are given for a store.
     """
     if not isinstance(passages, Mapping):
-        # a compressed shard is a segment itself
-        return [shard if hasattr(shard, "block") else ShardSegment(shard) for shard in passages.shards()]
-    vectors, mask, sparse = checked_tensors(passages, "passages")
-    return [TensorSegment(vectors, mask, sparse)]
+        if ids is not None:
+            raise ValueError("a store knows its passages' ids; leave `ids` out.")
+        return list(passages.shards())
+    vectors, mask, sparse = _tensors_of(passages, "passages")
+    if ids is not None and len(ids) != len(vectors):
+        raise ValueError(f"`ids` has {len(ids)} entries for {len(vectors)} passages.")
+    return [TensorSegment(vectors, mask, sparse, ids=ids)]
 
 
 def resident(segment: Segment, device: torch.device) -> TensorSegment:
     """Return the segment with its vectors in the device's memory, in their stored floating dtype."""
     vectors = segment.block(0, segment.length).to(device, copy=True)
     mask = segment.mask(0, segment.length)
-    return TensorSegment(vectors, None if mask is None else mask.to(device), segment.sparse, segment.offset, segment)
+    mask = None if mask is None else mask.to(device)
+    return TensorSegment(vectors, mask, segment.sparse, segment.offset, source=segment)
 
 
-def checked_tensors(
+def _tensors_of(
     side: Mapping[str, Any], name: str
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
     """Return vectors [N, K, H], their mask [N, K] or None, and the sparse pair or None of an encoder's output.
@@ -140,24 +118,11 @@ def checked_tensors(
     Raises:
         ValueError: a field is missing or has another shape than its neighbours; `name` says whose.
     """
-    vectors = side.get("repr_hidden")
-    if not isinstance(vectors, torch.Tensor) or vectors.dim() != 3 or not vectors.is_floating_point():
-        shape = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, torch.Tensor) else None
-        raise ValueError(f"`{name}` needs a floating `repr_hidden` of shape [texts, K, H]; got {shape}.")
-    mask = side.get("repr_mask")
-    if mask is not None and mask.shape != vectors.shape[:2]:
-        raise ValueError(
-            f"`repr_mask` of `{name}` has shape {list(mask.shape)}; `repr_hidden` asks for {list(vectors.shape[:2])}."
-        )
-    indices, values = side.get("sparse_indices"), side.get("sparse_values")
-    if indices is None or values is None:
-        return vectors, None if mask is None else mask.bool(), None
-    if indices.dim() != 2 or indices.shape != values.shape or len(indices) != len(vectors):
-        raise ValueError(
-            f"`{name}`: sparse_indices {list(indices.shape)} and sparse_values {list(values.shape)} must both be "
-            f"[{len(vectors)}, T], a row for each of the texts in repr_hidden."
-        )
-    return vectors, None if mask is None else mask.bool(), (indices, values)
+    vectors, mask = vectors_of(side, name)
+    sparse = sparse_vectors_of(side, name)
+    if sparse is not None and len(sparse[0]) != len(vectors):
+        raise ValueError(f"`{name}` has sparse vectors of {len(sparse[0])} texts, and dense ones of {len(vectors)}.")
+    return vectors, mask, sparse
 
 
 @dataclass
@@ -167,6 +132,7 @@ class QueryVectors:
     dense: torch.Tensor  # float32 [Q, K_q, H]
     mask: torch.Tensor  # bool [Q, K_q]
     sparse: tuple[torch.Tensor, torch.Tensor] | None  # int64 and float32 [Q, T]
+    ids: list[str] | None = None  # those of a store
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -176,7 +142,8 @@ class QueryVectors:
         for start in range(0, len(self), max(1, size)):
             part = slice(start, start + max(1, size))
             sparse = None if self.sparse is None else (self.sparse[0][part], self.sparse[1][part])
-            yield QueryVectors(self.dense[part], self.mask[part], sparse)
+            ids = None if self.ids is None else self.ids[part]
+            yield QueryVectors(self.dense[part], self.mask[part], sparse, ids)
 
     def require_sparse(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sparse pair.
@@ -196,21 +163,20 @@ def query_vectors(queries: Any) -> QueryVectors:
         ValueError: fields are missing, do not go together, or are not finite.
     """
     if isinstance(queries, Mapping):
-        vectors, mask, sparse = checked_tensors(queries, "queries")
+        vectors, mask, sparse = _tensors_of(queries, "queries")
+        ids = None
     else:
         vectors, sparse = _read_all(segments_of(queries))
-        mask = None
-    if mask is None:
-        mask = torch.ones(vectors.shape[:2], dtype=torch.bool)
+        mask, ids = None, queries.ids()
     dense = vectors.detach().float().cpu()
-    mask = mask.cpu()
+    mask = torch.ones(dense.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
     if not bool(torch.isfinite(dense[mask]).all()):
         raise ValueError("`repr_hidden` of the queries holds NaN or infinite values.")
     if sparse is not None:
         sparse = (sparse[0].long().cpu(), sparse[1].float().cpu())
         if not bool(torch.isfinite(sparse[1]).all()):
             raise ValueError("`sparse_values` of the queries hold NaN or infinite values.")
-    return QueryVectors(dense, mask, sparse)
+    return QueryVectors(dense, mask, sparse, ids)
 
 
 def _read_all(segments: Sequence[Segment]) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:

@@ -39,19 +39,20 @@ class ShardContents:
 
 
 class Shard:
-    """n texts of a store; nothing is read from the disk until it is used.
+    """n texts of a store, a `Segment` for search; nothing is read from the disk until it is used.
 
     Attributes:
         offset: position of its first text in the store.
+        length: n.
     """
 
-    def __init__(self, file: ShardFile, offset: int, count: int) -> None:
+    def __init__(self, file: ShardFile, offset: int, length: int) -> None:
         self.file = file
         self.offset = offset
-        self._count = count
+        self.length = length
 
     def __len__(self) -> int:
-        return self._count
+        return self.length
 
     @cached_property
     def ids(self) -> list[str]:
@@ -80,19 +81,40 @@ class Shard:
         """float16 (float32 in a float32 store) [n, T]; unused slots are 0."""
         return self.file.tensor("sparse_values")
 
+    @property
+    def sparse(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Segment.sparse`."""
+        return self.sparse_indices, self.sparse_values
+
     def dense(self, start: int, stop: int) -> torch.Tensor:
         """Return the vectors of texts start … stop - 1 of this shard, float32 [stop - start, K, H]."""
-        vectors = self.repr_hidden[start:stop].float()
-        return vectors if self.repr_scale is None else vectors * self.repr_scale[start:stop, :, None]
+        return self._vectors(slice(start, stop))
 
-    def text(self, row: int) -> str:
-        """Return the text of one row.
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """See `Segment.block`."""
+        return self.repr_hidden[start:stop] if self.repr_scale is None else self.dense(start, stop)
 
-        Raises:
-            ValueError: the store was made without texts.
-        """
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `Segment.rows`."""
+        return self._vectors(rows)
+
+    def _vectors(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Return the vectors of some rows, float32 [n, K, H]."""
+        vectors = self.repr_hidden[rows].float()
+        return vectors if self.repr_scale is None else vectors * self.repr_scale[rows][..., None]
+
+    def mask(self, start: int, stop: int) -> torch.Tensor | None:
+        """A store's texts have all their vectors."""
+        return None
+
+    def text_id(self, row: int) -> str:
+        """See `Segment.text_id`."""
+        return self.ids[row]
+
+    def text(self, row: int) -> str | None:
+        """See `Segment.text`."""
         if "texts_offsets" not in self.file:
-            raise ValueError(f"{self.file.path.parent}: the store holds no texts; it was made with --no-texts.")
+            return None
         return unpack_string(self.file.tensor("texts_bytes"), self.file.tensor("texts_offsets"), row)
 
 
@@ -108,6 +130,7 @@ class Store:
         self.folder = folder
         self.manifest = manifest
         self._shards = shards
+        self._offsets = [shard.offset for shard in shards]
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> Store:
@@ -153,8 +176,11 @@ class Store:
         """
         if not 0 <= position < len(self):
             raise IndexError(f"{self.folder}: position {position}; the store has {len(self)} texts, from 0.")
-        shard = self._shards[bisect_right([shard.offset for shard in self._shards], position) - 1]
-        return shard.text(position - shard.offset)
+        shard = self._shards[bisect_right(self._offsets, position) - 1]
+        text = shard.text(position - shard.offset)
+        if text is None:
+            raise ValueError(f"{self.folder}: the store holds no texts; it was made with --no-texts.")
+        return text
 
 
 def check_entry(folder: Path, entry: ShardEntry) -> ShardFile:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffretriever.model import scoring
-from diffretriever.model.scoring import SCORING_MODES, score
+from diffretriever.model.scoring import SCORING_MODES, multi_dense, score, single_dense
 
 Side = dict[str, torch.Tensor]
 
@@ -124,6 +124,26 @@ def test_blocks_change_nothing(mode: str, elements: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("mode", SCORING_MODES)
+def test_copies_of_a_passage_tie(mode: str) -> None:
+    queries, once = make_side(3, 4, 6, 0, hidden=33), make_side(1, 3, 6, 1, hidden=33)
+    copies = {name: values.repeat(50, *[1] * (values.dim() - 1)) for name, values in once.items()}
+    got = score(queries, copies, mode)
+    assert torch.equal(got, got[:, :1].expand_as(got))
+
+
+@pytest.mark.parametrize("dense_score", [single_dense, multi_dense])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_finite_differences(dense_score: Callable[..., torch.Tensor], masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(count, k, 5, generator=generator, dtype=torch.float64) for count, k in ((3, 2), (4, 3))]
+    missing = [torch.tensor([[0, 0], [0, 1], [1, 0]]), torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 1, 0]])]
+    masks = [mask == 0 for mask in missing] if masked else []
+    for side in sides:
+        side.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: dense_score(*given, *masks), sides)
+
+
+@pytest.mark.parametrize("mode", SCORING_MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_are_scored_in_float32(mode: str, dtype: torch.dtype) -> None:
     sides = [make_side(3, 4, 6, 0), make_side(5, 2, 6, 1)]
@@ -215,8 +235,14 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"passages": {"repr_hidden": torch.ones(2, 3, 5)}},
         "queries have 8 dimensions, passages 5; they were made by different models",
     ),
-    "no vectors": ({"queries": {}}, r"`queries` needs `repr_hidden` of shape \[texts, K, H\]; got None"),
-    "rank": ({"passages": {"repr_hidden": torch.ones(2, 8)}}, r"`passages` needs `repr_hidden` .* got \[2, 8\]"),
+    "no vectors": (
+        {"queries": {}},
+        r"`queries` needs `repr_hidden`, floating numbers of shape \[texts, K, H\]; got None",
+    ),
+    "rank": (
+        {"passages": {"repr_hidden": torch.ones(2, 8)}},
+        r"`passages` needs `repr_hidden`, .* got torch.float32 \[2, 8\]",
+    ),
     "repr_mask": (
         {"passages": GOOD | {"repr_mask": torch.ones(2, 4)}},
         r"`repr_mask` of `passages` has shape \[2, 4\]; `repr_hidden` asks for \[2, 3\]",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ from diffretriever.search.qdrant.calls import ATTEMPTS, QdrantCalls
 
 PASSAGES = {"repr_hidden": torch.eye(4)[:, None], "sparse_indices": torch.ones(4, 1, dtype=torch.int64)}
 PASSAGES["sparse_values"] = torch.ones(4, 1)
+COLLECTION = {"status": "green", "optimizer_status": "ok", "segments_count": 1, "payload_schema": {}}
+CONFIG = {
+    "params": {},
+    "hnsw_config": {"m": 16, "ef_construct": 100, "full_scan_threshold": 10000},
+    "optimizer_config": {"default_segment_number": 0, "flush_interval_sec": 5},
+}
 
 
 class FakeServer:
@@ -27,6 +34,8 @@ class FakeServer:
         self.asked: list[str] = []
         self.delay = 0.0
         self.points: list[int] = []
+        self.bodies: list[dict[str, Any]] = []  # of the requests for points
+        self.metadata: dict[str, Any] = {}  # of the collection, empty while there is none
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,17 +61,23 @@ class FakeServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def result(self, command: str, path: str, body: dict[str, object]) -> dict[str, object]:
+    def result(self, command: str, path: str, body: dict[str, Any]) -> dict[str, object]:
         if path == "/":
             return {"title": "qdrant", "version": self.version}
         results: dict[str, object] = {
-            "GET /collections/p/exists": {"exists": False},
+            "GET /collections/p/exists": {"exists": bool(self.metadata)},
+            "GET /collections/p": COLLECTION | {"config": CONFIG | {"metadata": {"diffretriever": self.metadata}}},
             "PUT /collections/p": True,
             "POST /collections/p/points/count": {"count": len(self.points)},
             "PUT /collections/p/points": {"operation_id": 1, "status": "completed"},
         }
         if f"{command} {path}" == "PUT /collections/p/points":
-            self.points += [point["id"] for point in body["points"]]  # type: ignore[attr-defined]
+            self.points += [point["id"] for point in body["points"]]
+        if f"{command} {path}" == "POST /collections/p/points":
+            self.bodies.append(body)
+            payloads = [{name: f"{name} {point}" for name in body["with_payload"]} for point in body["ids"]]
+            found = zip(body["ids"], payloads, strict=True)
+            results[f"{command} {path}"] = [{"id": point, "payload": payload} for point, payload in found]
         return {"result": results[f"{command} {path}"], "status": "ok", "time": 0.0}
 
 
@@ -81,6 +96,16 @@ def connect(url: str, timeout: float = 5.0) -> QdrantCalls:
 def test_an_upload_by_address(fake: FakeServer) -> None:
     assert upload(PASSAGES, fake.url, "p", batch_size=3) == 4
     assert fake.points == [0, 1, 2, 3]
+
+
+def test_ids_come_without_texts_and_texts_only_when_asked_for(fake: FakeServer) -> None:
+    fake.metadata = {"count": 0, "hidden_size": 4, "settings": None}
+    engine = QdrantEngine(fake.url, "p")
+    assert engine.ids([2, 0, 2]) == ["id 2", "id 0", "id 2"]
+    assert engine.texts([0]) == ["text 0"]
+    assert [(body["ids"], body["with_payload"]) for body in fake.bodies] == [([2, 0], ["id"]), ([0], ["text"])]
+    engine.ids(range(2500))
+    assert [len(body["ids"]) for body in fake.bodies[2:]] == [1000, 1000, 500]
 
 
 def test_a_server_that_is_away() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffretriever.cli.display import text_width, wrap
+from diffretriever.model import scoring
 from diffretriever.search import MODES, ExactEngine, Searcher
+from diffretriever.search import searcher as searcher_module
 from diffretriever.search import sparse as sparse_module
-from diffretriever.search.sparse import build_postings
+from diffretriever.search.modes import FUSED
+from diffretriever.search.sparse import Postings, build_postings
 from diffretriever.search.topk import TopK
-from diffretriever.store.segments import TensorSegment
-from diffretriever.store.store import ShardContents, Store, write_store
+from diffretriever.search.workspace import Workspace
+from diffretriever.store.segments import TensorSegment, query_vectors
+from diffretriever.store.store import Shard, ShardContents, Store, write_store
 
 Side = dict[str, torch.Tensor]
 
@@ -108,23 +113,107 @@ def test_the_inverted_index_gives_dot_products(monkeypatch: pytest.MonkeyPatch, 
     ):
         for term, weight in zip(query["sparse_indices"][0], query["sparse_values"][0], strict=True):
             expected[row] += (values * (indices == term)).sum() * weight
-    found = torch.empty(14)
-    for part in parts:
-        part.scores(
-            query["sparse_indices"][0], query["sparse_values"][0], found[part.offset : part.offset + part.length]
-        )
+    found = torch.cat([part.scores(query["sparse_indices"][0], query["sparse_values"][0]) for part in parts])
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_memory_does_not_grow_with_the_collection() -> None:
-    held = []
+def test_memory_does_not_grow_with_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[tuple[str, tuple[int, ...]], set[int]] = {}
+    take = Workspace.take
+
+    def noted(self: Workspace, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        held = take(self, name, shape)
+        taken.setdefault((name, shape), set()).add(held.data_ptr())
+        return held
+
+    monkeypatch.setattr(Workspace, "take", noted)
+    needs = []
     for count in (5_000, 20_000):
+        taken.clear()
         passages = {"repr_hidden": vectors(0, count, k=4, width=64, terms=1)["repr_hidden"].half()}
-        engine = ExactEngine(passages, block_size=500)
-        Searcher(engine).search(vectors(1, 50, k=4, width=64), "multi_dense", 10)
-        held.append([sum(buffer.numel() for buffer in spare._held.values()) for spare in engine._spare])
-    assert held[0] == held[1]
-    assert [size > 0 for size in held[0]] == [True]  # one thread, one workspace, given back
+        searcher = Searcher(passages, block_size=500)
+        for _ in range(2):
+            searcher.search(vectors(1, 50, k=4, width=64), "multi_dense", 10)
+        assert all(len(places) == 1 for places in taken.values())  # every block and search uses the same memory
+        needs.append(set(taken))
+    assert needs[0] == needs[1]
+
+
+def test_chosen_passages_have_the_scores_of_the_ranking(tmp_path: Path) -> None:
+    """To the last bit for sparse scores, whichever way is the faster one."""
+    side = vectors(0, 1200)
+    side["sparse_indices"][:, 1] = side["sparse_indices"][:, 0]  # a term may stand twice in a passage
+    queries = query_vectors(vectors(1, 4))
+    for passages in (side, make_store(tmp_path / "store", side, size=100, dtype="float32")):
+        engine = ExactEngine(passages)
+        for kind in ("single_dense", "multi_dense", "sparse_max"):
+            positions, scores = engine.rank(queries, kind, 1200)
+            by_position = torch.empty(4, 1200).scatter_(1, positions, scores)
+            chosen = [torch.tensor(rows, dtype=torch.int64) for rows in ([0, 99, 100, 1199], [7], [], list(range(600)))]
+            for row, (wanted, found) in enumerate(zip(chosen, engine.scores_at(queries, kind, chosen), strict=True)):
+                expected = by_position[row, wanted]
+                assert torch.allclose(found, expected, atol=1e-6)
+                assert kind != "sparse_max" or torch.equal(found, expected)
+
+
+def test_few_chosen_passages_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ExactEngine(make_store(tmp_path / "store", vectors(0, 1000), size=10))
+    queries = query_vectors(vectors(1, 1))
+    engine.rank(queries, "sparse_max", 5)  # makes the index
+    read: list[int] = []
+    rows, scores = Shard.rows, Postings.scores
+
+    def noted_rows(self: Shard, wanted: torch.Tensor) -> torch.Tensor:
+        read.append(len(wanted))
+        return rows(self, wanted)
+
+    def noted_scores(self: Postings, *query: torch.Tensor) -> torch.Tensor:
+        read.append(self.length)
+        return scores(self, *query)
+
+    monkeypatch.setattr(Shard, "rows", noted_rows)
+    monkeypatch.setattr(Postings, "scores", noted_scores)
+    for kind, counts in (("multi_dense", [2, 1]), ("sparse_max", [3])):
+        engine.scores_at(queries, kind, [torch.tensor([11, 15, 777])])
+        assert read == counts
+        read.clear()
+
+
+def test_the_two_halves_of_a_fusion() -> None:
+    passages, queries = vectors(0, 60), vectors(1, 5)
+    searcher = Searcher(passages)
+    for mode in FUSED:
+        sides = searcher.rank_sides(queries, mode, candidates=8)
+        for pool, dense, sparse in zip(sides.positions, sides.dense, sides.sparse, strict=True):
+            assert len(pool) == len(dense) == len(sparse)
+            assert 8 <= len(pool) <= 16
+        for weight in (0.0, 0.3, 1.0):
+            found = sides.fuse(weight, top_k=6)
+            expected = searcher.search(queries, mode, 6, candidates=8, fusion_weight=weight)
+            assert found.ids == expected.ids
+            assert torch.equal(found.scores, expected.scores)
+    with pytest.raises(
+        ValueError, match="'multi_dense' has one side; the fusion modes are fusion_single_sparse_max, fu"
+    ):
+        searcher.rank_sides(queries, "multi_dense")
+    with pytest.raises(ValueError, match="`fusion_weight` must lie between 0 and 1, got nan"):
+        sides.fuse(math.nan)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_queries_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str) -> None:
+    passages = vectors(0, 30)
+    queries = make_store(tmp_path / "queries", vectors(1, 11), side="query", dtype="float32")
+    whole = Searcher(passages).search(queries, mode, 4, candidates=9)
+    monkeypatch.setattr(searcher_module, "BATCH_NUMBERS", 30)
+    parts = Searcher(passages).search(queries, mode, 4, candidates=9)
+    assert parts.ids == whole.ids
+    assert parts.query_ids == whole.query_ids == queries.ids()
+    assert torch.allclose(parts.scores, whole.scores, atol=1e-6)
+
+
+def test_the_modes_of_the_command_line_are_the_models() -> None:
+    assert (MODES, FUSED) == (scoring.SCORING_MODES, scoring.FUSED)
 
 
 def test_an_empty_collection_and_no_queries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from diffretriever.search import MODES, Searcher, compress, open_store
 from diffretriever.store import compression as module
-from diffretriever.store.store import ShardContents, Store, write_store
+from diffretriever.store.store import Shard, ShardContents, Store, write_store
 
 WIDTH, K, SHARD = 16, 2, 250
 
@@ -23,10 +24,10 @@ def clustered(seed: int, texts: int, k: int) -> torch.Tensor:
     return torch.nn.functional.normalize(chosen + 0.4 * torch.randn(texts, k, WIDTH, generator=generator), dim=-1)
 
 
-def make_store(folder: Path, texts: int = 500, seed: int = 0) -> Store:
+def make_store(folder: Path, texts: int = 500, seed: int = 0, size: int = SHARD) -> Store:
     vectors, shards = clustered(seed, texts, K), []
-    for start in range(0, texts, SHARD):
-        part = vectors[start : start + SHARD]
+    for start in range(0, texts, size):
+        part = vectors[start : start + size]
         names = [f"p{start + row}" for row in range(len(part))]
         terms = torch.arange(start, start + len(part))[:, None] % 7 + 1
         shards.append(ShardContents(names, part, terms, torch.ones(len(part), 1), [f"Text {name}" for name in names]))
@@ -115,6 +116,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == names
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (small.folder / name).read_bytes()
+
+
+def test_the_work_grows_with_the_shards_and_no_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every walk over a store's shards is counted."""
+    walks: list[int] = []
+    shards = Store.shards
+
+    def noted(self: Store) -> Iterator[Shard]:
+        for shard in shards(self):
+            walks[-1] += 1
+            yield shard
+
+    for count in (250, 1000):
+        store = make_store(tmp_path / f"{count}", count, size=25)
+        walks.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "shards", noted)
+            compress(store, tmp_path / f"{count}-small")
+    assert walks[1] <= 4 * walks[0]
 
 
 def test_a_flipped_bit_is_found(store: Store, tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...model.scoring import check_width, mean_vectors
 from ...store.manifest import Settings, settings_of
 from ...store.segments import QueryVectors
-from ..dense import mean_vectors
-from ..fusion import pad_rows
+from ..engine import Ranking
+from ..results import pad_rows
+from ..sparse import sum_by_term
 from .calls import EngineError, QdrantCalls
 
 VECTOR_NAMES = {"single_dense": "dense", "multi_dense": "multi", "sparse_max": "sparse"}
 QUERIES_PER_REQUEST = 16
+PAYLOADS_PER_REQUEST = 1000
 
 
 class QdrantEngine:
@@ -46,7 +49,6 @@ class QdrantEngine:
         self.calls = QdrantCalls(location, api_key, timeout)
         self.collection = collection
         self._params = search_params
-        self._payloads: dict[int, Mapping[str, Any]] = {}
         try:
             self._about = collection_metadata(self.calls, collection)
             self._length = int(self._about["count"])
@@ -73,8 +75,8 @@ class QdrantEngine:
         """Close the connection; the embedded engine's folder is then free for others."""
         self.calls.close()
 
-    def rank(self, queries: QueryVectors, kind: str, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rank passages; see `ExactEngine.rank`. Unused slots are position -1 and score -inf."""
+    def rank(self, queries: QueryVectors, kind: str, top_k: int) -> Ranking:
+        """See `Engine.rank`."""
         asked = [self._query(query, kind) for query in queries.batches(1)]
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         numbers = [number for number, query in enumerate(asked) if query is not None]
@@ -88,7 +90,7 @@ class QdrantEngine:
         return pad_rows([positions for positions, _ in rows], -1), pad_rows([scores for _, scores in rows], -torch.inf)
 
     def scores_at(self, queries: QueryVectors, kind: str, positions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Score chosen passages; see `ExactEngine.scores_at`."""
+        """See `Engine.scores_at`."""
         absent = 0.0 if kind == "sparse_max" else -torch.inf
         results = []
         for number, (query, wanted) in enumerate(zip(queries.batches(1), positions, strict=True)):
@@ -101,20 +103,22 @@ class QdrantEngine:
         return results
 
     def ids(self, positions: Sequence[int]) -> list[str]:
-        """Return the ids of passages."""
-        return [str(payload["id"]) for payload in self._payloads_of(positions)]
+        """See `Engine.ids`; nothing else is asked for."""
+        return [str(text_id) for text_id in self._payload("id", positions)]
 
     def texts(self, positions: Sequence[int]) -> list[str | None]:
-        """Return the texts of passages, None where they were not uploaded."""
-        return [payload.get("text") for payload in self._payloads_of(positions)]
+        """See `Engine.texts`."""
+        return self._payload("text", positions)
 
-    def _payloads_of(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
-        unknown = [position for position in positions if position not in self._payloads]
-        for start in range(0, len(unknown), 1000):
-            part = unknown[start : start + 1000]
-            points = self.calls(self.calls.client.retrieve, self.collection, ids=part, with_payload=True)
-            self._payloads |= {point.id: point.payload for point in points}
-        return [self._payloads[position] for position in positions]
+    def _payload(self, name: str, positions: Sequence[int]) -> list[Any]:
+        """Return one field of each passage's payload, None where it is absent."""
+        different = list(dict.fromkeys(positions))
+        found: dict[Any, Any] = {}
+        for start in range(0, len(different), PAYLOADS_PER_REQUEST):
+            part = different[start : start + PAYLOADS_PER_REQUEST]
+            points = self.calls(self.calls.client.retrieve, self.collection, ids=part, with_payload=[name])
+            found |= {point.id: point.payload.get(name) for point in points}
+        return [found[position] for position in positions]
 
     def _query(self, query: QueryVectors, kind: str) -> Any:
         """Return one query in Qdrant's form, or None where it has no vector to search with."""
@@ -126,21 +130,12 @@ class QdrantEngine:
             return models.SparseVector(indices=list(weights), values=list(weights.values())) if weights else None
         if not bool(query.mask.any()):
             return None
-        self._check_width(query.dense.shape[2])
+        check_width(query.dense.shape[2], self._about["hidden_size"])
         if kind == "single_dense":
             return mean_vectors(query.dense, query.mask)[0][0, 0].tolist()
         return query.dense[query.mask].tolist()
 
-    def _check_width(self, width: int) -> None:
-        if width != self._about["hidden_size"]:
-            raise ValueError(
-                f"queries have {width} dimensions, passages {self._about['hidden_size']}; they were made by different "
-                "models."
-            )
-
-    def _ask(
-        self, asked: list[Any], kind: str, limit: int, among: list[int] | None = None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _ask(self, asked: list[Any], kind: str, limit: int, among: list[int] | None = None) -> list[Ranking]:
         """Return (positions, Qdrant's scores) of each query; `among` asks for exact scores of these points."""
         from qdrant_client import models
 
@@ -186,19 +181,6 @@ def collection_metadata(calls: QdrantCalls, collection: str) -> dict[str, Any]:
             f"{calls.location}: collection {collection!r} was not made by `diffretriever index`; choose another name."
         )
     return dict(metadata["diffretriever"])
-
-
-def sum_by_term(indices: torch.Tensor, values: torch.Tensor) -> dict[int, float]:
-    """Return {term: weight} of one sparse vector's used slots; Qdrant wants each term once.
-
-    >>> sum_by_term(torch.tensor([7, 3, 7, 0]), torch.tensor([1.0, 2.0, 0.5, 0.0]))
-    {7: 1.5, 3: 2.0}
-    """
-    weights: dict[int, float] = {}
-    for term, value in zip(indices.tolist(), values.tolist(), strict=True):
-        if value != 0.0:
-            weights[term] = weights.get(term, 0.0) + value
-    return weights
 
 
 def _sorted(positions: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

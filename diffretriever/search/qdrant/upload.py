@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ...model.scoring import mean_vectors
 from ...store.segments import Segment, segments_of
-from ..dense import mean_vectors
-from ..exact import Ids
 from ..modes import QUANTIZATIONS
+from ..sparse import sum_by_term
 from .calls import QdrantCalls
-from .engine import collection_metadata, sum_by_term
+from .engine import collection_metadata
 
 POINTS, NUMBERS = 256, 1_000_000  # of one request; a number is about 20 bytes of JSON, and servers take 32 MB
 
@@ -60,9 +60,8 @@ def upload(
         ValueError: a collection of this name was made from other passages or with other settings.
         EngineError: the engine is away or full.
     """
-    segments = segments_of(passages)
+    segments = segments_of(passages, ids)
     about = describe(passages, segments)
-    names = Ids(passages, ids)
     calls = QdrantCalls(location, api_key, timeout)
     try:
         if calls(calls.client.collection_exists, collection):
@@ -71,7 +70,7 @@ def upload(
             _create(calls, collection, about, quantization, collection_options)
         size = batch_size or default_batch_size(segments)
         with tqdm(total=about["count"], disable=not show_progress_bar, unit="passage", desc="upload") as bar:
-            return _send_missing(calls, collection, segments, names, texts, size, bar)
+            return _send_missing(calls, collection, segments, texts, size, bar)
     finally:
         calls.close()
 
@@ -83,13 +82,7 @@ def default_batch_size(segments: Sequence[Segment]) -> int:
 
 
 def _send_missing(
-    calls: QdrantCalls,
-    collection: str,
-    segments: Sequence[Segment],
-    names: Ids,
-    texts: bool,
-    batch_size: int,
-    bar: Any,
+    calls: QdrantCalls, collection: str, segments: Sequence[Segment], texts: bool, batch_size: int, bar: Any
 ) -> int:
     """Send the passages that the collection does not hold; return how many."""
     present = calls(calls.client.count, collection, exact=True).count
@@ -99,7 +92,7 @@ def _send_missing(
     for segment, start, stop in _ranges(segments, batch_size):
         rows = _missing(calls, collection, segment.offset, start, stop, present)
         if rows:
-            points = _points(segment, rows, names, texts)
+            points = _points(segment, rows, texts)
             calls(calls.client.upsert, collection, points=points, wait=True)
             sent += len(points)
         bar.update(stop - start)
@@ -196,27 +189,26 @@ def _missing(calls: QdrantCalls, collection: str, offset: int, start: int, stop:
     return [row for row in range(start, stop) if offset + row not in there]
 
 
-def _points(segment: Segment, rows: list[int], ids: Ids, with_texts: bool) -> list[Any]:
+def _points(segment: Segment, rows: list[int], with_texts: bool) -> list[Any]:
     from qdrant_client import models
 
     chosen = torch.tensor(rows)
-    vectors = segment.rows(chosen)  # [n, K, H]
+    vectors = segment.rows(chosen).cpu()  # [n, K, H]
     mask = segment.mask(0, segment.length)
     exists = torch.ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask[chosen]
     means = mean_vectors(vectors, exists)[0][:, 0]
     sparse = segment.sparse
-    positions = [segment.offset + row for row in rows]
     points = []
-    for number, (position, text_id) in enumerate(zip(positions, ids.at(positions), strict=True)):
+    for number, row in enumerate(rows):
         named: dict[str, Any] = {}
         if bool(exists[number].any()):
             named = {"dense": means[number].tolist(), "multi": vectors[number][exists[number]].tolist()}
         if sparse is not None:
-            weights = sum_by_term(sparse[0][rows[number]], sparse[1][rows[number]])
+            weights = sum_by_term(sparse[0][row], sparse[1][row])
             named["sparse"] = models.SparseVector(indices=list(weights), values=list(weights.values()))
-        payload = {"id": text_id}
-        text = segment.text(rows[number]) if with_texts else None
+        payload = {"id": segment.text_id(row)}
+        text = segment.text(row) if with_texts else None
         if text is not None:
             payload["text"] = text
-        points.append(models.PointStruct(id=position, vector=named, payload=payload))
+        points.append(models.PointStruct(id=segment.offset + row, vector=named, payload=payload))
     return points
