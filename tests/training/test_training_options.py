@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -41,6 +42,13 @@ def run(plain: dict[str, Path], out: Path, *settings: str) -> None:
     assert main(arguments(plain["recipe"], plain["release"], plain["pairs"], out, *more)) == 0
 
 
+def first_step(folder: Path) -> dict[str, float]:
+    """What the log says of a run's first step."""
+    state = json.loads((folder / "state" / "checkpoint-3" / "trainer_state.json").read_text())
+    line: dict[str, float] = state["log_history"][0]
+    return line
+
+
 def distance(found: Path, expected: Path) -> float:
     """How far apart two adapters' products B A are, as a share of the expected ones' size; B alone moved far."""
     ours, theirs = (torch.cat([_products(weights(folder))]) for folder in (found, expected))
@@ -68,13 +76,15 @@ def test_saving_memory_changes_rounding_alone(plain: dict[str, Path], tmp_path: 
     assert distance(tmp_path / "other", plain["out"]) > 0.1
 
 
-def test_bfloat16_stays_close(plain: dict[str, Path], tmp_path: Path) -> None:
+def test_bfloat16_follows_float32(plain: dict[str, Path], tmp_path: Path) -> None:
+    """Loss and gradient norm of the first step, and where three steps lead; Adam's are signs, so small ones flip."""
     run(plain, tmp_path / "out", "bf16=true", "backbone_dtype=bfloat16")
-    found = weights(tmp_path / "out")
-    assert {value.dtype for value in found.values()} == {torch.float32}
-    assert distance(tmp_path / "out", plain["out"]) < 0.6  # Adam's first steps are signs; small gradients flip
-    own = _products(found) @ _products(weights(plain["out"]))
-    assert own / (_products(found).norm() * _products(weights(plain["out"])).norm()) > 0.8
+    first, expected = first_step(tmp_path / "out"), first_step(plain["out"])
+    for name in ("loss", "dense", "sparse", "grad_norm"):
+        assert first[name] == pytest.approx(expected[name], rel=0.03), name  # other batches: 10 to 30 % away
+        assert first[name] != expected[name], name
+    assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.float32}
+    assert distance(tmp_path / "out", plain["out"]) < 0.4  # of another seed: 1.4
 
 
 def test_the_recipe_decides_on_bfloat16(
@@ -110,9 +120,17 @@ def test_scores_are_float32_under_autocast(plain: dict[str, Path], tmp_path: Pat
 
 
 def test_tensorboard_gets_the_figures(plain: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run(plain, tmp_path / "out", "report_to=tensorboard", "max_steps=1")
-    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(plain, tmp_path / "out", "report_to=tensorboard", "max_steps=2")
+    (file,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    board = events.EventAccumulator(str(file))
+    board.Reload()
+    state = json.loads((tmp_path / "out" / "state" / "checkpoint-2" / "trainer_state.json").read_text())
+    lines = [line for line in state["log_history"] if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    for name in ("loss", "dense", "sparse", "right", "grad_norm", "learning_rate", "tokens_per_second", "texts_cut"):
+        drawn = {event.step: event.value for event in board.Scalars(f"train/{name}")}
+        assert drawn == pytest.approx({line["step"]: line[name] for line in lines}), name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
