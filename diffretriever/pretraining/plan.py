@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..training.batch_order import epoch_batches
+from ..training.epochs import epoch_batches
 from .corpus import Corpus, EncodedPairs, cloze_pair
 from .neighbours import with_neighbours
 from .recipe import Stage

@@ -56,11 +56,11 @@ class AdapterRecipe:
     report_to: str = "none"
 
     def total_steps(self, items: int) -> int:
-        """Optimiser steps of the whole run on so many training items."""
+        """Return the optimiser steps of the whole run on so many training items."""
         return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(items))
 
     def steps_per_epoch(self, items: int) -> int:
-        """Optimiser steps in one pass over the items; an incomplete last batch is left out.
+        """Return the optimiser steps in one pass over the items; an incomplete last batch is left out.
 
         Raises:
             ValueError: there are fewer items than one batch needs.
@@ -73,7 +73,7 @@ class AdapterRecipe:
         return items // self.global_batch_size
 
     def process_batch_size(self, processes: int) -> int:
-        """Queries that each process sees in one micro-batch.
+        """Return how many queries each process sees in one micro-batch.
 
         Raises:
             ValueError: the global batch does not divide evenly.
@@ -88,7 +88,7 @@ class AdapterRecipe:
 
 
 def read_adapter_recipe(path: str | Path, assignments: Sequence[str] = (), **overrides: Any) -> AdapterRecipe:
-    """Reads a recipe and the command line's changes to it.
+    """Read a recipe and the command line's changes to it.
 
     Args:
         path: a YAML file.
@@ -106,7 +106,7 @@ def read_adapter_recipe(path: str | Path, assignments: Sequence[str] = (), **ove
 
 
 def read_assignment(text: str) -> tuple[str, Any]:
-    """Splits "key=value"; the value is read as YAML.
+    """Split "key=value"; the value is read as YAML.
 
     >>> read_assignment("learning_rate=1e-3")
     ('learning_rate', '1e-3')
@@ -144,7 +144,7 @@ _AT_LEAST: dict[str, int] = {
 
 
 def check_recipe(recipe: AdapterRecipe, where: str) -> None:
-    """Refuses values that cannot work.
+    """Refuse values that cannot work.
 
     Raises:
         ValueError: names the key, what it is and what it may be.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Return this process's number, and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -33,7 +33,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Joins the rows of all processes, in the processes' order; they may have different numbers of rows.
+    """Join the rows of all processes, in the processes' order; they may have different numbers of rows.
 
     The gradient flows back to the process that a row came from. Averaged over processes, as DistributedDataParallel
     does, it is the gradient of the mean of the processes' losses.
@@ -60,7 +60,7 @@ def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def gather_ids(ids: torch.Tensor) -> torch.Tensor:
-    """As `gather_rows` for lists of token ids padded with -1, whose width may differ, too: int64 [N, W]."""
+    """Do as `gather_rows` for lists of token ids padded with -1, whose width may differ, too: int64 [N, W]."""
     _, processes = world()
     if processes == 1:
         return ids
@@ -78,7 +78,7 @@ def _plain_gather(rows: torch.Tensor) -> list[torch.Tensor]:
 def known_positives(
     query_hashes: torch.Tensor, positive_hashes: torch.Tensor, passages: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Which candidates answer a query without being its target: they must not count as its negatives.
+    """Say which candidates answer a query without being its target: they must not count as its negatives.
 
     Args:
         query_hashes: int64 [Q], of the queries' texts.

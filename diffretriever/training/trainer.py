@@ -21,10 +21,10 @@ from ..files.hashes import hash64
 from ..model.adapter_loading import WEIGHTS_FILE
 from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
-from .batch_order import EpochLoader, EpochSampler
 from .batches import Collator, SampledItems
 from .candidates import world
 from .checkpoints import PARTIAL, checkpoints, publish_checkpoint, remove_partial
+from .epochs import EpochLoader, EpochSampler
 from .lora import load_lora
 from .objective import ContrastiveModel
 
@@ -54,7 +54,7 @@ class RetrievalTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> EpochLoader:
-        """Every process makes its own part of each batch; accelerate need not cut batches again."""
+        """Return what makes this process's part of each batch; accelerate need not cut batches again."""
         process, processes = world()
         sampler = EpochSampler(
             self.items.files.lengths, self.recipe.global_batch_size, self.recipe.seed,
@@ -66,7 +66,7 @@ class RetrievalTrainer(Trainer):
         )  # fmt: skip
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch, with dropout drawn anew from (seed, step, micro-batch, process).
+        """Do one micro-batch, with dropout drawn anew from (seed, step, micro-batch, process).
 
         Raises:
             FloatingPointError: the loss is not finite; names the batch and the last checkpoint.
@@ -93,7 +93,7 @@ class RetrievalTrainer(Trainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Returns the loss, and keeps its parts for the log."""
+        """Return the loss, and keep its parts for the log."""
         found = model(inputs)
         for name in ("dense", "sparse", "right"):
             self.figures.setdefault(name, []).append(found[name].detach())
@@ -101,7 +101,7 @@ class RetrievalTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the loss's parts, tokens per second (of this process) and the number of texts cut."""
+        """Add the loss's parts, tokens per second (of this process) and the number of texts cut."""
         if "loss" in logs and self.figures:
             logs |= {name: float(torch.stack(values).mean()) for name, values in self.figures.items()}
             now = time.monotonic()
@@ -111,18 +111,18 @@ class RetrievalTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """As in transformers; the clock of tokens per second starts here, after loading."""
+        """Do as transformers does; the clock of tokens per second starts here, after loading."""
         super().create_optimizer_and_scheduler(num_training_steps)
         self.clock = time.monotonic()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer writes a checkpoint: aside, until it is whole."""
+        """Return where Trainer writes a checkpoint: aside, until it is whole."""
         return str(self.folder / PARTIAL)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves adapter, optimiser, schedule and state; a failure leaves the previous checkpoint as it is.
+        """Save adapter, optimiser, schedule and state; a failure leaves the previous checkpoint as it is.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written.
@@ -141,13 +141,13 @@ class RetrievalTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes the adapter in the method's layout."""
+        """Write the adapter in the method's layout."""
         retriever = self.accelerator.unwrap_model(self.model).retriever
         if self.args.should_save:
             save_adapter(retriever, self.recipe, Path(output_dir or self.folder), self.base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Reads the adapter back."""
+        """Read the adapter back."""
         file = os.path.join(resume_from_checkpoint, WEIGHTS_FILE)
         retriever: Any = self.accelerator.unwrap_model(model or self.model).retriever
         load_lora(retriever, load_file(file), file)
@@ -164,7 +164,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catches the signals while training."""
+        """Catch the signals while training."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         for number in before:
             signal.signal(number, self._note)
@@ -181,7 +181,7 @@ class StopOnSignal(TrainerCallback):
         self.received = number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops all processes after the same step, whichever got the signal."""
+        """Stop all processes after the same step, whichever got the signal."""
         if world()[1] > 1:
             flag = torch.tensor(self.received, device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -191,7 +191,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def training_arguments(recipe: AdapterRecipe, items: int, folder: Path, processes: int) -> TrainingArguments:
-    """Translates a recipe into transformers' terms.
+    """Translate a recipe into transformers' terms.
 
     Args:
         recipe: from `read_adapter_recipe`.

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from training_data import batch_of, contrastive_model, made_up_pairs, small_recipe, write_lines
 
 from diffretriever.data.pair_files import PairFiles
-from diffretriever.training.batch_order import EpochSampler, epoch_batches
 from diffretriever.training.batches import SampledItems
+from diffretriever.training.epochs import EpochSampler, epoch_batches
 
 
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=300), st.integers(1, 20), st.integers(0, 3))

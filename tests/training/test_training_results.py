@@ -158,8 +158,8 @@ def test_plain_peft_on_transformers_own_model_gives_the_releases_vectors(trained
 
 def test_accumulated_micro_batches_are_averaged(build_release: Callable[..., Path], tmp_path: Path) -> None:
     """The logged gradient norm of one step of two micro-batches, against the mean of their gradients."""
-    from diffretriever.training.batch_order import EpochSampler
     from diffretriever.training.batches import Collator, SampledItems
+    from diffretriever.training.epochs import EpochSampler
     from diffretriever.training.train import load_retriever, prepare_model
 
     changes = {"max_steps": 1, "accumulation_steps": 2, "global_batch_size": 6, "dropout": 0.0}

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, pool: int = 32) -> np.ndarray:
-    """Splits the items into batches of similar length, in random order; what does not fill a batch is left out.
+    """Split the items into batches of similar length, in random order; what does not fill a batch is left out.
 
     Args:
         lengths: one length an item, in any unit.
@@ -57,7 +57,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return len(self.lengths) // self.batch_size * self.accumulation
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration goes through."""
+        """Choose the epoch that the next iteration goes through."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -71,6 +71,6 @@ class EpochLoader(DataLoader[Any]):
     """A DataLoader that tells its sampler the epoch, as transformers' Trainer asks."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on."""
+        """Pass the epoch on."""
         sampler: Any = self.batch_sampler
         sampler.set_epoch(epoch)
