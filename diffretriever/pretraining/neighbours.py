@@ -31,10 +31,9 @@ def bm25_neighbours(queries: Sequence[str], passages: Sequence[str], depth: int)
     """
     index = BM25([str(number) for number in range(len(passages))], passages)
     most = max(Counter(passages).values())  # so many of the best may be the query's own passage
-    run = index.search({str(number): query for number, query in enumerate(queries)}, depth + most)
     found = np.full((len(queries), depth), -1, dtype=np.int32)
-    for number, ranked in enumerate(run.values()):
-        others = [int(other) for other in ranked if passages[int(other)] != passages[number]][:depth]
+    for number, ranked in enumerate(index.rank(queries, depth + most)):
+        others = [other for other, _ in ranked if passages[other] != passages[number]][:depth]
         found[number, : len(others)] = others
     return found
 

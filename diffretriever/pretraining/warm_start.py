@@ -31,8 +31,8 @@ HEADS = {0: ((-1.0, 1.0), (1.0, 1.0), (0.0, 0.5)), 1: ((1.0, 1.0), (1.0, 1.0), (
 SLOWEST = 0.15  # radians a token: RoPE frequencies below it hardly tell neighbouring positions apart
 
 
-def _neighbour_counts(ids: IdLists, vocab_size: int) -> csr_array:
-    """Symmetric weighted counts of tokens within `WINDOW` of each other in one text: float32 [V, V]."""
+def neighbour_counts(ids: IdLists, vocab_size: int) -> csr_array:
+    """Return symmetric weighted counts of tokens within `WINDOW` of each other in one text: float32 [V, V]."""
     flat, starts = np.frombuffer(ids.flat, dtype=np.int32), np.frombuffer(ids.starts, dtype=np.int64)
     text = np.repeat(np.arange(len(ids)), np.diff(starts))
     counts = csr_array((vocab_size, vocab_size), dtype=np.float32)
@@ -45,7 +45,7 @@ def _neighbour_counts(ids: IdLists, vocab_size: int) -> csr_array:
 
 
 def positive_pmi(counts: csr_array) -> csr_array:
-    """Positive pointwise mutual information: max(0, log(p(a, b) / (p(a) p(b)))), with p(b) smoothed.
+    """Return positive pointwise mutual information: max(0, log(p(a, b) / (p(a) p(b)))), with p(b) smoothed.
 
     Args:
         counts: [V, V].
@@ -63,23 +63,29 @@ def positive_pmi(counts: csr_array) -> csr_array:
     return csr_array((value[kept].astype(np.float32), (left[kept], right[kept])), shape=counts.shape)
 
 
-def _factors(table: csr_array, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The strongest `rank` directions of a table, its singular values shared by both factors: two float32 [V, rank].
+def low_rank_factors(table: csr_array, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the strongest `rank` directions of a table, its singular values shared by both factors.
 
-    Randomised SVD (Halko, Martinsson & Tropp 2011, alg. 4.4); the same seed gives the same factors, signs included.
+    Args:
+        table: [V, V].
+        rank: R.
+        seed: of the randomised SVD (Halko, Martinsson & Tropp 2011).
+
+    Returns:
+        Two float32 [V, R], the first times the transposed second being near the table.
     """
+    entries = table.tocoo()
+    index = torch.from_numpy(np.stack(entries.coords).astype(np.int64))
+    sparse = torch.sparse_coo_tensor(index, torch.from_numpy(entries.data), table.shape, check_invariants=False)
+    torch.manual_seed(seed)
     width = min(rank + SPARE_DIRECTIONS, table.shape[0])
-    sketch = np.random.default_rng(seed).standard_normal((table.shape[1], width)).astype(np.float32)
-    span = np.linalg.qr(table @ sketch)[0]
-    for _ in range(POWER_ITERATIONS):
-        span = np.linalg.qr(table @ np.linalg.qr(table.T @ span)[0])[0]
-    left, strength, right = np.linalg.svd((table.T @ span).T, full_matrices=False)
-    root = np.sqrt(strength[:rank])
-    return torch.from_numpy(span @ left[:, :rank] * root).float(), torch.from_numpy(right[:rank].T * root).float()
+    left, strength, right = torch.svd_lowrank(sparse.coalesce(), width, POWER_ITERATIONS)
+    root = strength[:rank].sqrt()
+    return left[:, :rank] * root, right[:, :rank] * root
 
 
 def _coordinates(width: int, heads: int) -> torch.Tensor:
-    """Where direction d of the factorisation goes: spread over the heads, the strongest ones first. Int64 [H].
+    """Return where direction d of the factorisation goes: spread over the heads, the strongest ones first. Int64 [H].
 
     Direction 0 is the constant; a head reads and writes its own block of width / heads coordinates.
     """
@@ -96,7 +102,7 @@ def start_from_statistics(model: DiffRetriever, ids: IdLists, seed: int, shift: 
     Args:
         model: from `new_backbone`.
         ids: the corpus.
-        seed: of the randomised factorisation.
+        seed: of the randomised factorisation and the first layer's queries and keys.
         shift: a token is predicted from the state so many positions before it: 0 for LLaDA, 1 for Dream.
 
     Raises:
@@ -106,8 +112,7 @@ def start_from_statistics(model: DiffRetriever, ids: IdLists, seed: int, shift: 
     vocab_size, width = config.vocab_size, config.hidden_size
     if not len(ids) or int(np.diff(np.frombuffer(ids.starts, dtype=np.int64)).max()) < 2:
         raise ValueError("the plain texts hold no text of two tokens or more; statistics need neighbouring tokens")
-    torch.manual_seed(seed)
-    left, right = _factors(positive_pmi(_neighbour_counts(ids, vocab_size)), width - 1, seed)
+    left, right = low_rank_factors(positive_pmi(neighbour_counts(ids, vocab_size)), width - 1, seed)
     tokens = torch.from_numpy(np.frombuffer(ids.flat, dtype=np.int32).astype(np.int64))
     uses = torch.bincount(tokens, minlength=vocab_size)  # [V]
     place = _coordinates(width, config.num_attention_heads)
@@ -127,7 +132,7 @@ def start_from_statistics(model: DiffRetriever, ids: IdLists, seed: int, shift: 
 
 
 def _look_at_neighbours(model: DiffRetriever, constant: int, shift: int) -> None:
-    """First layer: heads that look at the predicted token's neighbours (`HEADS`); values pass through."""
+    """Make the first layer's heads look at the predicted token's neighbours (`HEADS`); values pass through."""
     config, attention = model.backbone.config, model.backbone.layers[0].self_attn
     width, heads, size = config.hidden_size, config.num_attention_heads, attention.head_dim
     for projection in (attention.q_proj, attention.k_proj):

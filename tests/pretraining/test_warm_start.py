@@ -20,8 +20,8 @@ from diffretriever.pretraining.warm_start import (
     RAREST,
     SMOOTHING,
     WINDOW,
-    _factors,
-    _neighbour_counts,
+    low_rank_factors,
+    neighbour_counts,
     positive_pmi,
     start_from_statistics,
 )
@@ -39,7 +39,7 @@ def counts_by_loop(rows: list[list[int]]) -> defaultdict[tuple[int, int], float]
 
 def test_counts_stay_inside_a_text_and_weigh_by_distance() -> None:
     rows = [[1, 2, 3, 1, 4, 5], [2, 2], [6]]
-    table = _neighbour_counts(IdLists(rows), 8).toarray()
+    table = neighbour_counts(IdLists(rows), 8).toarray()
     expected = counts_by_loop(rows)
     for a in range(8):
         for b in range(8):
@@ -49,7 +49,7 @@ def test_counts_stay_inside_a_text_and_weigh_by_distance() -> None:
 def test_pmi_by_its_definition() -> None:
     rows = [random.Random(n).choices(range(6), k=9) for n in range(20)]
     counts = counts_by_loop(rows)
-    table = positive_pmi(_neighbour_counts(IdLists(rows), 6)).toarray()
+    table = positive_pmi(neighbour_counts(IdLists(rows), 6)).toarray()
     total = sum(counts.values())
     own = [sum(counts[a, b] for b in range(6)) for a in range(6)]
     smoothed = [value**SMOOTHING for value in own]
@@ -107,7 +107,7 @@ def test_factors_against_a_full_svd() -> None:
     numbers = np.random.default_rng(0)
     # singular values that fall as a corpus's do
     dense = (numbers.standard_normal((60, 60)) * np.exp(-np.arange(60) / 6)) @ numbers.standard_normal((60, 60))
-    left, right = _factors(csr_array(dense.astype(np.float32)), 8, seed=0)
+    left, right = low_rank_factors(csr_array(dense.astype(np.float32)), 8, seed=0)
     u, s, vt = np.linalg.svd(dense)
     best = (u[:, :8] * s[:8]) @ vt[:8]
     assert np.abs(left.numpy() @ right.numpy().T - best).max() < 0.01 * np.abs(best).max()
