@@ -47,6 +47,21 @@ def check_count(name: str, value: Any) -> int:
     return value
 
 
+def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask (None: all ones) on the CPU, [B, L] each, or say what is wrong with them."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"input_ids must be an integer tensor [B, L], as tokenize() returns it; got {got}.")
+    if not len(ids):
+        raise ValueError("input_ids has no rows; encode at least one text.")
+    if mask is None:
+        return ids.cpu(), torch.ones(ids.shape, dtype=torch.long)
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+        got = str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {got}.")
+    return ids.cpu(), mask.cpu()
+
+
 def batches_by_length(
     lengths: Sequence[int], tokens_per_batch: int, batch_size: int | None = None
 ) -> Iterator[list[int]]:
@@ -188,17 +203,18 @@ def encode_in_order(
     batch_size: int | None,
     tokens_per_batch: int | None,
     show_progress_bar: bool,
-    **options: Any,
+    *,
+    compute_sparse: bool,
+    sparse_top_k: int | None,
+    content_filter: bool,
 ) -> dict[str, torch.Tensor]:
-    """Encode any number of texts: what `encode_texts` of a model does.
+    """Encode any number of texts: what `encode_texts` of a model does, with its arguments.
 
     Args:
-        model: has `encode`, `map_batches`, `texts` and `device`.
-        texts, is_query, batch_size, tokens_per_batch, show_progress_bar: as for its `encode_texts`.
-        options: handed to `encode`.
+        model: has `encode_prepared`, `map_batches`, `texts` and `device`.
 
     Returns:
-        {name: tensor [N, …]} of what `encode` returns, in the texts' order, on the CPU.
+        {name: tensor [N, …]} of what `encode_prepared` returns, in the texts' order, on the CPU.
     """
     total = len(texts) if isinstance(texts, Sized) else None
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) or total == 0:
@@ -211,9 +227,10 @@ def encode_in_order(
     stream = iter(texts)
     with logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar:
         while window := list(islice(stream, WINDOW)):
-            sequences = model.texts.tokenize(check_texts(window, first=collected.count), is_query)
-            batches = list(batches_by_length([len(sequence) for sequence in sequences], budget, batch_size))
-            work = partial(_encode_rows, model, sequences, is_query=is_query, **options)
+            window = check_texts(window, first=collected.count)
+            prepared = model.texts.prepare(window, is_query, compute_sparse and content_filter)
+            batches = list(batches_by_length([len(text.sequence) for text in prepared], budget, batch_size))
+            work = partial(_encode_rows, model, prepared, is_query, compute_sparse, sparse_top_k)
             with closing(model.map_batches(work, batches)) as results:
                 for rows, out in results:
                     collected.put(rows, len(window), out)
@@ -224,6 +241,7 @@ def encode_in_order(
     return collected.result()
 
 
-def _encode_rows(model: Any, sequences: Sequence[list[int]], rows: Sequence[int], **options: Any) -> Any:
-    ids, mask = model.texts.pad([sequences[row] for row in rows])  # [B, L] each
-    return model.encode(ids.to(model.device), mask.to(model.device), **options)
+def _encode_rows(
+    model: Any, prepared: Sequence[Any], is_query: bool, compute_sparse: bool, top_k: int | None, rows: Sequence[int]
+) -> Any:
+    return model.encode_prepared([prepared[row] for row in rows], is_query, compute_sparse, top_k)

@@ -33,14 +33,14 @@ from .backbone_loading import (
     resolve_folder,
     save_tokenizer,
 )
-from .batching import check_count, check_texts, count_workers, encode_in_order, run_side_by_side
+from .batching import check_count, check_ids, check_texts, count_workers, encode_in_order, run_side_by_side
 from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes, run_layers
 from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
 from .scoring import score
 from .sparse_head import confidence_of, sparse_vectors
 from .tokenization_helpers import (
+    PreparedText,
     RetrievalTokenizer,
-    check_ids,
     find_masks,
     read_retriever_config,
 )
@@ -301,7 +301,6 @@ class DiffRetriever(PreTrainedModel):
         Raises:
             ValueError: the ids are not this side's, sizes do not match, or an output is not finite.
         """
-        top_k = self._check_top_k(sparse_top_k)
         host_ids, host_mask = check_ids(input_ids, attention_mask)
         if content_token_ids is not None and not content_filter:
             raise ValueError("content_filter=False lets the whole vocabulary in; leave `content_token_ids` out.")
@@ -313,9 +312,48 @@ class DiffRetriever(PreTrainedModel):
                 content = self.texts.content_lists(text_ids)
             if len(content) != len(host_ids):
                 raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
-        unpadded = bool(host_mask.all())
-        mask = None if unpadded or attention_mask is None else (attention_mask != 0).long().to(input_ids.device)
-        hidden = self._denoise(input_ids.long(), mask, positions.to(input_ids.device))
+        return self._encode(input_ids.long(), host_mask, positions, content, compute_sparse, sparse_top_k)
+
+    @torch.no_grad()
+    def encode_prepared(
+        self,
+        prepared: Sequence[PreparedText],
+        is_query: bool,
+        compute_sparse: bool = True,
+        sparse_top_k: int | None = None,
+    ) -> DiffRetrieverOutput:
+        """Encode what `texts.prepare` returned as one batch; neither masks nor content words are looked for again.
+
+        Args:
+            prepared: B texts, all with their content words or all without.
+            is_query: the side that they were prepared for.
+            compute_sparse, sparse_top_k: as for `encode`.
+
+        Returns:
+            As `encode`.
+
+        Raises:
+            ValueError: an output is not finite.
+        """
+        ids, mask = self.texts.pad([text.sequence for text in prepared])  # int64 [B, L] each
+        content = None if prepared[0].content is None else [text.content or [] for text in prepared]
+        positions = self.texts.mask_positions(ids, is_query)
+        return self._encode(ids.to(self.device), mask, positions, content, compute_sparse, sparse_top_k)
+
+    def _encode(
+        self,
+        ids: torch.Tensor,
+        host_mask: torch.Tensor,
+        positions: torch.Tensor,
+        content: Sequence[Sequence[int]] | None,
+        compute_sparse: bool,
+        sparse_top_k: int | None,
+    ) -> DiffRetrieverOutput:
+        """Encode ids [B, L] whose mask [B, L] and mask positions [B, K] are on the CPU."""
+        top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
+        top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
+        mask = None if host_mask.all() else (host_mask != 0).long().to(ids.device)
+        hidden = self._denoise(ids, mask, positions.to(ids.device))
         if not torch.isfinite(hidden).all():
             raise ValueError(not_finite(self, hidden))
         output = DiffRetrieverOutput(repr_hidden=hidden.float())
@@ -328,10 +366,6 @@ class DiffRetriever(PreTrainedModel):
             if not torch.isfinite(output["sparse_values"]).all():
                 raise ValueError(not_finite(self, output["sparse_values"]))
         return output
-
-    def _check_top_k(self, sparse_top_k: int | None) -> int:
-        top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
-        return min(check_count("sparse_top_k", top_k), self.config.vocab_size)
 
     def _denoise(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
         """Return the states at the masks [B, K, H]; over several steps, each as it was when its mask was filled.
@@ -383,12 +417,16 @@ class DiffRetriever(PreTrainedModel):
         Raises:
             TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0.
         """
-        options = {"compute_sparse": compute_sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
+        options: Any = {
+            "compute_sparse": compute_sparse,
+            "sparse_top_k": sparse_top_k,
+            "content_filter": content_filter,
+        }
         found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
         return DiffRetrieverOutput(**found)
 
     def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """Run `work`, which calls `encode` on a batch, on every batch: on a CPU several at a time.
+        """Run `work`, which encodes a batch, on every batch: on a CPU several at a time.
 
         Args:
             work: takes a batch, in some thread.

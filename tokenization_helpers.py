@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -143,21 +143,6 @@ def content_words(text: str) -> list[str]:
     return [word for word in split_words(text.lower()) if word not in STOPWORDS and word not in PUNCTUATION]
 
 
-def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask (None: all ones) on the CPU, [B, L] each, or say what is wrong with them."""
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ValueError(f"input_ids must be an integer tensor [B, L], as tokenize() returns it; got {got}.")
-    if not len(ids):
-        raise ValueError("input_ids has no rows; encode at least one text.")
-    if mask is None:
-        return ids.cpu(), torch.ones(ids.shape, dtype=torch.long)
-    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-        got = str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {got}.")
-    return ids.cpu(), mask.cpu()
-
-
 def find_masks(ids: torch.Tensor, mask_id: int, num_masks: int) -> torch.Tensor:
     """Return the positions of each row's [MASK] tokens, int64 [B, K]; raise ValueError unless every row has K."""
     is_mask = ids == mask_id
@@ -286,6 +271,23 @@ class PromptLayout:
         self.closing = [*suffix, *masks, *tail]  # all that follows the text
 
 
+class PreparedText(NamedTuple):
+    """One text as a model reads it.
+
+    Args:
+        sequence: ids of the whole sequence, unpadded.
+        text_ids: those of the text in it.
+        cut: whether the text has more tokens than these.
+        content: sorted ids of the content words of what is left of the text, the vocabulary of its sparse vector; None
+            lets the whole vocabulary in.
+    """
+
+    sequence: list[int]
+    text_ids: list[int]
+    cut: bool
+    content: list[int] | None
+
+
 class FramedTokenizer:
     """Puts a layout around texts, in which nothing is a special token, and finds the texts again.
 
@@ -316,29 +318,42 @@ class FramedTokenizer:
 
     def _prompt_ids(self, prompt: dict[str, str]) -> list[list[int]]:
         """Return the ids before and after the text, each part tokenised as one string."""
-        return [
-            self.tokenizer(part, add_special_tokens=False)["input_ids"]
-            for part in render_prompt(self.tokenizer, prompt)
-        ]
+        parts = render_prompt(self.tokenizer, prompt)
+        return [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+
+    def prepare(self, texts: Sequence[str], is_query: bool, content_filter: bool = True) -> list[PreparedText]:
+        """Return all that a model needs to know of texts. Special-token strings in a text stay plain text.
+
+        Args:
+            texts: any number of strings.
+            is_query: the side.
+            content_filter: False leaves the content words out.
+        """
+        layout, prepared = self.layouts[is_query], []
+        for ids in self.first_ids(texts, layout.room + 1):
+            kept = ids[: layout.room]
+            content = self.content_ids(self.text_of(kept)) if content_filter else None
+            sequence = layout.prefix + kept + layout.closing
+            prepared.append(PreparedText(sequence, kept, len(ids) > layout.room, content))
+        return prepared
 
     def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
-        """Return the whole sequence of each text, unpadded. Special-token strings in a text stay plain text."""
-        layout = self.layouts[is_query]
-        return [layout.prefix + ids + layout.closing for ids in self.first_ids(texts, layout.room)]
+        """Return the whole sequence of each text, unpadded."""
+        return [text.sequence for text in self.prepare(texts, is_query, content_filter=False)]
 
-    def first_ids(self, texts: Sequence[str], room: int) -> list[list[int]]:
-        """Return the first `room` ids of each text alone, without tokenising the rest of a long one."""
+    def first_ids(self, texts: Sequence[str], count: int) -> list[list[int]]:
+        """Return the first `count` ids of each text alone, without tokenising the rest of a long one."""
         texts = [without_lone_surrogates(text) for text in texts]
-        length = 8 * room + 64  # characters; twice as many as `room` tokens of English take
+        length = 8 * count + 56  # characters; twice as many as `count` tokens of English take
         short = [text if len(text) <= length else "" for text in texts]
-        rows = [encoding.ids[:room] for encoding in self._plain.encode_batch_fast(short, add_special_tokens=False)]
+        rows = [encoding.ids[:count] for encoding in self._plain.encode_batch_fast(short, add_special_tokens=False)]
         long = [row for row, text in enumerate(texts) if len(text) > length]
         encodings = self._plain.encode_batch([texts[row][:length] for row in long], add_special_tokens=False)
         for row, encoding in zip(long, encodings, strict=True):
             ids, words = encoding.ids, encoding.word_ids
-            if len(ids) <= room or words[room] > words[-1] - 2:  # the cut may change the last words' tokens
+            if len(ids) <= count or words[count] > words[-1] - 2:  # the cut may change the last words' tokens
                 ids = self._plain_ids(texts[row])
-            rows[row] = ids[:room]
+            rows[row] = ids[:count]
         return rows
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -352,6 +367,12 @@ class FramedTokenizer:
         lengths = torch.tensor([len(row) for row in sequences])
         mask = (torch.arange(length) >= (length - lengths)[:, None]).long()
         return ids, mask
+
+    def mask_positions(self, ids: torch.Tensor, is_query: bool) -> torch.Tensor:
+        """Return where the masks of left-padded sequences [B, L] of one side are, int64 [B, K] on the CPU."""
+        layout = self.layouts[is_query]
+        end = ids.shape[1] - layout.num_tail
+        return torch.arange(end - layout.num_masks, end).repeat(len(ids), 1)
 
     def locate(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, list[list[int]]]:
         """Check that the rows are sequences of this side, and find their masks and texts.

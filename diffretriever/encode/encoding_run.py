@@ -167,7 +167,7 @@ class EncodingRun:
                 indices[place] = out["sparse_indices"].cpu().to(torch.int32)
                 values[place] = out["sparse_values"].cpu().float()
                 done += len(rows)
-                self._progress.add(len(rows), int(shard.lengths[place].sum()))
+                self._progress.add(len(rows), sum(len(shard.prepared[row].sequence) for row in rows))
                 if self._writing is not None and self._writing.done():
                     self._await_write()  # a full disk is said now, not a shard later
         texts = shard.texts if settings.options["keep_texts"] else None
@@ -231,30 +231,20 @@ class EncodingRun:
 
 
 def encode_batch(model: Any, shard: PreparedShard, rows: list[int], settings: Settings) -> Any:
-    """Encode some rows of a shard as one batch, cut to the longest of them.
+    """Encode some rows of a shard as one batch.
 
     Returns:
-        The output of `model.encode`.
+        The output of `model.encode_prepared`.
 
     Raises:
         ValueError: the model's output is not finite, and the message names the text; or the batch is too large for the
             device.
     """
-    longest = int(shard.lengths[rows].max())
-    ids, mask = shard.input_ids[rows, -longest:], shard.mask[rows, -longest:]  # [B, longest]
-    content = None if shard.content is None else [shard.content[row] for row in rows]
+    prepared = [shard.prepared[row] for row in rows]
     try:
-        return model.encode(
-            ids.to(model.device),
-            mask.to(model.device),
-            settings.side == "query",
-            compute_sparse=True,
-            sparse_top_k=settings.sparse_top_k,
-            content_token_ids=content,
-            content_filter=content is not None,
-        )
+        return model.encode_prepared(prepared, settings.side == "query", sparse_top_k=settings.sparse_top_k)
     except torch.OutOfMemoryError as error:
-        size = list(ids.shape)
+        size = [len(rows), max(len(text.sequence) for text in prepared)]
         raise ValueError(
             f"a batch of {size} tokens does not fit into memory; give a smaller --tokens-per-batch"
         ) from error

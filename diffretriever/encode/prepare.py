@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..files.claims import Claims
+from ..model.batching import batches_by_length
+from ..model.tokenization_helpers import PreparedText
 from ..store.manifest import Settings
 from ..store.plan import SHARD_NAME, Plan, Text, cut
 from ..store.shard_file import DamagedShardError, ShardFile, texts_digest
@@ -26,54 +26,26 @@ class PreparedShard:
         number: of the shard.
         ids: n ids.
         texts: n texts.
-        input_ids: int64 [n, L], left-padded.
-        mask: int64 [n, L].
-        lengths: tokens of each text, prompt and masks included, int64 [n].
+        prepared: n texts, tokenised, with their content words unless the whole vocabulary is let in.
         batches: row numbers of each batch, longest first.
-        content: the token ids of each text's content words, or None where the whole vocabulary is let in.
     """
 
     number: int
     ids: list[str]
     texts: list[str]
-    input_ids: torch.Tensor
-    mask: torch.Tensor
-    lengths: torch.Tensor
+    prepared: list[PreparedText]
     batches: list[list[int]]
-    content: list[list[int]] | None
-
-
-def token_batches(lengths: list[int], tokens_per_batch: int) -> list[list[int]]:
-    """Group rows of similar length, longest first; each batch, padded to its longest row, keeps to the budget.
-
-    A row's batch depends on the lengths alone, so that whichever process encodes a shard gets the same vectors.
-
-    >>> token_batches([3, 9, 4, 8], tokens_per_batch=18)
-    [[1, 3], [2, 0]]
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, tokens_per_batch // max(1, lengths[order[start]]))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
 
 
 def prepare_shard(
     model: Any, number: int, chunk: list[Text], settings: Settings, tokens_per_batch: int
 ) -> PreparedShard:
     """Tokenise one shard's texts and find their content words."""
-    is_query = settings.side == "query"
     ids, texts = [text.id for text in chunk], [text.text for text in chunk]
-    input_ids, mask = model.tokenize(texts, is_query)  # [n, L] each
-    lengths = mask.sum(dim=1)
-    content = None
-    if settings.options["content_filter"]:  # of the text as it was cut, the way `encode` itself finds them
-        _, text_ids = model.texts.locate(input_ids, mask, is_query)
-        content = model.texts.content_lists(text_ids)
-    batches = token_batches(lengths.tolist(), tokens_per_batch)
-    return PreparedShard(number, ids, texts, input_ids, mask, lengths, batches, content)
+    prepared = model.texts.prepare(texts, settings.side == "query", settings.options["content_filter"])
+    # a row's batch depends on the lengths alone, so that whichever process encodes a shard gets the same vectors
+    batches = list(batches_by_length([len(text.sequence) for text in prepared], tokens_per_batch))
+    return PreparedShard(number, ids, texts, prepared, batches)
 
 
 class ShardSource:

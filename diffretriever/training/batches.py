@@ -13,7 +13,7 @@ from ..data.pair_files import PairFiles, TrainingItem
 from ..data.texts import text_key
 from ..files.hashes import hash64
 from .adapter_recipe import AdapterRecipe
-from .mean_pooling import bare_sequences
+from .mean_pooling import bare_sequence
 
 CACHED_TEXTS = 200_000  # about 1.5 KB each
 Prepared = tuple["array[int]", "array[int]", bool]  # sequence, content word ids, whether the text was cut
@@ -68,33 +68,14 @@ class PreparedTexts:
         return [self._kept[is_query, text] for text in texts]
 
     def _prepare(self, texts: list[str], is_query: bool) -> list[Prepared]:
-        rules = self.model.texts
-        ids, mask = self.model.tokenize(texts, is_query)
-        _, text_ids = rules.locate(ids, mask, is_query)
-        kept = [rules.text_of(row) for row in text_ids]
-        cut = [len(short) < len(text.rstrip()) and self._full(row, is_query)
-               for short, text, row in zip(kept, texts, text_ids, strict=True)]  # fmt: skip
-        words: list[list[int]]
+        prepared = self.model.texts.prepare(texts, is_query, content_filter=self.pooling == "masks")
+        sequences = [text.sequence for text in prepared]
         if self.pooling == "mean":
-            sequences, words = bare_sequences(self.model, texts, is_query), [[]] * len(texts)
-        else:
-            sequences, words = rules.tokenize(texts, is_query), self.model.content_token_ids(kept)
-        return [(array("i", row), array("i", own), was) for row, own, was in zip(sequences, words, cut, strict=True)]
-
-    def _full(self, row: Sequence[int], is_query: bool) -> bool:
-        return len(row) >= self.room(is_query)
-
-    def room(self, is_query: bool) -> int:
-        """How many tokens of text fit."""
-        layout = self.model.texts.layouts[is_query]
-        return int(self.model.config.max_length - len(layout.prefix) - len(layout.suffix))
-
-    def text_tokens(self, sequence: Sequence[int], is_query: bool) -> Sequence[int]:
-        """The part of a sequence that is text."""
-        if self.pooling == "mean":
-            return sequence[:-1]
-        layout = self.model.texts.layouts[is_query]
-        return sequence[len(layout.prefix) : len(sequence) - len(layout.closing)]
+            sequences = [bare_sequence(self.model, text) for text in prepared]
+        return [
+            (array("i", sequence), array("i", text.content or []), text.cut)
+            for sequence, text in zip(sequences, prepared, strict=True)
+        ]
 
 
 class Collator:
@@ -150,7 +131,7 @@ class Collator:
         ids, mask = self.model.texts.pad(rows)
         chunk = {"ids": ids, "mask": mask}
         if self.recipe.pooling == "masks":
-            chunk["positions"], _ = self.model.texts.locate(ids, mask, is_query)
+            chunk["positions"] = self.model.texts.mask_positions(ids, is_query)
         return chunk
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..model.tokenization_helpers import PreparedText
 
-def bare_sequences(model: Any, texts: Sequence[str], is_query: bool) -> list[list[int]]:
-    """Token ids of the texts as the model cuts them, each with an end-of-text token behind it (none is empty)."""
-    ids, mask = model.tokenize(list(texts), is_query)
-    _, text_ids = model.texts.locate(ids, mask, is_query)
-    return [[*row, model.texts.end_of_text_id] for row in text_ids]
+
+def bare_sequence(model: Any, prepared: PreparedText) -> list[int]:
+    """Return a text's own token ids, as the model cuts it, and an end-of-text token, so that none is empty."""
+    return [*prepared.text_ids, model.texts.end_of_text_id]
 
 
 def mean_states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,8 @@ def encode_mean(model: Any, texts: Sequence[str], is_query: bool, batch_size: in
         is_query: only which texts are cut where; there is no prompt.
         batch_size: texts at a time.
     """
-    sequences = bare_sequences(model, texts, is_query)
+    prepared = model.texts.prepare(texts, is_query, content_filter=False)
+    sequences = [bare_sequence(model, text) for text in prepared]
     order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
     found = torch.empty(len(sequences), 1, model.config.hidden_size)
     for start in range(0, len(order), batch_size):

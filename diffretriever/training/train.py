@@ -16,9 +16,10 @@ from ..data.pair_files import PairFiles
 from ..files.durable import write_json
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.backbone_loading import save_tokenizer
+from ..model.tokenization_helpers import RetrievalTokenizer
 from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
-from .batches import PreparedTexts, SampledItems
+from .batches import SampledItems
 from .candidates import world
 from .checkpoints import checkpoints, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
@@ -83,7 +84,7 @@ def train_adapter(
         remove_partial(state)
     arguments = training_arguments(recipe, len(files), state, processes)
     retriever = load_retriever(recipe, release)
-    say(describe(files, recipe), *measure_texts(files, PreparedTexts(retriever, recipe.pooling), recipe))
+    say(describe(files, recipe), *measure_texts(files, retriever.texts, recipe))
     model = prepare_model(retriever, recipe)
     trainer = RetrievalTrainer(model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, name)
     if dev is not None:
@@ -205,12 +206,12 @@ def describe(files: PairFiles, recipe: AdapterRecipe) -> str:
     )
 
 
-def measure_texts(files: PairFiles, prepared: PreparedTexts, recipe: AdapterRecipe) -> list[str]:
+def measure_texts(files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRecipe) -> list[str]:
     """Measures an even sample of the texts.
 
     Args:
         files: the data.
-        prepared: tokenises.
+        rules: the model's `texts`, which tokenise.
         recipe: mask budgets.
 
     Returns:
@@ -224,8 +225,8 @@ def measure_texts(files: PairFiles, prepared: PreparedTexts, recipe: AdapterReci
     lines = []
     sides = (("query", True, [item.query for item in sampled]), ("passage", False, [i.positives[0] for i in sampled]))
     for side, is_query, texts in sides:
-        rows, room = prepared(texts, is_query), prepared.room(is_query)
-        longest = max(len(prepared.text_tokens(row[0], is_query)) for row in rows)
+        prepared = rules.prepare(texts, is_query, content_filter=False)
+        longest = max(len(text.text_ids) for text in prepared)
         masks = recipe.num_query_masks if is_query else recipe.num_passage_masks
         plural = "queries" if is_query else "passages"
         if masks > max(longest, 1):
@@ -233,7 +234,7 @@ def measure_texts(files: PairFiles, prepared: PreparedTexts, recipe: AdapterReci
                 f"num_{side}_masks is {masks}, but the longest of {len(texts)} sampled {plural} has {longest} tokens: "
                 f"more masks than tokens have nothing to say. Set num_{side}_masks to {longest} or less"
             )
-        cut = sum(row[2] for row in rows)
+        cut, room = sum(text.cut for text in prepared), rules.layouts[is_query].room
         lines.append(f"{cut} of {len(texts)} sampled {plural} are longer than {room} tokens and are cut")
     return lines
 

@@ -138,7 +138,7 @@ def test_interrupted_by_the_user_or_a_scheduler(
     wait_for(lambda: len(list(folder.glob("shard-*"))) >= 2)
     os.kill(child, number)
     assert status_of(child) == 3
-    assert f"interrupted. Finished shards are kept in {folder}. Run the same command again" in capfd.readouterr().err
+    assert f"interrupted. Finished shards are kept in {folder}; run the same command again" in capfd.readouterr().err
     assert not (folder / "claims").exists()
     assert not list(folder.glob(".*"))
     assert command(*arguments) == 0

@@ -129,22 +129,22 @@ def test_a_corpus_that_changes_while_it_is_encoded(
 def test_a_batch_too_large_for_the_device_can_be_made_smaller_on_the_way(
     tiny: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = tiny.encode, []
+    original, calls = tiny.encode_prepared, []
 
-    def exhausted(ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        calls.append(tuple(ids.shape))
+    def exhausted(prepared: list[Any], *arguments: Any, **options: Any) -> Any:
+        calls.append(len(prepared))
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(ids, *arguments, **options)
+        return original(prepared, *arguments, **options)
 
-    monkeypatch.setattr(tiny, "encode", exhausted)
+    monkeypatch.setattr(tiny, "encode_prepared", exhausted)
     with pytest.raises(
         ValueError, match=r"a batch of \[4, \d+\] tokens does not fit into memory; give a smaller --tok"
     ):
         encode(tiny, corpus, tmp_path / "s")
     assert [file.name for file in (tmp_path / "s").glob("shard*")] == ["shard-000000.safetensors"]
     store = encode(tiny, corpus, tmp_path / "s", tokens_per_batch=1)
-    assert {rows for rows, _ in calls[2:]} == {1}
+    assert set(calls[2:]) == {1}
     monkeypatch.undo()
     whole = encode(tiny, corpus, tmp_path / "whole")
     for one, other in zip(store.shards(), whole.shards(), strict=True):

@@ -78,13 +78,13 @@ def test_the_corpus_is_encoded_once_and_only_the_splits_queries(
     model: Any, benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts: list[tuple[str, bool]] = []
-    tokenize = type(model.texts).tokenize
+    prepare = type(model.texts).prepare
 
-    def noted(self: Any, given: Any, is_query: bool) -> Any:
+    def noted(self: Any, given: Any, is_query: bool, *options: Any) -> Any:
         texts.extend((text, is_query) for text in given)
-        return tokenize(self, given, is_query)
+        return prepare(self, given, is_query, *options)
 
-    monkeypatch.setattr(type(model.texts), "tokenize", noted)
+    monkeypatch.setattr(type(model.texts), "prepare", noted)
     with encoded_corpus(model, benchmark) as made:
         evaluate(model, benchmark, made, options())
     assert sorted(text for text, is_query in texts if is_query) == sorted(QUERIES[name] for name in qrels_of("test"))
@@ -97,7 +97,7 @@ def test_a_store_is_kept_reused_and_refused_to_another_model(
     with encoded_corpus(model, benchmark, tmp_path / "store", dtype="float32") as made:
         first = evaluate(model, benchmark, made, options())[0].figures()
     encoded: list[object] = []
-    monkeypatch.setattr(type(model), "encode", lambda *_, **__: encoded.append(1))
+    monkeypatch.setattr(type(model), "encode_prepared", lambda *_, **__: encoded.append(1))
     with encoded_corpus(model, benchmark, tmp_path / "store") as made:
         assert made.manifest.dtype == "float32"
         monkeypatch.undo()

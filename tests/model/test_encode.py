@@ -304,6 +304,18 @@ def test_several_steps_change_something_and_leave_the_ids_alone(load_release: Ca
     assert torch.equal(ids, before)
 
 
+@pytest.mark.parametrize("is_query", [True, False])
+@pytest.mark.parametrize("content_filter", [True, False])
+def test_prepared_texts_give_what_their_ids_give(small: Any, is_query: bool, content_filter: bool) -> None:
+    ids, mask = small.tokenize(TEXTS, is_query)
+    expected = small.encode(ids, mask, is_query, compute_sparse=True, content_filter=content_filter)
+    found = small.encode_prepared(small.texts.prepare(TEXTS, is_query, content_filter), is_query)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert set(small.encode_prepared(small.texts.prepare(TEXTS, is_query), is_query, compute_sparse=False)) == {
+        "repr_hidden"
+    }
+
+
 # ------------------------------------------------------------------------------------------------ encode_texts
 
 
@@ -353,7 +365,7 @@ def test_an_iterator_is_read_a_window_at_a_time(small: Any, monkeypatch: pytest.
     monkeypatch.setattr(batching_of(small), "WINDOW", 4)
     read: list[int] = []
     encoded_when_read: list[int] = []
-    encode = type(small).encode
+    encode = type(small).encode_prepared
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         encoded_when_read.append(len(read))
@@ -364,7 +376,7 @@ def test_an_iterator_is_read_a_window_at_a_time(small: Any, monkeypatch: pytest.
             read.append(number)
             yield f"text {number}"
 
-    monkeypatch.setattr(type(small), "encode", counting)
+    monkeypatch.setattr(type(small), "encode_prepared", counting)
     small.encode_texts(texts(), is_query=True, batch_size=4)
     assert encoded_when_read == [4, 8, 10]
 

@@ -82,6 +82,28 @@ def test_locate_finds_masks_and_texts_again(model: Any, is_query: bool, side: st
         assert found == text or (len(text) > 1000 and text.startswith(found))
 
 
+@pytest.mark.parametrize("is_query", [True, False])
+def test_what_is_prepared_is_what_locate_finds_again(model: Any, is_query: bool) -> None:
+    prepared = model.texts.prepare(TEXTS, is_query)
+    ids, mask = model.texts.pad([text.sequence for text in prepared])
+    positions, text_ids = model.texts.locate(ids, mask, is_query)
+    assert torch.equal(model.texts.mask_positions(ids, is_query), positions)
+    assert [text.text_ids for text in prepared] == text_ids
+    assert [text.content for text in prepared] == [
+        model.texts.content_ids(model.texts.text_of(row)) for row in text_ids
+    ]
+    assert [text.cut for text in prepared] == [text == "word " * 300 for text in TEXTS]
+    assert {text.content for text in model.texts.prepare(TEXTS, is_query, content_filter=False)} == {None}
+
+
+def test_a_text_that_just_fits_is_not_cut(model: Any) -> None:
+    room = model.config.max_length - (len(model.tokenize([""], True)[0][0]) - model.config.num_query_masks - 3)
+    fitting, longer = model.texts.prepare(["a " * (room - 1) + "a", "a " * room + "a"], is_query=True)
+    assert len(fitting.text_ids) == len(longer.text_ids) == room
+    assert (fitting.cut, longer.cut) == (False, True)
+    assert fitting.sequence == longer.sequence
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
 def test_locate_takes_masks_of_other_dtypes(model: Any, dtype: torch.dtype) -> None:
     ids, mask = model.tokenize(["a", "a longer query"], is_query=True)
