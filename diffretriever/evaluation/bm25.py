@@ -1,4 +1,4 @@
-"""BM25 by bm25s, the lexical baseline, and its fusion with our runs."""
+"""BM25 by bm25s, the lexical baseline."""
 
 from __future__ import annotations
 
@@ -111,45 +111,3 @@ def _best(places: np.ndarray, scores: np.ndarray, top_k: int) -> Ranking:
     order = np.lexsort((places, -scores))[:top_k]
     pairs = zip(places[order].tolist(), scores[order].tolist(), strict=True)
     return [(place, score) for place, score in pairs if score > 0]
-
-
-def fuse_runs(
-    first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]], weight: float, depth: int
-) -> Run:
-    """Fuse two runs as the method fuses its two sides (paper Eq. 4): min-max normalise a query's scores, interpolate.
-
-    The candidates are the union of both rankings; one that a ranking does not hold gets that ranking's lowest, 0.
-
-    Args:
-        first, second: {query id: {passage id: score}}.
-        weight: the first run's share, 0 to 1.
-        depth: passages kept a query.
-
-    Returns:
-        {query id: {passage id: score in [0, 1]}}, best first, the queries of both.
-
-    Raises:
-        ValueError: the weight is outside 0 to 1.
-
-    >>> fuse_runs({"q": {"a": 3.0, "b": 1.0}}, {"q": {"b": 9.0, "c": 7.0}}, 0.25, depth=10)
-    {'q': {'b': 0.75, 'a': 0.25, 'c': 0.0}}
-    """
-    if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"the fusion weight must lie between 0 and 1, got {weight}.")
-    fused: Run = {}
-    for query in dict.fromkeys([*first, *second]):  # in order, where a set would have none
-        one, other = _min_max(first.get(query, {})), _min_max(second.get(query, {}))
-        scores = {
-            passage: weight * one.get(passage, 0.0) + (1 - weight) * other.get(passage, 0.0) for passage in one | other
-        }
-        fused[query] = dict(ranking(scores)[:depth])
-    return fused
-
-
-def _min_max(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scale to [0, 1]; equal scores become 0, as in the model's own fusion."""
-    if not scores:
-        return {}
-    low, high = min(scores.values()), max(scores.values())
-    spread = (high - low) or 1.0
-    return {passage: (score - low) / spread for passage, score in scores.items()}

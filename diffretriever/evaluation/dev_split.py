@@ -10,7 +10,7 @@ from ..data.benchmark import read_benchmark
 from ..data.corpus import read_corpus
 from ..search.searcher import Searcher
 from .metrics import evaluate_run, means, parse_metric
-from .runs import cut, without_own_id
+from .searching import judged_part, reach
 
 DEV_MODES = {"dense": "multi_dense", "sparse": "sparse_max", "fused": "fusion_multi_sparse_max"}
 # (texts, whether they are queries) -> vectors, as `encode_texts` gives them
@@ -47,10 +47,9 @@ class DevSplit:
         """
         benchmark, metric = self.benchmark, parse_metric("nDCG@10")
         searcher = Searcher(encode(list(self.passages.values()), False), ids=list(self.passages))
-        queries = encode(list(benchmark.queries.values()), True)
+        ranked = searcher.rank(encode(list(benchmark.queries.values()), True))
         found = {}
         for name, mode in modes.items():
-            run = searcher.search(queries, mode, top_k=11).run(list(benchmark.queries))
-            run = cut(run if benchmark.own_ids_count else without_own_id(run), 10)
+            run = judged_part(ranked.results(mode, reach(benchmark, 10)).run(list(benchmark.queries)), benchmark, 10)
             (found[name],) = means(evaluate_run(run, benchmark.qrels, [metric])).values()
         return found

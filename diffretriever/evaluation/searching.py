@@ -1,4 +1,4 @@
-"""A benchmark's queries searched in several modes, each side ranked once for all of them."""
+"""A benchmark's queries encoded and ranked, a window at a time, for several modes and weights at once."""
 
 from __future__ import annotations
 
@@ -8,130 +8,78 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
+from tqdm.auto import tqdm
 
+from ..data.benchmark import Benchmark
 from ..search.modes import FUSED
-from ..search.searcher import Engine, Searcher
-from .runs import Run
+from ..search.searcher import Rankings, Searcher
+from .runs import Run, cut, without_own_id
 
-QUERY_WINDOW = 1024  # queries encoded and searched at once
-
-
-class RankedOnce:
-    """An engine that keeps its rankings of one window of queries: the fusion modes reuse those of their two sides."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        # the queries are kept as well, or their memory, which the key names, could be used again
-        self._kept: dict[tuple[Any, ...], tuple[Any, tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._scores: dict[tuple[Any, ...], tuple[Any, list[torch.Tensor], list[torch.Tensor]]] = {}
-
-    def __len__(self) -> int:
-        return len(self._engine)
-
-    @property
-    def settings(self) -> Any:
-        """As the engine's."""
-        return self._engine.settings
-
-    def ids(self, positions: Sequence[int]) -> list[str]:
-        """As the engine's."""
-        return self._engine.ids(positions)
-
-    def rank(self, queries: Any, kind: str, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the engine's, computed once."""
-        key = (kind, top_k, len(queries), queries.dense.data_ptr())
-        if key not in self._kept:
-            self._kept[key] = (queries, self._engine.rank(queries, kind, top_k))
-        return self._kept[key][1]
-
-    def scores_at(self, queries: Any, kind: str, positions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """As the engine's, computed once for the same positions."""
-        key = (kind, len(queries), queries.dense.data_ptr())
-        if key in self._scores and _same(self._scores[key][1], positions):
-            return self._scores[key][2]
-        self._scores[key] = (queries, positions, self._engine.scores_at(queries, kind, positions))
-        return self._scores[key][2]
+QUERY_WINDOW = 1024  # queries encoded and ranked at once
 
 
-def _same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
-    return len(left) == len(right) and all(torch.equal(*pair) for pair in zip(left, right, strict=True))
-
-
-def search_modes(
+def search_benchmark(
     model: Any,
     searcher: Searcher,
-    queries: Mapping[str, str],
-    modes: Sequence[str],
+    benchmark: Benchmark,
+    rows: Mapping[str, tuple[str, float]],
     depth: int,
-    fusion_weight: float = 0.5,
     progress: bool = False,
 ) -> dict[str, Run]:
-    """Encode the queries, a window at a time, and search them in every mode.
+    """Search a benchmark's queries; what several rows need is ranked once.
 
     Args:
         model: a loaded DiffRetriever.
         searcher: over the passages.
-        queries: {query id: text}.
-        modes: scoring modes.
+        benchmark: its queries, and its rule for own ids.
+        rows: {row's name: (scoring mode, the dense scores' share in a fusion mode)}.
         depth: passages a query; the fusion modes take as many candidates of each side.
-        fusion_weight: the dense scores' share.
         progress: draw a bar, in queries.
 
     Returns:
-        {mode: run}.
+        {row's name: run}.
     """
-    from tqdm.auto import tqdm
-
-    runs: dict[str, Run] = {mode: {} for mode in modes}
-    with tqdm(total=len(queries), disable=not progress, unit="query", desc="search") as bar:
-        for window in _windows(queries, QUERY_WINDOW):
-            vectors = model.encode_texts(list(window.values()), is_query=True, compute_sparse=any(map(_sparse, modes)))
-            once = Searcher(RankedOnce(searcher.engine))
-            for mode in modes:
-                found = once.search(vectors, mode, depth, candidates=depth, fusion_weight=fusion_weight)
-                runs[mode] |= found.run(list(window))
-            bar.update(len(window))
+    runs: dict[str, Run] = {name: {} for name in rows}
+    modes = [mode for mode, _ in rows.values()]
+    for queries, ranked in ranked_windows(model, searcher, benchmark, modes, depth, progress):
+        for name, (mode, weight) in rows.items():
+            found = ranked.results(mode, reach(benchmark, depth), weight)
+            runs[name] |= judged_part(found.run(queries), benchmark, depth)
     return runs
 
 
-def search_weights(
-    model: Any,
-    searcher: Searcher,
-    queries: Mapping[str, str],
-    modes: Sequence[str],
-    weights: Sequence[float],
-    top_k: int,
-    candidates: int,
-) -> Iterator[tuple[str, float, Run]]:
-    """Search in the fusion modes at several weights of the dense scores.
+def ranked_windows(
+    model: Any, searcher: Searcher, benchmark: Benchmark, modes: Sequence[str], depth: int, progress: bool = False
+) -> Iterator[tuple[list[str], Rankings]]:
+    """Encode a benchmark's queries and prepare their rankings, a window at a time.
 
     Args:
-        model, searcher, queries: as for `search_modes`.
-        modes: fusion modes.
-        weights: the dense scores' shares.
-        top_k: passages a query.
-        candidates: of each side.
+        model, searcher, benchmark, depth, progress: as for `search_benchmark`.
+        modes: the scoring modes that will be asked for.
 
     Yields:
-        Mode, weight and the run of a window of queries; the windows one after the other.
+        The queries' ids, and their rankings, deep enough for `depth` passages after own ids are left out.
     """
-    for window in _windows(queries, QUERY_WINDOW):
-        vectors = model.encode_texts(list(window.values()), is_query=True, compute_sparse=True)
-        once = Searcher(RankedOnce(searcher.engine))
-        for mode in modes:
-            for weight in weights:
-                found = once.search(vectors, mode, top_k, candidates=candidates, fusion_weight=weight)
-                yield mode, weight, found.run(list(window))
+    sparse = any(map(_needs_sparse, modes))
+    entries = iter(benchmark.queries.items())
+    with tqdm(total=len(benchmark.queries), disable=not progress, unit="query", desc="search") as bar:
+        while window := dict(islice(entries, QUERY_WINDOW)):
+            vectors = model.encode_texts(list(window.values()), is_query=True, compute_sparse=sparse)
+            yield list(window), searcher.rank(vectors, reach(benchmark, depth))
+            bar.update(len(window))
 
 
-def _windows(queries: Mapping[str, str], size: int) -> Iterator[dict[str, str]]:
-    entries = iter(queries.items())
-    while window := dict(islice(entries, size)):
-        yield window
+def reach(benchmark: Benchmark, depth: int) -> int:
+    """Return how many passages to rank so that `depth` are left without the query's own id."""
+    return depth + (0 if benchmark.own_ids_count else 1)
 
 
-def _sparse(mode: str) -> bool:
+def judged_part(run: Run, benchmark: Benchmark, depth: int) -> Run:
+    """Return what of a run is evaluated: without own ids where the benchmark says so, `depth` passages a query."""
+    return cut(run if benchmark.own_ids_count else without_own_id(run), depth)
+
+
+def _needs_sparse(mode: str) -> bool:
     return mode == "sparse_max" or mode in FUSED
 
 
@@ -141,7 +89,10 @@ def query_latency(
     """Time single queries: encoding one and searching it, nothing else going on.
 
     Args:
-        model, searcher, queries, modes, depth: as for `search_modes`.
+        model, searcher: as for `search_benchmark`.
+        queries: {query id: text}.
+        modes: scoring modes.
+        depth: passages a query, and candidates of each side.
         count: so many queries, spread over all of them.
 
     Returns:
@@ -150,7 +101,7 @@ def query_latency(
 
     def timed(mode: str) -> float:
         def work(text: str) -> None:
-            vectors = model.encode_texts([text], is_query=True, compute_sparse=_sparse(mode))
+            vectors = model.encode_texts([text], is_query=True, compute_sparse=_needs_sparse(mode))
             searcher.search(vectors, mode, depth, candidates=depth)
 
         return median_ms(work, spread(queries, count))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+ROUNDING = 1e-12  # metrics lie between 0 and 1
+
 
 @dataclass(frozen=True)
 class TTest:
@@ -18,14 +20,14 @@ class TTest:
 
 
 def paired_t_test(ours: Mapping[str, float], baseline: Mapping[str, float]) -> TTest:
-    """Test whether the mean difference of two rankings is zero: t = mean(d) / (sd(d) / sqrt(n)), n - 1 degrees.
+    """Test whether the mean difference of two rankings is zero, by scipy's `ttest_rel`.
 
     Args:
         ours, baseline: {query id: value of one metric}, the same queries.
 
     Returns:
-        The test; `difference` is ours minus the baseline. Where all differences are equal, p is 1 if they are 0 and
-            0 if not.
+        The test; `difference` is ours minus the baseline. Where all differences are equal but for rounding, p is 1 if
+        they are 0 and 0 if not.
 
     Raises:
         ValueError: the queries differ, or there are fewer than two.
@@ -39,17 +41,17 @@ def paired_t_test(ours: Mapping[str, float], baseline: Mapping[str, float]) -> T
     if len(ours) < 2:
         raise ValueError(f"a paired t-test needs at least two queries, got {len(ours)}.")
     try:
-        from scipy.stats import t as student
+        from scipy.stats import ttest_rel
     except ImportError as error:
         raise ImportError('significance tests need scipy: pip install "diffretriever[retrieval]"') from error
-    count = len(ours)
-    differences = [value - baseline[query] for query, value in ours.items()]
-    mean = math.fsum(differences) / count
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1))
-    if min(differences) == max(differences):  # without spread; rounding must not make one
-        return TTest(count, mean, math.copysign(math.inf, mean) if mean else 0.0, 0.0 if mean else 1.0)
-    statistic = mean / (deviation / math.sqrt(count))
-    return TTest(count, mean, statistic, float(2 * student.sf(abs(statistic), count - 1)))
+    pairs = [(value, baseline[query]) for query, value in ours.items()]
+    differences = [value - other for value, other in pairs]
+    mean = math.fsum(differences) / len(pairs)
+    if max(differences) - min(differences) <= ROUNDING:  # without spread t is 0 or infinite, and scipy's NaN
+        equal = abs(mean) <= ROUNDING
+        return TTest(len(pairs), mean, 0.0 if equal else math.copysign(math.inf, mean), float(equal))
+    found = ttest_rel(*zip(*pairs, strict=True))
+    return TTest(len(pairs), mean, float(found.statistic), float(found.pvalue))
 
 
 def bonferroni(p_values: Sequence[float]) -> list[float]:

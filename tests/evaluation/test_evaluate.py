@@ -14,12 +14,13 @@ from small_benchmark import CORPUS, QUERIES, qrels_of, write_benchmark, write_ms
 from transformers import AutoModel
 
 from diffretriever.data.benchmark import Benchmark, read_benchmark
-from diffretriever.evaluation import evaluate as module
-from diffretriever.evaluation.bm25 import fuse_runs
+from diffretriever.data.corpus import read_corpus
 from diffretriever.evaluation.evaluate import Options, encoded_corpus, evaluate
-from diffretriever.evaluation.hybrid import WEIGHTS
+from diffretriever.evaluation.hybrid import WEIGHTS, fuse_runs, index_of
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
+from diffretriever.evaluation.runs import Run, cut, without_own_id
 from diffretriever.search.modes import FUSED, MODES
+from diffretriever.search.searcher import Searcher
 from diffretriever.store.compression import compress
 from diffretriever.store.identity import describe_model
 from diffretriever.store.store import ShardContents, Store, write_store
@@ -47,6 +48,22 @@ def store(model: Any, benchmark: Benchmark) -> Iterator[Store]:
 
 def options(**given: Any) -> Options:
     return Options(**{"metrics": SMALL, "depth": 10, **given})
+
+
+def searched(model: Any, store: Store, asked: Benchmark, mode: str, depth: int, weight: float = 0.5) -> Run:
+    """Search the queries by themselves; in BEIR's layout a query's own id is no result."""
+    queries = model.encode_texts(list(asked.queries.values()), is_query=True)
+    found = Searcher(store).search(queries, mode, depth + 1, candidates=depth + 1, fusion_weight=weight)
+    return cut(without_own_id(found.run(list(asked.queries))), depth)
+
+
+def best_weight(runs: dict[float, Run], asked: Benchmark, metric: str) -> float:
+    """Return the weight whose run has the best mean, of equals the one nearest to 0.5."""
+    scores = {
+        weight: means(evaluate_run(run, asked.qrels, [parse_metric(metric)]))[metric] for weight, run in runs.items()
+    }
+    best = [weight for weight in WEIGHTS if scores[weight] == max(scores.values())]
+    return min(best, key=lambda weight: abs(weight - 0.5))
 
 
 def test_five_modes_equal_scoring_everything(model: Any, benchmark: Benchmark, store: Store) -> None:
@@ -168,16 +185,9 @@ def test_bm25_and_its_fusion(model: Any, benchmark: Benchmark, store: Store) -> 
     names = list(evaluation.rows)
     assert names[:4] == ["multi_dense", "sparse_max", "bm25", "multi_dense+bm25@0.5"]
     dev = read_benchmark(benchmark.folder, "dev")
-    ours = module._search(model, module.Searcher(store), dev, ["multi_dense"], given)["multi_dense"]
-    theirs = module.index_of(module.read_corpus(benchmark.folder)).search(dev.queries, 10)
-    scores = {
-        weight: means(evaluate_run(fuse_runs(ours, theirs, weight, 10), dev.qrels, [parse_metric("nDCG@10")]))[
-            "nDCG@10"
-        ]
-        for weight in WEIGHTS
-    }
-    best = [weight for weight in WEIGHTS if scores[weight] == max(scores.values())]
-    chosen = min(best, key=lambda weight: abs(weight - 0.5))
+    ours = searched(model, store, dev, "multi_dense", 10)
+    theirs = index_of(read_corpus(benchmark.folder)).search(dev.queries, 10)
+    chosen = best_weight({weight: fuse_runs(ours, theirs, weight, 10) for weight in WEIGHTS}, dev, "nDCG@10")
     assert evaluation.notes[-1] == f"multi_dense with BM25: nDCG@10 on split dev is best at the weight {chosen:g}."
     assert names[4:] == ([] if chosen == 0.5 else [f"multi_dense+bm25@{chosen:g}"])
     fused = fuse_runs(runs["multi_dense"], runs["bm25"], 0.5, 10)
@@ -190,19 +200,16 @@ def test_fusion_weights_are_chosen_on_another_split(model: Any, benchmark: Bench
     given = options(modes=tuple(FUSED), tune_split="dev", fusion_weight=0.25, depth=3, metrics=("nDCG@3",))
     evaluation, runs = evaluate(model, benchmark, store, given)
     dev = read_benchmark(benchmark.folder, "dev")
-    searcher, names = module.Searcher(store), list(given.modes)
-    for mode in given.modes:
-        scores = {}
-        for weight in WEIGHTS:  # by brute force: a search at every weight
-            run = module._search(model, searcher, dev, [mode], given, weight)[mode]
-            scores[weight] = means(evaluate_run(run, dev.qrels, [parse_metric("nDCG@3")]))["nDCG@3"]
-        best = [weight for weight in WEIGHTS if scores[weight] == max(scores.values())]
-        chosen = min(best, key=lambda weight: abs(weight - 0.5))
+    names = list(given.modes)
+    for mode in given.modes:  # by brute force: a search at every weight
+        chosen = best_weight(
+            {weight: searched(model, store, dev, mode, 3, weight) for weight in WEIGHTS}, dev, "nDCG@3"
+        )
         assert f"{mode}: nDCG@3 on split dev is best at the dense weight {chosen:g}." in evaluation.notes
         name = f"{mode}@{chosen:g}"
         names.append(name)
         assert chosen != 0.25
-        assert runs[name] == module._search(model, searcher, benchmark, [mode], given, chosen)[mode]
+        assert runs[name] == searched(model, store, benchmark, mode, 3, chosen)
         assert runs[name] != runs[mode]
     assert list(evaluation.rows) == names
 
@@ -232,7 +239,7 @@ def test_one_query_is_not_tested(model: Any, store: Store, tmp_path: Path) -> No
         ({"metrics": ("nDCG@11",)}, "nDCG@11 needs rankings of 11 passages; the depth is 10"),
         ({"metrics": ("hits",)}, "metric 'hits' is not known"),
         ({"depth": 0}, "the depth must be at least 1"),
-        ({"fusion_weight": 1.5}, "the fusion weight must lie between 0 and 1, got 1.5"),
+        ({"fusion_weight": 1.5}, "`fusion_weight` must lie between 0 and 1, got 1.5"),
         ({"bm25_with": ["multi_dense"]}, "--bm25-with belongs to --bm25; give that as well."),
         (
             {"tune_split": "dev", "modes": ("multi_dense",)},

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from diffretriever.data.benchmark import Benchmark
 from diffretriever.evaluation import searching
-from diffretriever.evaluation.searching import query_latency, search_modes
+from diffretriever.evaluation.runs import Run
+from diffretriever.evaluation.searching import query_latency, search_benchmark
 from diffretriever.model.scoring import score
 from diffretriever.search.exact import ExactEngine
-from diffretriever.search.modes import MODES
+from diffretriever.search.modes import FUSED, MODES
 from diffretriever.search.searcher import Searcher
 
 
@@ -44,6 +47,14 @@ QUERIES = {f"q{number}": str(number) for number in range(9)}
 QUERY_SIDE, PASSAGE_SIDE = random_side(9, 3, seed=1), random_side(40, 2, seed=2)
 
 
+# own ids count, so that nothing is left out
+BENCHMARK = Benchmark(Path("nowhere"), "test", QUERIES, {}, relevance_level=1, own_ids_count=True)
+
+
+def search_modes(model: MadeUpModel, modes: Sequence[str], depth: int, weight: float = 0.5) -> dict[str, Run]:
+    return search_benchmark(model, make_searcher(), BENCHMARK, {mode: (mode, weight) for mode in modes}, depth)
+
+
 def make_searcher() -> Searcher:
     return Searcher(PASSAGE_SIDE, ids=[f"p{number}" for number in range(40)])
 
@@ -52,7 +63,7 @@ def make_searcher() -> Searcher:
 @pytest.mark.parametrize("depth", [5, 1000])
 def test_runs_equal_single_searches(monkeypatch: pytest.MonkeyPatch, window: int, depth: int) -> None:
     monkeypatch.setattr(searching, "QUERY_WINDOW", window)
-    runs = search_modes(MadeUpModel(QUERY_SIDE), make_searcher(), QUERIES, MODES, depth, fusion_weight=0.3)
+    runs = search_modes(MadeUpModel(QUERY_SIDE), MODES, depth, 0.3)
     assert list(runs) == list(MODES)
     for mode in MODES:
         found = make_searcher().search(QUERY_SIDE, mode, depth, candidates=depth, fusion_weight=0.3)
@@ -63,7 +74,7 @@ def test_runs_equal_single_searches(monkeypatch: pytest.MonkeyPatch, window: int
 
 
 def test_runs_of_a_small_collection_equal_the_models_scores() -> None:
-    runs = search_modes(MadeUpModel(QUERY_SIDE), make_searcher(), QUERIES, MODES, depth=40)
+    runs = search_modes(MadeUpModel(QUERY_SIDE), MODES, depth=40)
     for mode in MODES:
         expected = score(QUERY_SIDE, PASSAGE_SIDE, mode)
         for row, query in enumerate(QUERIES):
@@ -82,14 +93,30 @@ def test_each_side_is_ranked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ExactEngine, "rank", counted)
     model = MadeUpModel(QUERY_SIDE)
-    search_modes(model, make_searcher(), QUERIES, MODES, depth=10)
+    rows = {mode: (mode, 0.5) for mode in MODES} | {
+        f"{mode}@{weight}": (mode, weight) for mode in FUSED for weight in (0.1, 0.9)
+    }
+    runs = search_benchmark(model, make_searcher(), BENCHMARK, rows, depth=10)
+    assert list(runs) == list(rows)
     assert sorted(ranked) == ["multi_dense", "single_dense", "sparse_max"]
     assert model.calls == [(list(QUERIES.values()), True)]
 
 
+def test_a_passage_with_the_querys_own_id_is_left_out_and_the_depth_kept() -> None:
+    queries = {f"p{number}": str(number) for number in range(9)}
+    benchmark = Benchmark(Path("nowhere"), "test", queries, {}, relevance_level=1)
+    [run] = search_benchmark(
+        MadeUpModel(PASSAGE_SIDE), make_searcher(), benchmark, {"row": ("multi_dense", 0.5)}, 5
+    ).values()
+    found = make_searcher().search({name: tensor[:9] for name, tensor in PASSAGE_SIDE.items()}, "multi_dense", 6)
+    for query, ids in zip(queries, found.ids, strict=True):
+        assert ids[0] == query
+        assert list(run[query]) == ids[1:]
+
+
 def test_dense_modes_need_no_sparse_vectors() -> None:
     model = MadeUpModel(QUERY_SIDE)
-    search_modes(model, make_searcher(), QUERIES, ["multi_dense"], depth=10)
+    search_modes(model, ["multi_dense"], depth=10)
     assert model.calls == [(list(QUERIES.values()), False)]
 
 
