@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +201,17 @@ def find_weights(config: Any, folder: Path, hub_options: Mapping[str, Any]) -> t
         weights = resolve_folder(base, beside, revision, hub_options, BACKBONE_FILES)
         config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
         names_of = config.backbone_type
+    check_no_adapter(weights)
+    return weights, names_of
+
+
+def check_no_adapter(weights: Path) -> None:
+    """Raise ValueError for a folder of weights with an adapter in it, whose base transformers would load instead."""
     if (weights / "adapter_config.json").is_file():
         raise ValueError(
             f"{weights / 'adapter_config.json'} would make transformers load another model than these weights; move "
             "the adapter out, and name its folder as `adapter_name_or_path`."
         )
-    return weights, names_of
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -463,6 +468,14 @@ def is_finite(weight: torch.Tensor) -> bool:
         return True
     rows = max(1, CHECKED_ELEMENTS * len(weight) // max(1, weight.numel()))  # a CPU's sum makes a float32 copy
     return all(bool(part.sum(dtype=torch.float32).isfinite()) for part in weight.detach().split(rows))
+
+
+def check_finite(model: Any, folder: Path, original: Callable[[str], str]) -> None:
+    """Raise ValueError for weights that hold NaN or infinity; `original` gives a parameter's name in the folder."""
+    broken = [name for name, weight in model.named_parameters() if not is_finite(weight)]
+    if broken:
+        names = ", ".join(map(original, broken[:5]))
+        raise ValueError(f"{folder}: {names} hold NaN or infinite values (as {model.dtype}).")
 
 
 def not_finite(model: Any, values: torch.Tensor) -> str:

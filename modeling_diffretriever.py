@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from .backbone_loading import (
     NAME_PATTERNS,
     WEIGHTS_FILE,
     audit_weights,
+    check_finite,
     choose_dtype,
     dtype_argument,
     find_weights,
-    is_finite,
     load_tokenizer,
     not_finite,
     original_name,
@@ -164,10 +165,7 @@ class DiffRetriever(PreTrainedModel):
         _ = model.texts  # a tokenizer that cannot build the prompts is refused now, not at the first text
         if adapter is not None:
             adapter.add_to(model, model.config.merge_adapter)
-        broken = [name for name, weight in model.named_parameters() if not is_finite(weight)]
-        if broken:
-            broken = [original_name(names_of, name) if names_of else name for name in broken[:5]]
-            raise ValueError(f"{weights}: {', '.join(broken)} hold NaN or infinite values (as {model.dtype}).")
+        check_finite(model, weights, partial(original_name, names_of) if names_of else str)
         model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model.eval(), report) if want_report else model.eval()
 

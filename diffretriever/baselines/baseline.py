@@ -1,0 +1,316 @@
+"""What the baselines share: batches of texts into vectors, as the DiffRetriever model does it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from ..files.durable import publish_folder
+from ..model.adapter_loading import merged_state
+from ..model.backbone_loading import not_finite, save_tokenizer
+from ..model.batching import check_count, check_texts, count_workers, encode_in_order, run_side_by_side
+from ..model.configuration_diffretriever import LoadedFrom
+from ..model.scoring import SCORING_MODES, score
+from ..model.sparse_head import sparse_vectors
+from ..model.tokenization_helpers import FramedTokenizer, check_ids
+from .configuration import BaselineConfig
+
+DENSE_ONLY_MODES = ("single_dense", "multi_dense")
+
+
+@dataclass
+class BaselineOutput(ModelOutput):
+    """What a baseline returns for B texts.
+
+    Args:
+        repr_hidden: float32 [B, K, H], the dense vectors (`encode`, `encode_texts`); zero where none exists.
+        repr_mask: bool [B, K], which vectors exist; None where all do.
+        sparse_indices: int64 [B, T], token ids by falling value; unused slots are 0.
+        sparse_values: float32 [B, T], log1p weights; unused slots are 0.0.
+        states: [B, K, H] in the model's dtype, with gradient, not normalised (`forward`).
+    """
+
+    repr_hidden: torch.Tensor | None = None
+    repr_mask: torch.Tensor | None = None
+    sparse_indices: torch.Tensor | None = None
+    sparse_values: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+
+
+class Baseline(nn.Module):
+    """A retriever of the paper's comparison. Load it with `load_baseline`.
+
+    Args:
+        config: its settings; a later change holds from the next text on.
+        backbone: LlamaForCausalLM or Qwen2ForCausalLM; for DiffEmbed also a DiffRetriever without its masks.
+        tokenizer: the backbone's fast tokenizer.
+
+    Attributes:
+        loaded_from: the folders that `load_baseline` took it from; None for a model that was made otherwise.
+
+    Raises:
+        ValueError: a tokenizer or length that the method cannot work with.
+    """
+
+    def __init__(self, config: BaselineConfig, backbone: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        config.hidden_size, config.vocab_size = backbone.config.hidden_size, backbone.config.vocab_size
+        self.loaded_from: LoadedFrom | None = None
+        self._texts: tuple[Any, FramedTokenizer] | None = None
+        _ = self.texts  # what cannot be tokenised is refused now, not at the first text
+        self.eval()
+
+    def _make_texts(self) -> FramedTokenizer:
+        """Return the method's rules of tokenisation under the present config."""
+        raise NotImplementedError
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, is_query: bool = False
+    ) -> BaselineOutput:
+        """Return the states that are the vectors, with gradient.
+
+        Args:
+            input_ids: int64 [B, L] from `tokenize`, left-padded.
+            attention_mask: [B, L], 1 for real tokens; None when no row is padded.
+            is_query: the side that `tokenize` was told.
+
+        Returns:
+            `states` [B, K, H], and `repr_mask` where some do not exist.
+        """
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        device: torch.device = self.backbone.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        dtype: torch.dtype = self.backbone.dtype
+        return dtype
+
+    @property
+    def texts(self) -> FramedTokenizer:
+        """The rules of tokenisation, following the config."""
+        settings = self.config.to_dict()
+        if self._texts is None or self._texts[0] != settings:
+            self.config.check()
+            self._texts = (settings, self._make_texts())
+        return self._texts[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that decides the vectors beside weights and tokenizer: the config, prompts in full, the dtype."""
+        prompts = {f"{side}_prompt": self.config.prompt(side == "query") for side in ("query", "passage")}
+        return {**self.config.to_dict(), **prompts, "model_dtype": str(self.dtype).removeprefix("torch.")}
+
+    # ---------------------------------------------------------------------------------------------- texts to vectors
+
+    def tokenize(self, texts: Sequence[str], is_query: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and attention mask of texts, int64 [B, L] each, left-padded, on the CPU.
+
+        Args:
+            texts: one or more strings; special-token strings in them stay plain text.
+            is_query: True for queries, False for passages.
+
+        Raises:
+            TypeError, ValueError: `texts` is not a list of strings, or is empty.
+        """
+        return self.texts.pad(self.texts.tokenize(check_texts(texts), is_query))
+
+    @torch.no_grad()
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_query: bool = False,
+        compute_sparse: bool = False,
+        sparse_top_k: int | None = None,
+        content_token_ids: Sequence[Sequence[int]] | None = None,
+        content_filter: bool = True,
+    ) -> BaselineOutput:
+        """Encode one batch, without dropout.
+
+        Args:
+            input_ids: int64 [B, L] from `tokenize`, padded on either side.
+            attention_mask: [B, L], 1 for real tokens; None when no row is padded.
+            is_query: the side that `tokenize` was told.
+            compute_sparse: also return the sparse vectors, where the method has them.
+            sparse_top_k: T, weights kept a text; None is the config's.
+            content_token_ids: one list of ids a text, its sparse vocabulary; None derives it from `input_ids`.
+            content_filter: False lets the whole vocabulary in.
+
+        Returns:
+            `repr_hidden` float32 [B, K, H] (L2-normalised unless the config says not), `repr_mask` bool [B, K] where
+            texts may have fewer vectors, and with `compute_sparse` `sparse_indices` int64 and `sparse_values` float32,
+            both [B, T].
+
+        Raises:
+            ValueError: the ids are not this side's, sizes do not match, an output is not finite, or sparse vectors are
+                asked of a method that has none.
+        """
+        top_k = self._check_sparse(sparse_top_k) if compute_sparse else 0
+        host_ids, host_mask = check_ids(input_ids, attention_mask)
+        if content_token_ids is not None and not content_filter:
+            raise ValueError("content_filter=False lets the whole vocabulary in; leave `content_token_ids` out.")
+        _, text_ids = self.texts.locate(host_ids, host_mask, is_query)
+        rows = [row[real].tolist() for row, real in zip(host_ids, host_mask != 0, strict=True)]
+        ids, mask = (tensor.to(self.device) for tensor in self.texts.pad(rows))  # int64 [B, L], left-padded
+        with evaluation_mode(self):
+            states, exists = self._read(ids, mask, is_query)  # [B, K, H]; bool [B, K] or None
+        vectors = states.float()
+        if not torch.isfinite(vectors).all():
+            raise ValueError(not_finite(self, vectors))
+        output = BaselineOutput(repr_hidden=F.normalize(vectors, dim=-1) if self.config.normalize else vectors)
+        if exists is not None:
+            output["repr_mask"] = exists
+        if compute_sparse:
+            content = None
+            if content_filter:
+                content = self.texts.content_lists(text_ids) if content_token_ids is None else content_token_ids
+                if len(content) != len(rows):
+                    raise ValueError(f"content_token_ids has {len(content)} lists for {len(rows)} texts.")
+            output["sparse_indices"], output["sparse_values"] = self._sparse(states, exists, content, top_k)
+        return output
+
+    def _check_sparse(self, sparse_top_k: int | None) -> int:
+        if not self.config.has_sparse:
+            raise ValueError(f"{type(self).__name__} has no sparse vectors; leave compute_sparse out.")
+        top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
+        return min(check_count("sparse_top_k", top_k), self.config.vocab_size)
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `states` and `repr_mask` of a left-padded batch, without gradient."""
+        output = self(ids, mask, is_query)
+        return output.states, output.repr_mask
+
+    def _sparse(
+        self, states: torch.Tensor, exists: torch.Tensor | None, content: Sequence[Sequence[int]] | None, top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return indices and values [B, T] of log1p(relu(max over the vectors that exist)) (paper Eq. 3)."""
+        if exists is not None:  # the first vector always exists, and a maximum does not mind it twice
+            states = torch.where(exists[..., None], states, states[:, :1])
+        indices, values = sparse_vectors(self.backbone.lm_head, states, content, top_k, None)
+        if not torch.isfinite(values).all():
+            raise ValueError(not_finite(self, values))
+        return indices, values
+
+    def encode_texts(
+        self,
+        texts: Iterable[str],
+        is_query: bool,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        compute_sparse: bool | None = None,
+        sparse_top_k: int | None = None,
+        content_filter: bool = True,
+        tokens_per_batch: int | None = None,
+    ) -> BaselineOutput:
+        """Encode any number of texts, in batches of similar length; on a CPU several batches run side by side.
+
+        Args:
+            texts: a list, or any iterator of strings; an iterator is read a window at a time.
+            is_query: True for queries, False for passages.
+            batch_size: at most so many texts a batch; None leaves it to the token budget.
+            show_progress_bar: draw one, in texts.
+            compute_sparse: None asks for sparse vectors where the method has them.
+            sparse_top_k, content_filter: as for `encode`.
+            tokens_per_batch: at most so many tokens a batch, padding included and generated words not; None is 16,384
+                on an accelerator and 1,024 on a CPU.
+
+        Returns:
+            As `encode`, for all texts in their order, on the CPU.
+
+        Raises:
+            TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0.
+        """
+        sparse = self.config.has_sparse if compute_sparse is None else compute_sparse
+        options = {"compute_sparse": sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
+        found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
+        return BaselineOutput(**found)
+
+    def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
+        """Run `work`, which calls `encode` on a batch, on every batch: on a CPU several at a time.
+
+        Args:
+            work: takes a batch, in some thread.
+            batches: whatever `work` takes.
+
+        Yields:
+            Each batch and what `work` returned, in the batches' order.
+        """
+        with evaluation_mode(self):  # for all threads together: none may switch dropout on while another encodes
+            yield from run_side_by_side(work, batches, count_workers(self.backbone))
+
+    def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
+        """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors.
+
+        Vectors that do not exist are left out of means and of MaxSim.
+        """
+        if mode in SCORING_MODES and mode not in DENSE_ONLY_MODES and not self.config.has_sparse:
+            known = " and ".join(DENSE_ONLY_MODES)
+            raise ValueError(f"{type(self).__name__} has no sparse vectors for mode {mode!r}; its modes are {known}.")
+        return score(queries, passages, mode)
+
+    # ---------------------------------------------------------------------------------------------- save
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `load_baseline` loads without backbone or adapter: merged weights, tokenizer, settings.
+
+        Args:
+            folder: made if it is not there; appears whole or not at all.
+
+        Raises:
+            FileExistsError: the folder holds something.
+            ValueError: the weights are quantised or offloaded.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is there already; save_pretrained writes into a new or empty folder.")
+        if getattr(self.backbone, "hf_quantizer", None) is not None or any(w.is_meta for w in self.parameters()):
+            raise ValueError("Quantised or offloaded weights cannot be saved merged; load the model without.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".save-") as scratch:
+            made = Path(scratch) / folder.name
+            made.mkdir()
+            self._save_backbone(made)
+            save_tokenizer(self.tokenizer, made)
+            own: dict[str, Any] = dict.fromkeys(("base_model_revision", "adapter_name_or_path", "merge_adapter"))
+            replace(self.config, base_model_name_or_path=".", **own).save(made)
+            publish_folder(made, folder)
+
+    def _save_backbone(self, folder: Path) -> None:
+        self.backbone.save_pretrained(folder, state_dict=merged_state(self.backbone))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and back on where it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def opening_ids(texts: FramedTokenizer) -> list[int]:
+    """Return what the tokenizer puts before a text of its own accord: Llama-3's begin-of-text, nothing for Qwen2."""
+    with_specials = texts.tokenizer("a")["input_ids"]
+    without = texts.tokenizer("a", add_special_tokens=False)["input_ids"]
+    return with_specials[: with_specials.index(without[0])]

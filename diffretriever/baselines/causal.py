@@ -1,0 +1,144 @@
+"""Autoregressive backbones: Llama and Qwen2 as transformers has them, under the causal mask."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    LlamaForCausalLM,
+    LlamaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+)
+
+from ..model.adapter_loading import Adapter
+from ..model.backbone_loading import (
+    audit_weights,
+    check_finite,
+    check_no_adapter,
+    choose_dtype,
+    dtype_argument,
+    read_headers,
+    read_json,
+)
+
+CAUSAL: dict[str, Any] = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+DIFFUSION = ("llada", "dream", "diffretriever")  # model types of what DiffRetriever reads, and of its releases
+# transformers 5.2x renamed the argument; the old name works on with a warning at every call.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+def model_type(folder: Path) -> str:
+    """Return what a backbone's config.json says it is, in lowercase."""
+    return str(read_json(folder / "config.json").get("model_type", "")).lower()
+
+
+def load_causal(folder: Path, method: str, adapter_folder: Path | None, merge: bool | None, **kwargs: Any) -> Any:
+    """Load a causal language model from its safetensors files, with its adapter.
+
+    Args:
+        folder: config.json and weights of a Llama or Qwen2, its head tied or not.
+        method: who asks, for messages.
+        adapter_folder: a LoRA adapter in peft's own format, under the model's own names.
+        merge: as for `Adapter.add_to`.
+        kwargs: for transformers' `from_pretrained`; `dtype` as for DiffRetriever.
+
+    Returns:
+        LlamaForCausalLM or Qwen2ForCausalLM, in eval mode.
+
+    Raises:
+        FileNotFoundError, ValueError: another kind of model, weights that are missing or broken, or an adapter that
+            does not fit; the message names file and key.
+    """
+    kind = model_type(folder)
+    if kind not in CAUSAL:
+        what = "a diffusion backbone, read without the causal mask" if kind in DIFFUSION else "no causal language model"
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {kind!r} is {what} that {method} could read; it needs one of "
+            f"{', '.join(CAUSAL)}."
+        )
+    check_no_adapter(folder)
+    config = read_causal_config(folder, kind)
+    with torch.device("meta"):
+        skeleton = CAUSAL[kind](config)
+    kwargs[dtype_argument()] = choose_dtype(kwargs, _audit(folder, skeleton))
+    model, report = CAUSAL[kind].from_pretrained(
+        folder, config=config, output_loading_info=True, use_safetensors=True, **kwargs
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{folder}: transformers left out {sorted(report['missing_keys'])[:5]}.")
+    if adapter_folder is not None:
+        _add_adapter(model, adapter_folder, merge, skeleton)
+    check_finite(model, folder, str)
+    return model.eval()
+
+
+def _audit(folder: Path, skeleton: PreTrainedModel) -> str:
+    """Check names and shapes of the weights against the config, and return their dtype as `audit_weights` does."""
+    expected = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters(remove_duplicate=False)}
+    headers = read_headers(folder)
+    if skeleton.config.tie_word_embeddings and "lm_head.weight" not in headers:
+        expected.pop("lm_head.weight", None)
+    for name, (_, entry) in headers.items():
+        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold what transformers computes
+            expected[name] = tuple(entry["shape"])
+    return audit_weights(folder, None, expected)
+
+
+def read_causal_config(folder: Path, kind: str) -> PretrainedConfig:
+    """Read config.json; transformers 4 would pass over RoPE's base as 5.x writes it, in silence."""
+    fields = read_json(folder / "config.json")
+    config_class = CONFIG_MAPPING[kind]
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and not hasattr(config_class(), "rope_parameters"):
+        rope = dict(fields.pop("rope_parameters"))
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            fields["rope_scaling"] = rope
+    return config_class.from_dict(fields)
+
+
+def _add_adapter(model: Any, folder: Path, merge: bool | None, skeleton: nn.Module) -> None:
+    linear = {name: layer for name, layer in skeleton.named_modules() if isinstance(layer, nn.Linear)}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear.items()}
+    adapter = Adapter(folder, shapes, str, str)
+    head = model.lm_head
+    if "lm_head" in adapter.modules and head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())  # the adapter is the head's, not the embedding's
+        model.config.tie_word_embeddings = False
+    adapter.add_to(model, merge)
+
+
+def position_ids(mask: torch.Tensor) -> torch.Tensor:
+    """Number each row's tokens from 0, wherever its padding is: mask [B, L] -> int64 [B, L]."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def final_states(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None = None, cache: Any = None
+) -> torch.Tensor:
+    """Return the last layer's states after the final norm, with gradient.
+
+    Args:
+        model: from `load_causal`.
+        ids: int64 [B, N], the tokens that the cache does not hold.
+        mask: int64 [B, C + N], 1 for real tokens, over what the cache holds (C) and the new tokens.
+        positions: int64 [B, N]; None counts the mask's ones.
+        cache: transformers' DynamicCache, which then holds the new tokens, too.
+
+    Returns:
+        [B, N, H] in the model's dtype.
+    """
+    kwargs = {} if cache is None else {CACHE_ARGUMENT: cache}
+    positions = position_ids(mask) if positions is None else positions
+    states: torch.Tensor = model.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=cache is not None, **kwargs
+    ).last_hidden_state
+    return states
