@@ -4,42 +4,50 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the Hub
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoModel  # noqa: E402
-
-from diffretriever.publishing import build as building  # noqa: E402
-
 PARITY = Path(__file__).parent / "parity"
+MAX_WORKERS = 4  # each holds torch and its own small models, half a GB in all
 collect_ignore = ["amx"]
 
-if os.environ.get("DIFFRETRIEVER_TEST_AMX"):  # a CPU whose default dtype is bfloat16, also in the tests' own processes
-    torch.cpu._is_amx_tile_supported = lambda: True
+# Before torch and transformers are imported, for this process and those that the tests start.
+sys.path.insert(0, str(ROOT))
+code_cache = tempfile.TemporaryDirectory(prefix="diffretriever-tests-")
+os.environ["HF_HOME"] = code_cache.name  # releases' code is copied there; processes must not copy over each other
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the Hub
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and several processes would wait for each other's threads
+if os.environ.get("DIFFRETRIEVER_TEST_AMX"):  # a CPU whose default dtype is bfloat16
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [f"{ROOT}/tests/amx", os.environ.get("PYTHONPATH")]))
 
 
-def pytest_configure() -> None:
-    torch.set_num_threads(1)  # the models are tiny, and two runs at once would wait for each other's threads
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Use the cores where the whole suite runs; tests that are named run in this process, which starts sooner."""
+    return 0 if config.getoption("file_or_dir") else min(MAX_WORKERS, os.cpu_count() or 1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("dist") != "no":
+        return  # only the workers run tests
+    import torch
+
+    if os.environ.get("DIFFRETRIEVER_TEST_AMX"):
+        torch.cpu._is_amx_tile_supported = lambda: True
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=renew_threads)
-
-
-def renew_threads() -> None:
-    """Renew torch's thread pool: a fork breaks it, and threads that mend it together fail ("Invalid thread pool!")."""
-    torch.set_num_threads(torch.get_num_threads())
+        # A fork breaks torch's thread pool, and threads that mend it together fail ("Invalid thread pool!").
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
 def build_release(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that builds a release from parity names, under a folder name of its own."""
+    from diffretriever.publishing import build as building
+
     made: dict[tuple[Any, ...], Path] = {}
 
     def build(backbone: str, adapter: str | None = None, **settings: Any) -> Path:
@@ -58,6 +66,9 @@ def build_release(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 @pytest.fixture(scope="session")
 def load_release(build_release: Callable[..., Path]) -> Callable[..., Any]:
     """Return a function that builds a release and loads it through AutoModel; equal calls share one model."""
+    import torch
+    from transformers import AutoModel
+
     loaded: dict[tuple[Any, ...], Any] = {}
 
     def load(backbone: str, adapter: str | None = None, **options: Any) -> Any:

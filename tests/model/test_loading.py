@@ -239,26 +239,6 @@ def test_quantization_config_reaches_transformers(build_release: Build, monkeypa
     assert seen[0].weights == "int8"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes(kind: str, bits: int, build_release: Build, load_release: Load) -> None:
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    options = {"quantization_config": config, "device_map": {"": "cpu"}}
-    folder = build_release(f"tiny-{kind}", ADAPTERS[kind])
-    model = load(folder, **options)
-    assert hasattr(model.backbone.layers[0].self_attn.q_proj, "lora_A")  # unmerged
-    assert not model.backbone.layers[0].mlp.up_proj.get_base_layer().weight.is_floating_point()
-    expected = load_release(f"tiny-{kind}", ADAPTERS[kind]).encode_texts(TEXTS, True).repr_hidden
-    cosine = (model.encode_texts(TEXTS, True).repr_hidden * expected).sum(dim=-1)
-    assert cosine.min() > (0.98 if bits == 8 else 0.6)  # random weights round badly to 4 bits
-    with pytest.raises(ValueError, match="Quantised or offloaded weights cannot be saved"):
-        model.save_pretrained("nowhere")
-    with pytest.raises(ValueError, match="merge_adapter=True, but the backbone is quantised"):
-        load(folder, merge_adapter=True, **options)
-
-
 # ------------------------------------------------------------------------------------------ fields of the config
 
 PROMPT = {"system": "You rank.", "user": 'Text: "{text}".', "assistant": 'It says: "'}
