@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import add_command
+from .exit_status import DONE
 
 
 def register(commands: Any) -> None:
@@ -20,7 +21,7 @@ def register(commands: Any) -> None:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Runs `diffretriever export`."""
+    """Run `diffretriever export`."""
     from ..search.export import impact_lines, vocabulary_of, write_lines
     from ..store.compression import open_store
 
@@ -31,4 +32,4 @@ def run_export(options: argparse.Namespace) -> int:
         tokens = vocabulary_of(PreTrainedTokenizerFast.from_pretrained(options.model))
     lines = impact_lines(open_store(options.store), tokens, options.factor, contents=not options.no_texts)
     print(f"{options.output}: {write_lines(options.output, lines)} texts")
-    return 0
+    return DONE

@@ -332,6 +332,8 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     Returns:
         The config that was written.
     """
+    if release_name not in RELEASES:
+        raise ValueError(f"build: {release_name!r} is no known release; known: {', '.join(RELEASES)}.")
     release = RELEASES[release_name]
     places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
     settings = {field: getattr(release, field) for field in SETTINGS}

@@ -214,10 +214,10 @@ class Repository:
         if status in _EXPLAINED:
             kind, advice = _EXPLAINED[status]
             return kind(f"{where}: {advice.format(namespace=self.repo_id.split('/')[0])} ({said})")
-        if status in PASSING:
+        if status is not None and is_passing(origin):
             words = f"{where}: the Hub answers with status {status} ({said}). Run the same command again later."
             return Passing(words, _retry_after(response))
-        if status is None and _is_network(origin):
+        if is_passing(origin):
             return Passing(
                 f"{where}: no answer from the Hub ({said or type(origin).__name__}). Run the same command again."
             )
@@ -257,10 +257,15 @@ def network_error() -> type[Exception]:
     return found
 
 
-def _is_network(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def is_passing(error: BaseException) -> bool:
+    """Return whether a call to the Hub failed in a way that may pass: no connection, or one of `PASSING`."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    return isinstance(error, (network_error(), ConnectionError)) and not isinstance(error, OfflineModeIsEnabled)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in PASSING
+    refused = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
+    return isinstance(error, (network_error(), ConnectionError)) and not refused
 
 
 def _first_words(text: str) -> str:
