@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import add_command, count
 from .exit_status import DONE
-from .load_model import add_model_options, load_model
+from .load_model import add_model_options, check_release, load_model
 
 
 def register(commands: Any) -> None:
@@ -31,6 +31,7 @@ def run_mean(options: argparse.Namespace) -> int:
     from ..training.evaluate import read_benchmark
     from ..training.mean_evaluation import evaluate_mean_pooling, recorded_length
 
+    check_release(options.model, options.revision)  # before the data is read
     recorded = recorded_length(options.adapter) if options.adapter else None
     benchmark = read_benchmark(options.data, options.split, options.passages)
     adapter = str(options.adapter.resolve()) if options.adapter else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import add_command
 from .exit_status import DONE
+from .load_model import check_release
 
 
 def register(commands: Any) -> None:
@@ -29,6 +30,7 @@ def run_export(options: argparse.Namespace) -> int:
     if options.model:
         from transformers import PreTrainedTokenizerFast
 
+        check_release(options.model)
         tokens = vocabulary_of(PreTrainedTokenizerFast.from_pretrained(options.model))
     lines = impact_lines(open_store(options.store), tokens, options.factor, contents=not options.no_texts)
     print(f"{options.output}: {write_lines(options.output, lines)} texts")

@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import add_command, count, count_or_none
 from .exit_status import DONE
-from .load_model import RELEASE, add_model_options, load_model
+from .load_model import RELEASE, add_model_options, check_release, load_model
 
 BM25 = "bm25"
 
@@ -32,6 +32,8 @@ def run_mine(options: argparse.Namespace) -> int:
     from ..data.pair_files import PairFiles
     from ..training.hard_negatives import Bm25Ranker, Ranker, ReleaseRanker, collect_passages, mine_negatives
 
+    if options.model != BM25:
+        check_release(options.model, options.revision)  # before the data is read
     files = PairFiles(options.pairs, options.out.parent)
     passages = collect_passages(files, options.corpus)
     ranker: Ranker

@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import add_command, count
 from .exit_status import DONE
-from .load_model import add_model_options, load_model
+from .load_model import add_model_options, check_release, load_model
 
 
 def register(commands: Any) -> None:
@@ -30,6 +30,7 @@ def run_budget(options: argparse.Namespace) -> int:
     from ..files.durable import write_json
     from ..training.budget import select_budget, table, training_benchmark
 
+    check_release(options.model, options.revision)  # before the data is read
     files = PairFiles(options.pairs, options.out.parent)
     benchmark = training_benchmark(files, options.queries, options.passages, options.seed)
     files.close()

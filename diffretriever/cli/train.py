@@ -9,6 +9,7 @@ from typing import Any
 
 from .arguments import RESUMED, add_command
 from .exit_status import DONE
+from .load_model import check_release
 
 
 def register(commands: Any) -> None:
@@ -33,6 +34,7 @@ def run_train(options: argparse.Namespace) -> int:
     from ..training.adapter_recipe import read_adapter_recipe
     from ..training.train import Interrupted, train_adapter
 
+    check_release(options.model)
     recipe = read_adapter_recipe(options.recipe, options.set, seed=options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
