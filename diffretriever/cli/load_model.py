@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from ..publishing.card import is_hub_id
-from ..publishing.hub import Passing, is_passing
+from ..publishing.hub import find_folder
 
 RELEASE = "a release: Hub id or folder"
 WHERE = 'for example cuda:1; "auto" spreads the model over all (default: the first GPU, else the CPU)'
@@ -72,10 +69,11 @@ def check_release(release: str, revision: str | None = None) -> None:
         ValueError: a backbone, an adapter or another model; the message says how to make a release of it.
         Passing: the Hub does not answer.
     """
+    from ..model.adapter_loading import CONFIG_FILE
     from ..model.backbone_loading import NAME_PATTERNS, read_json
 
-    folder = _find_config(release, revision)
-    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+    folder = find_folder(release, ["config.json", CONFIG_FILE], revision)
+    if not (folder / "config.json").is_file() and (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{release} is an adapter, not a release; {_build_command(f'BACKBONE --adapter {release}')}")
     found = read_json(folder / "config.json").get("model_type")
     if str(found).lower() in NAME_PATTERNS:
@@ -84,32 +82,5 @@ def check_release(release: str, revision: str | None = None) -> None:
         raise ValueError(f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever".')
 
 
-def _find_config(release: str, revision: str | None) -> Path:
-    """Return a folder that holds a release's config.json, from the Hub if it is not here."""
-    from ..model.backbone_loading import resolve_folder
-
-    if release and Path(release).is_dir():
-        return Path(release)
-    if not is_hub_id(release):
-        raise FileNotFoundError(
-            f"{release}: no such folder, and no Hub id (ORG/NAME). Give the folder of a release or its Hub id; "
-            f"{_build_command('BACKBONE')}"
-        )
-    try:
-        return resolve_folder(release, None, revision, {}, ["config.json", "adapter_config.json"])
-    except OSError as error:
-        if any(map(is_passing, _causes(error))):
-            raise Passing(
-                f"{release}: no such folder, and no answer from the Hub. Run the same command again."
-            ) from error
-        raise FileNotFoundError(f"{release}: no such folder. {error}") from error
-
-
 def _build_command(base: str) -> str:
     return f"build one with `publish.py build --base {base} --out DIR` (or `diffretriever publish build`)."
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

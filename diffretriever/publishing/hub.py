@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .record import FileHash
@@ -285,6 +286,44 @@ def pause(attempt: int, error: Passing, attempts: int = ATTEMPTS) -> None:
     seconds = min(error.wait or FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
     print(f"{error} Trying again in {seconds:g} s ({attempt} of {attempts - 1}).", file=sys.stderr)
     time.sleep(seconds)
+
+
+# ------------------------------------------------------------------------------------------------- what it holds
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Tell whether a model's name is a Hub id, not a folder's: relative ones start with a dot, or hold no slash."""
+    return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def find_folder(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Return the folder that a name stands for: one here, or the Hub's files in its cache.
+
+    Args:
+        name: a folder or a Hub id.
+        patterns: which files to fetch.
+        revision: commit, tag or branch on the Hub.
+
+    Raises:
+        FileNotFoundError: neither here nor on the Hub.
+        Passing: the Hub does not answer.
+    """
+    from ..model.backbone_loading import resolve_folder
+
+    if not (name and Path(name).expanduser().is_dir()) and not is_hub_id(name):
+        raise FileNotFoundError(f"{name}: no such folder, and no Hub id (ORG/NAME); give one of them.")
+    try:
+        return resolve_folder(name, None, revision, {}, patterns)
+    except OSError as error:
+        if any(map(is_passing, _causes(error))):
+            raise Passing(f"{name}: no such folder, and no answer from the Hub. Run the same command again.") from error
+        raise FileNotFoundError(f"{name}: no such folder. {error}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 # ------------------------------------------------------------------------------------------------------- the token

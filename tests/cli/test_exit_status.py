@@ -89,7 +89,7 @@ COMMANDS = {
     "publish push": "{here}/release --repo-id lab/x --dry-run --no-load",
 }
 OPTIONS_OF_MODELS = [name for name, line in COMMANDS.items() if "--model" in line]
-INPUTS = [
+INPUTS: list[tuple[str, str]] = [
     (name, option)
     for name, line in COMMANDS.items()
     for option in ("--store", "--data", "--pairs", "--texts", "--input", "--recipe")

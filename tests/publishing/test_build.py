@@ -190,8 +190,8 @@ def test_without_a_record_the_budgets_must_be_given(tmp_path: Path) -> None:
         (DREAM, SINGLE, r"key base_model\.model\.model\.transformer\..* belongs to no linear layer"),
         (LLADA, LLADA, r"tiny-llada holds no adapter_config\.json; it is no LoRA adapter"),
         (SINGLE, None, r"llada-single/config\.json is not there"),
-        ("/no/such/base", None, r"/no/such/base is not there"),
-        (LLADA, "/no/such/adapter", r"/no/such/adapter is not there"),
+        ("/no/such/base", None, r"/no/such/base: no such folder"),
+        (LLADA, "/no/such/adapter", r"/no/such/adapter: no such folder"),
         ("some-lab/unknown", None, r"some-lab/unknown could not be had from the Hub nor from its cache"),
     ],
 )
