@@ -8,16 +8,38 @@ from typing import Any
 
 from .exit_status import IN_WORDS
 
+AGAIN = "Run the same command again."
+RESUMED = "The same command goes on from what is there."
 
-def add_command(commands: Any, name: str, help_text: str, run: Callable[[argparse.Namespace], int]) -> Any:
-    """Add a sub-command and return its parser; its help ends with the exit statuses."""
+
+def add_command(
+    commands: Any,
+    name: str,
+    help_text: str,
+    run: Callable[[argparse.Namespace], int],
+    description: str | None = None,
+    again: str = AGAIN,
+) -> Any:
+    """Add a sub-command to a parser's `add_subparsers` object.
+
+    Args:
+        commands: that object.
+        name: of the sub-command.
+        help_text: a line for the list of commands.
+        run: takes the parsed arguments and returns the exit status.
+        description: what its help begins with (default: the line); it ends with the exit statuses.
+        again: what to say where another try helps: after Ctrl-C, on a full disk.
+
+    Returns:
+        Its parser.
+    """
     parser = commands.add_parser(
         name,
         help=help_text,
-        description=f"{help_text[0].upper()}{help_text[1:]}.{IN_WORDS}",
+        description=(description or f"{help_text[0].upper()}{help_text[1:]}.") + IN_WORDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again=again)
     return parser
 
 
@@ -32,12 +54,12 @@ def add_qdrant_options(parser: Any, required: bool) -> None:
 
 
 def count(text: str, least: int = 1) -> int:
-    """An argument that is a whole number of at least `least`."""
+    """Return the whole number of at least `least` that an argument is."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return int(text)
 
 
 def count_or_none(text: str) -> int:
-    """An argument that is a whole number, 0 included."""
+    """Return the whole number that an argument is, 0 included."""
     return count(text, least=0)

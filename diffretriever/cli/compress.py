@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import add_command
+from .exit_status import DONE
 
 
 def register(commands: Any) -> None:
@@ -21,7 +22,7 @@ def register(commands: Any) -> None:
 
 
 def run_compress(options: argparse.Namespace) -> int:
-    """Runs `diffretriever compress`."""
+    """Run `diffretriever compress`."""
     from ..store.compression import compress, open_store
 
     store = open_store(options.store)
@@ -32,4 +33,4 @@ def run_compress(options: argparse.Namespace) -> int:
         f"{options.output}: {count} passages, {folder_bytes / count:.0f} bytes a passage in all, "
         f"{dense / options.dimensions_per_byte:.0f} of them dense vectors (float16: {2 * dense})"
     )
-    return 0
+    return DONE

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..files.claims import LEASE
 from ..store.manifest import STORE_DTYPES
-from .exit_status import DONE, IN_WORDS
-from .load_model import load_model
+from .arguments import add_command
+from .exit_status import DONE
+from .load_model import add_model_options, load_model
 
 DESCRIPTION = """Encode a corpus or queries into a store of vectors.
 
@@ -22,20 +23,15 @@ accelerate launch -m diffretriever encode …"""
 
 
 def register(commands: Any) -> None:
-    """Adds the sub-command to the parser's `add_subparsers` object."""
-    parser = commands.add_parser(
-        "encode",
-        help="encode a corpus or queries into a store of vectors",
-        description=DESCRIPTION + IN_WORDS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """Add the sub-command to the parser's `add_subparsers` object."""
+    parser = add_command(
+        commands, "encode", "encode a corpus or queries into a store of vectors", run_encode, DESCRIPTION
     )
-    parser.add_argument("--model", required=True, help="a release: Hub id or folder")
+    add_model_options(parser)
     parser.add_argument("--input", required=True, help="BEIR folder, .jsonl, .tsv, .parquet, or hf:NAME[:SPLIT]")
     parser.add_argument("--output", required=True, type=Path, help="the store's folder")
     parser.add_argument("--queries", action="store_true", help="the input is queries, not passages")
-    parser.add_argument("--revision", help="of the release on the Hub")
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="of the stored vectors")
-    parser.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16"), help="to run the model in")
     parser.add_argument("--num-masks", type=int, help="K of this side (default: the release's)")
     parser.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
     parser.add_argument("--sparse-top-k", type=int, help="sparse weights kept a text (default: the release's)")
@@ -43,16 +39,13 @@ def register(commands: Any) -> None:
     parser.add_argument("--no-texts", action="store_true", help="store no texts")
     parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
     parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
-    parser.add_argument(
-        "--device", help='for example cuda:1; "auto" spreads one model over all (default: best there is)'
-    )
     parser.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2")
     parser.add_argument("--lease", type=float, default=LEASE, help="seconds until a silent machine counts as dead")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=_run)
 
 
-def _run(options: argparse.Namespace) -> int:
+def run_encode(options: argparse.Namespace) -> int:
+    """Run `diffretriever encode`."""
     previous = signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite stop, handled as Ctrl-C is
     options.again = f"Finished shards are kept in {options.output}; run the same command again to go on."
     try:
@@ -92,8 +85,5 @@ def _encode(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> Any:
     """Load the model with this side's budget."""
     masks = "num_query_masks" if options.queries else "num_passage_masks"
-    settings = {masks: options.num_masks, "max_length": options.max_length, "dtype": options.model_dtype}
-    attention = options.attn_implementation
-    return load_model(
-        options.model, options.device, revision=options.revision, attn_implementation=attention, **settings
-    )
+    settings = {masks: options.num_masks, "max_length": options.max_length}
+    return load_model(options, attn_implementation=options.attn_implementation, **settings)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .exit_status import DONE, IN_WORDS
-from .load_model import load_model
+from .arguments import add_command
+from .exit_status import DONE
+from .load_model import add_model_options, load_model
 
 DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
 
@@ -18,25 +19,16 @@ counterpart, or with --baseline than the same mode there; ‡ better than BM25."
 
 
 def register(commands: Any) -> None:
-    """Adds the sub-command to the parser's `add_subparsers` object."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="evaluate a release on a benchmark",
-        description=DESCRIPTION + IN_WORDS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Add the sub-command to the parser's `add_subparsers` object."""
+    parser = add_command(commands, "evaluate", "evaluate a release on a benchmark", run_evaluate, DESCRIPTION)
     _what(parser)
     _how(parser)
     _results(parser)
-    parser.set_defaults(run=run)
 
 
 def _what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is evaluated")
-    group.add_argument("--model", required=True, help="a release: Hub id or folder")
-    group.add_argument("--revision", help="of the release on the Hub")
-    group.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16"), help="to run the model in")
-    group.add_argument("--device", help="for example cuda:1 (default: the first GPU, else the CPU)")
+    add_model_options(group)
     group.add_argument("--num-query-masks", type=int, help="K_q (default: the release's)")
     group.add_argument("--num-passage-masks", type=int, help="K_p (default: the release's)")
     group.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
@@ -74,7 +66,7 @@ def _results(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def run(options: argparse.Namespace) -> int:
+def run_evaluate(options: argparse.Namespace) -> int:
     """Run `diffretriever evaluate`."""
     if options.store:
         options.again = f"What is encoded is kept in {options.store}; run again to go on."
@@ -107,10 +99,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.tune_split:
         read_benchmark(options.data, options.tune_split)
     model = load_model(
-        options.model,
-        options.device,
-        revision=options.revision,
-        dtype=options.model_dtype,
+        options,
         num_query_masks=options.num_query_masks,
         num_passage_masks=options.num_passage_masks,
         max_length=options.max_length,

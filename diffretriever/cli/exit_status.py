@@ -25,6 +25,10 @@ def status_of(error: BaseException) -> int:
     >>> status_of(ValueError("no such mode")), status_of(OSError(errno.ENOSPC, "No space left on device"))
     (2, 3)
     """
-    passing = isinstance(error, (EngineError, Passing, Conflict, KeyboardInterrupt))
-    full = isinstance(error, OSError) and error.errno in FAILING_STORAGE
-    return TRY_AGAIN if passing or full else WRONG_INPUT
+    passing = isinstance(error, (EngineError, Passing, Conflict))
+    return TRY_AGAIN if passing or is_failing_storage(error) else WRONG_INPUT
+
+
+def is_failing_storage(error: BaseException) -> bool:
+    """Return whether a disk is full or does not answer."""
+    return isinstance(error, OSError) and error.errno in FAILING_STORAGE

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import add_command
+from .exit_status import DONE
+from .load_model import check_release
 
 
 def register(commands: Any) -> None:
@@ -20,7 +22,7 @@ def register(commands: Any) -> None:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Runs `diffretriever export`."""
+    """Run `diffretriever export`."""
     from ..search.export import impact_lines, vocabulary_of, write_lines
     from ..store.compression import open_store
 
@@ -28,7 +30,8 @@ def run_export(options: argparse.Namespace) -> int:
     if options.model:
         from transformers import PreTrainedTokenizerFast
 
+        check_release(options.model)
         tokens = vocabulary_of(PreTrainedTokenizerFast.from_pretrained(options.model))
     lines = impact_lines(open_store(options.store), tokens, options.factor, contents=not options.no_texts)
     print(f"{options.output}: {write_lines(options.output, lines)} texts")
-    return 0
+    return DONE

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..search.modes import QUANTIZATIONS
-from .arguments import add_command, add_qdrant_options
+from .arguments import RESUMED, add_command, add_qdrant_options
+from .exit_status import DONE
 
 
 def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
-    parser = add_command(commands, "index", "upload a store to Qdrant; run again to resume", run_index)
+    parser = add_command(commands, "index", "upload a store to Qdrant; run again to resume", run_index, again=RESUMED)
     parser.add_argument("--store", type=Path, required=True, help="the passages")
     add_qdrant_options(parser, required=True)
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the vectors that a server searches on")
@@ -21,7 +22,7 @@ def register(commands: Any) -> None:
 
 
 def run_index(options: argparse.Namespace) -> int:
-    """Runs `diffretriever index`."""
+    """Run `diffretriever index`."""
     from ..search.qdrant.upload import upload
     from ..store.compression import open_store
 
@@ -40,4 +41,4 @@ def run_index(options: argparse.Namespace) -> int:
         show_progress_bar=True,
     )
     print(f"{options.qdrant}: collection {options.collection!r} holds {len(store)} passages, {sent} of them sent now")
-    return 0
+    return DONE

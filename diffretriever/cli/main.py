@@ -21,7 +21,7 @@ from . import (
     select_budget,
     train,
 )
-from .exit_status import EXPECTED, TRY_AGAIN, status_of
+from .exit_status import EXPECTED, TRY_AGAIN, is_failing_storage, status_of
 
 # Each has `register`, which adds its sub-command; that sets `run`, which takes the parsed arguments.
 COMMANDS = (
@@ -64,18 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, program: str) -> int:
-    """Run a parsed command and turn its errors into words on stderr and an exit status."""
+    """Run a parsed command; print what stops it to stderr and return the exit status."""
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted. {_again(options)}", file=sys.stderr)
+        print(f"\n{program}: interrupted. {options.again}", file=sys.stderr)
         return TRY_AGAIN
     except EXPECTED as error:
-        status = status_of(error)
-        print(f"{program}: {error}{f'. {_again(options)}' if status == TRY_AGAIN else ''}", file=sys.stderr)
+        print(f"{program}: {error}{f'. {options.again}' if is_failing_storage(error) else ''}", file=sys.stderr)
+        return status_of(error)
     return status
-
-
-def _again(options: argparse.Namespace) -> str:
-    """Say that another try helps, in the command's own words where it has some."""
-    return str(getattr(options, "again", "The same command goes on from what is there."))

@@ -10,10 +10,12 @@ from ..evaluation.plots.budget import plot_budget, read_grid
 from ..evaluation.plots.quality import plot_quality, read_evaluations
 from ..evaluation.plots.scaling import plot_scaling, read_points
 from ..evaluation.plots.style import save
+from .arguments import add_command
+from .exit_status import DONE
 
 
 def register(commands: Any) -> None:
-    """Adds the sub-command to the parser's `add_subparsers` object."""
+    """Add the sub-command to the parser's `add_subparsers` object."""
     parser = commands.add_parser("plot", help="draw measurements as PNG, SVG or PDF")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     quality = _kind(kinds, "quality", "quality against latency", run_quality, several=True)
@@ -29,32 +31,31 @@ def _kind(kinds: Any, name: str, text: str, run: Any, several: bool = False) -> 
         "scaling": "JSON file of `benchmarks/storage.py`",
         "budget": "JSON file of `diffretriever select-budget`",
     }
-    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=f"Draw {text}.")
+    parser: argparse.ArgumentParser = add_command(kinds, name, text, run, f"Draw {text}.")
     parser.add_argument(
         "--input", type=Path, nargs="+" if several else None, required=True, metavar="FILE", help=sources[name]
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture: .png, .svg or .pdf")
     parser.add_argument("--title", help="above the picture")
-    parser.set_defaults(run=run)
     return parser
 
 
 def run_quality(options: argparse.Namespace) -> int:
-    """Runs `diffretriever plot quality`."""
+    """Run `diffretriever plot quality`."""
     points = read_evaluations(options.input, options.metric)
     save(plot_quality(points, options.metric, options.title), options.output)
-    return 0
+    return DONE
 
 
 def run_scaling(options: argparse.Namespace) -> int:
-    """Runs `diffretriever plot scaling`."""
+    """Run `diffretriever plot scaling`."""
     points, hardware = read_points(options.input)
     save(plot_scaling(points, hardware, options.title), options.output)
-    return 0
+    return DONE
 
 
 def run_budget(options: argparse.Namespace) -> int:
-    """Runs `diffretriever plot budget`."""
+    """Run `diffretriever plot budget`."""
     grid, score = read_grid(options.input, options.score)
     save(plot_budget(grid, score, options.title), options.output)
-    return 0
+    return DONE

@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .arguments import RESUMED, add_command
+from .exit_status import DONE
+
 
 def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
-    parser = commands.add_parser(
-        "pretrain", help="train a small backbone in LLaDA's or Dream's format from random weights"
-    )
+    what = "train a small backbone in LLaDA's or Dream's format from random weights"
+    parser = add_command(commands, "pretrain", what, run_pretrain, again=RESUMED)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file; see diffretriever/pretraining/recipes")
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL files of {query, positive} lines")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="JSONL files of {text} lines")
@@ -19,7 +21,6 @@ def register(commands: Any) -> None:
     parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.set_defaults(run=run_pretrain)
 
 
 def run_pretrain(options: argparse.Namespace) -> int:
@@ -29,4 +30,4 @@ def run_pretrain(options: argparse.Namespace) -> int:
 
     recipe = read_pretrain_recipe(options.recipe, seed=options.seed)
     pretrain(recipe, options.pairs, options.texts, options.out, options.dev, options.threads)
-    return 0
+    return DONE

@@ -12,6 +12,8 @@ from typing import Any
 
 from ..publishing import check, hub, push, record
 from ..publishing.releases import RELEASES
+from .arguments import RESUMED, add_command
+from .exit_status import DONE, WRONG_INPUT
 
 PROGRAM = "publish.py"
 
@@ -29,17 +31,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         parser: of `diffretriever publish`, or of `publish.py`.
     """
     commands = parser.add_subparsers(dest="publish_command", required=True, metavar="COMMAND")
-    commands.add_parser("list", help="show the table of releases").set_defaults(run=run_list)
+    add_command(commands, "list", "show the table of releases", run_list)
     _add_build(commands)
-    command = commands.add_parser("check", help="check a built release in a fresh process")
+    command = add_command(commands, "check", "check a built release in a fresh process", run_check)
     command.add_argument("folder", type=Path, help="what `build` made")
     _add_check_options(command)
-    command.set_defaults(run=run_check)
     _add_push(commands)
 
 
 def _add_build(commands: Any) -> None:
-    command = commands.add_parser("build", help="make a release folder")
+    command = add_command(commands, "build", "make a release folder", run_build)
     command.add_argument("release", nargs="?", help=f"a known release: {', '.join(RELEASES)}")
     command.add_argument("--base", help="backbone: Hub id or folder in LLaDA's or Dream's own format")
     command.add_argument("--adapter", help="training output: folder or Hub id; without it, the zero-shot model")
@@ -56,11 +57,14 @@ def _add_build(commands: Any) -> None:
     command.add_argument("--force", action="store_true", help="replace the folder if it is there")
     command.add_argument("--device", default="cpu", help="where to encode the fixed texts (default: cpu)")
     _add_fingerprint_options(command)
-    command.set_defaults(run=run_build)
 
 
 def _add_push(commands: Any) -> None:
-    command = commands.add_parser("push", help="check a release, push it in one commit, verify it, tag it")
+    what, again = (
+        "check a release, push it in one commit, verify it, tag it",
+        "What is there is whole; " + RESUMED.lower(),
+    )
+    command = add_command(commands, "push", what, run_push, again=again)
     command.add_argument("targets", nargs="*", metavar="NAME_OR_DIR", help="a release of the table, or a built folder")
     command.add_argument("--all", action="store_true", help="every release of the table; needs --org")
     command.add_argument("--repo-id", metavar="ORG/NAME", help="where one release goes")
@@ -75,7 +79,6 @@ def _add_push(commands: Any) -> None:
     command.add_argument("--allow-unchecked", action="store_true", help="push although not all could be checked here")
     _add_check_options(command)
     _add_fingerprint_options(command)
-    command.set_defaults(run=run_push)
 
 
 def _add_check_options(command: argparse.ArgumentParser) -> None:
@@ -102,10 +105,8 @@ def run_build(options: argparse.Namespace) -> int:
 
     if (options.release is None) == (options.base is None):
         raise ValueError("build: give either a known release or --base.")
-    if options.release is not None and (options.release not in RELEASES or options.adapter is not None):
-        raise ValueError(
-            f"build: {options.release!r} with these options is no known release; known: {', '.join(RELEASES)}."
-        )
+    if options.release is not None and options.adapter is not None:
+        raise ValueError(f"build: --adapter goes with --base; {options.release} has an adapter of its own.")
     settings = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
     shared = {
         "name": options.name,
@@ -123,11 +124,11 @@ def run_build(options: argparse.Namespace) -> int:
     absent = record.read_record(options.out)["fingerprint_absent"]
     if absent:
         print(f"{options.out}: no vectors recorded: {absent}; check will say what it cannot check")
-    return 0
+    return DONE
 
 
 def run_list(options: argparse.Namespace) -> int:
-    """Run `publish.py list`."""
+    """Run `publish list`."""
     del options
     rows = [("release", "backbone", "K_q/K_p", "max_length", "adapter")]
     rows += [
@@ -137,14 +138,14 @@ def run_list(options: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
+    return DONE
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Run `publish.py check`."""
+    """Run `publish check`; what is wrong with a release counts as wrong input."""
     report = check.check_release(options.folder, options.device, load=not options.no_load)
     print(_in_words(options.folder.resolve().name, report))
-    return 1 if report.problems else 0
+    return WRONG_INPUT if report.problems else DONE
 
 
 def _in_words(name: str, report: check.Report) -> str:
@@ -168,7 +169,7 @@ class Job:
 
 
 def run_push(options: argparse.Namespace) -> int:
-    """Run `publish.py push`: every check and refusal, of every release, before the first write."""
+    """Run `publish push`: every check and refusal, of every release, before the first write."""
     _check_arguments(options)
     token = None if options.dry_run else hub.find_token()
     with (
@@ -182,13 +183,13 @@ def run_push(options: argparse.Namespace) -> int:
                 print(_dry_run(job))
         if refused:
             print(f"Nothing was pushed: {', '.join(job.folder.name for job in refused)} refused.")
-            return 1
+            return WRONG_INPUT
         if token is None:
-            return 0
+            return DONE
         prepared = [push.prepare(job.folder, job.made, job.target, token) for job in jobs]
         for job, one in zip(jobs, prepared, strict=True):
             print("\n".join(push.execute(one, job.made["release"])), flush=True)
-    return 0
+    return DONE
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -277,7 +278,7 @@ def _dry_run(job: Job) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `publish.py`; returns the exit status."""
+    """Run `publish.py` and return the exit status."""
     from .main import run
 
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..search.modes import CANDIDATES, MODES
 from .arguments import add_command, add_qdrant_options
 from .display import result_lines
+from .exit_status import DONE
+from .load_model import RELEASE, add_model_options, load_model
 
 if TYPE_CHECKING:
     from ..search.results import Hit
@@ -25,8 +27,8 @@ def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
     parser = add_command(commands, "search", "find passages for a question", run_search)
     parser.add_argument("question", nargs="*", help="one or more questions")
-    parser.add_argument("--model", help="a release: Hub id or folder; the one that encoded the store")
-    parser.add_argument("--revision", help="of the release on the Hub")
+    where = "for example cuda (default: the model on the first GPU, else the CPU; exact search on the CPU)"
+    add_model_options(parser, f"{RELEASE}; the one that encoded the store", where, default=None)
     parser.add_argument("--store", type=Path, help="the passages: a folder of `diffretriever encode` or `compress`")
     add_qdrant_options(parser, required=False)
     parser.add_argument("--queries", type=Path, help="a store of queries to search for, instead of questions")
@@ -39,9 +41,6 @@ def register(commands: Any) -> None:
     parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
     parser.add_argument("--interactive", action="store_true", help="keep the model loaded; a question a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
-    parser.add_argument(
-        "--device", help="for example cuda (default: the model on the first GPU, else the CPU; exact search on the CPU)"
-    )
     parser.add_argument("--in-memory", action="store_true", help="copy the vectors to the device's memory first")
 
 
@@ -58,7 +57,7 @@ def run_search(options: argparse.Namespace) -> int:
     model = _model(searcher, options)
     for question in _questions(options):
         _answer(searcher, model, question, options)
-    return 0
+    return DONE
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -88,9 +87,8 @@ def _searcher(options: argparse.Namespace) -> Searcher:
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     """Load the model and refuse one that did not encode the passages."""
     from ..store.identity import check_searchable, describe_model
-    from .load_model import load_model
 
-    model = load_model(options.model, options.device, revision=options.revision)
+    model = load_model(options)
     there = searcher.engine.settings
     if there is not None:
         check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))
@@ -162,4 +160,4 @@ def _search_store(searcher: Searcher, options: argparse.Namespace) -> int:
     )
     write_run(options.run_file, results.run(), tag=f"diffretriever-{options.mode}")
     print(f"{options.run_file}: {len(results)} queries")
-    return 0
+    return DONE

@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .arguments import RESUMED, add_command
+from .exit_status import DONE
+from .load_model import check_release
+
 
 def register(commands: Any) -> None:
-    """Adds the sub-command to the parser's `add_subparsers` object."""
-    parser = commands.add_parser("train", help="train a LoRA adapter for retrieval on a frozen backbone")
+    """Add the sub-command to the parser's `add_subparsers` object."""
+    what = "train a LoRA adapter for retrieval on a frozen backbone"
+    parser = add_command(commands, "train", what, run_train, again=RESUMED)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file; see diffretriever/training/recipes")
     parser.add_argument("--model", required=True, help="a release without an adapter (publish.py build): folder or id")
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
@@ -20,16 +25,16 @@ def register(commands: Any) -> None:
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.set_defaults(run=run_train)
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Runs `diffretriever train`; returns 128 + the signal's number where one stopped it."""
+    """Run `diffretriever train`; return 128 + the signal's number where one stopped it."""
     import torch
 
     from ..training.adapter_recipe import read_adapter_recipe
     from ..training.train import Interrupted, train_adapter
 
+    check_release(options.model)
     recipe = read_adapter_recipe(options.recipe, options.set, seed=options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -38,4 +43,4 @@ def run_train(options: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"diffretriever train: {stop}", file=sys.stderr)
         return 128 + stop.signal
-    return 0
+    return DONE

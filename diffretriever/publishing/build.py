@@ -17,6 +17,7 @@ from ..model.bidirectional_layers import linear_shapes, parameter_shapes
 from ..model.configuration_diffretriever import DiffRetrieverConfig, paper_prompt
 from ..model.tokenization_helpers import RetrievalTokenizer, read_retriever_config
 from . import card, probe, record
+from .hub import find_folder
 from .releases import (
     AUTO_MAP,
     BACKBONE_FOLDER,
@@ -95,8 +96,8 @@ def build(
         _check_replaceable(out, Path(base).expanduser(), force)
     if with_backbone and not local:
         raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
-    base_folder = backbones.resolve_folder(base, None, None, {}, SETTINGS_FILES)
-    adapter_folder = None if adapter is None else backbones.resolve_folder(adapter, None, None, {}, ADAPTER_FILES)
+    base_folder = find_folder(base, SETTINGS_FILES)
+    adapter_folder = None if adapter is None else find_folder(adapter, ADAPTER_FILES)
     config, tokenizer = _configure(base_folder, adapter_folder, settings)
     place = BACKBONE_FOLDER if with_backbone else _path_from(base_folder, out)
     config.base_model_name_or_path = place if local else base
@@ -332,6 +333,8 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     Returns:
         The config that was written.
     """
+    if release_name not in RELEASES:
+        raise ValueError(f"build: {release_name!r} is no known release; known: {', '.join(RELEASES)}.")
     release = RELEASES[release_name]
     places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
     settings = {field: getattr(release, field) for field in SETTINGS}

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .hub import is_hub_id
 from .releases import BACKBONE_FOLDER, RELEASES
 
 HERE = Path(__file__).resolve().parent
@@ -161,11 +162,6 @@ def _listed(things: list[str]) -> str:
     'the code, the tokenizer and the adapter'
     """
     return ", ".join(f"the {thing}" for thing in things[:-1]) + f" and the {things[-1]}"
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Tell whether a backbone's name is a Hub id, not a folder's: relative ones start with a dot, or hold no slash."""
-    return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def _paper_rows(known_as: str | None) -> dict[str, Any] | None:

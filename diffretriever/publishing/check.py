@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import card, fingerprint, record
+from .hub import is_hub_id
 from .releases import BACKBONE_FOLDER, library_versions
 from .sentence_transformers import sentence_transformers_files
 
@@ -89,7 +90,7 @@ def publishing_problems(made: dict[str, Any]) -> list[str]:
     if made["code_sha256"] is None:
         found.append("its code is linked to a source tree; build it without --link-code")
     base = made["backbone"]["name"]
-    if not card.is_hub_id(base) and base != BACKBONE_FOLDER:
+    if not is_hub_id(base) and base != BACKBONE_FOLDER:
         found.append(f"its backbone {base} is a folder of this machine; build it with --with-backbone, or on a Hub id")
     return found
 

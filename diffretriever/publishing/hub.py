@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .record import FileHash
@@ -214,10 +215,10 @@ class Repository:
         if status in _EXPLAINED:
             kind, advice = _EXPLAINED[status]
             return kind(f"{where}: {advice.format(namespace=self.repo_id.split('/')[0])} ({said})")
-        if status in PASSING:
+        if status is not None and is_passing(origin):
             words = f"{where}: the Hub answers with status {status} ({said}). Run the same command again later."
             return Passing(words, _retry_after(response))
-        if status is None and _is_network(origin):
+        if is_passing(origin):
             return Passing(
                 f"{where}: no answer from the Hub ({said or type(origin).__name__}). Run the same command again."
             )
@@ -257,10 +258,15 @@ def network_error() -> type[Exception]:
     return found
 
 
-def _is_network(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def is_passing(error: BaseException) -> bool:
+    """Return whether a call to the Hub failed in a way that may pass: no connection, or one of `PASSING`."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    return isinstance(error, (network_error(), ConnectionError)) and not isinstance(error, OfflineModeIsEnabled)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in PASSING
+    refused = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
+    return isinstance(error, (network_error(), ConnectionError)) and not refused
 
 
 def _first_words(text: str) -> str:
@@ -280,6 +286,44 @@ def pause(attempt: int, error: Passing, attempts: int = ATTEMPTS) -> None:
     seconds = min(error.wait or FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
     print(f"{error} Trying again in {seconds:g} s ({attempt} of {attempts - 1}).", file=sys.stderr)
     time.sleep(seconds)
+
+
+# ------------------------------------------------------------------------------------------------- what it holds
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Tell whether a model's name is a Hub id, not a folder's: relative ones start with a dot, or hold no slash."""
+    return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def find_folder(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Return the folder that a name stands for: one here, or the Hub's files in its cache.
+
+    Args:
+        name: a folder or a Hub id.
+        patterns: which files to fetch.
+        revision: commit, tag or branch on the Hub.
+
+    Raises:
+        FileNotFoundError: neither here nor on the Hub.
+        Passing: the Hub does not answer.
+    """
+    from ..model.backbone_loading import resolve_folder
+
+    if not (name and Path(name).expanduser().is_dir()) and not is_hub_id(name):
+        raise FileNotFoundError(f"{name}: no such folder, and no Hub id (ORG/NAME); give one of them.")
+    try:
+        return resolve_folder(name, None, revision, {}, patterns)
+    except OSError as error:
+        if any(map(is_passing, _causes(error))):
+            raise Passing(f"{name}: no such folder, and no answer from the Hub. Run the same command again.") from error
+        raise FileNotFoundError(f"{name}: no such folder. {error}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 # ------------------------------------------------------------------------------------------------------- the token

@@ -236,9 +236,8 @@ def _refuse_unfinished(folder: Path) -> None:
     """Say what is there instead of a finished store."""
     if reason := describe_unfinished(folder):
         raise ValueError(reason)
-    raise FileNotFoundError(
-        f"{folder}: no store here ({MANIFEST_FILE} is missing); make one with `diffretriever encode`."
-    )
+    missing = f"no store here ({MANIFEST_FILE} is missing)" if folder.is_dir() else "no such folder"
+    raise FileNotFoundError(f"{folder}: {missing}; make a store with `diffretriever encode`.")
 
 
 def shard_tensors(contents: ShardContents, dtype: str) -> dict[str, torch.Tensor]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from transformers import AutoModel
 
 from ..data.pair_files import PairFiles
 from .evaluate import Benchmark, Vectors, ndcg_at_10, rankings
@@ -26,7 +23,12 @@ def training_benchmark(files: PairFiles, queries: int, passages: int, seed: int)
 
     Returns:
         Queries, passages (each text once) and judgements: a query's positives have grade 1.
+
+    Raises:
+        ValueError: there are fewer queries than are to be drawn.
     """
+    if queries > len(files):
+        raise ValueError(f"--queries {queries} is more than the {len(files)} queries of {', '.join(files.names)}")
     order = list(range(len(files)))
     random.Random(seed).shuffle(order)
     drawn = [files[number] for number in order[:queries]]
@@ -95,47 +97,25 @@ def table(grid: Sequence[dict[str, Any]], mode: str = "fused") -> str:
     return "\n".join(lines)
 
 
-def load_zero_shot(release: str) -> Any:
-    """Loads a release whose prompts follow its budgets.
+def select_budget(model: Any, benchmark: Benchmark, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
+    """Sweep a zero-shot model over the budgets.
+
+    Args:
+        model: a DiffRetriever whose prompts follow its budgets.
+        benchmark: from `training_benchmark`.
+        budgets: values of K_q and of K_p.
+
+    Returns:
+        {"metric", "queries", "passages", "grid": [...], "choice": {...}}
 
     Raises:
         ValueError: its prompts are fixed, as those of trained releases are.
     """
-    model: Any = AutoModel.from_pretrained(release, trust_remote_code=True)
     if model.config.query_prompt is not None or model.config.passage_prompt is not None:
         raise ValueError(
-            f"{release} has fixed prompts, so it was made for one budget; give a zero-shot release "
+            f"{model.config.name_or_path} has fixed prompts, so it was made for one budget; give a zero-shot release "
             "(publish.py build without --adapter)"
         )
-    return model
-
-
-def select_budget(
-    release: str,
-    pair_files: Sequence[Path],
-    queries: int,
-    passages: int,
-    seed: int,
-    budgets: Sequence[int] = BUDGETS,
-    scratch: Path | None = None,
-) -> dict[str, Any]:
-    """Sweeps a release over the budgets.
-
-    Args:
-        release: folder or Hub id of a zero-shot release.
-        pair_files: training pairs.
-        queries, passages, seed: as for `training_benchmark`.
-        budgets: values of K_q and of K_p.
-        scratch: folder for unpacked copies of compressed files.
-
-    Returns:
-        {"metric", "queries", "passages", "grid": [...], "choice": {...}}
-    """
-    files = PairFiles(pair_files, scratch)
-    if queries > len(files):
-        raise ValueError(f"--queries {queries} is more than the {len(files)} queries of {', '.join(files.names)}")
-    benchmark = training_benchmark(files, queries, passages, seed)
-    files.close()
-    grid = sweep(load_zero_shot(release), benchmark, budgets)
+    grid = sweep(model, benchmark, budgets)
     sizes = {"queries": len(benchmark.queries), "passages": len(benchmark.passages)}
     return {"metric": "nDCG@10", **sizes, "grid": grid, "choice": choose(grid)}

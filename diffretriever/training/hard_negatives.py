@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModel
 from transformers.utils import logging
 
 from ..data.pair_files import PairFiles
@@ -185,10 +184,3 @@ def mine_negatives(
             bar.update(len(items))
     os.replace(partial, out)
     return counts
-
-
-def load_ranker(method: str, passages: Sequence[str], mode: str) -> Ranker:
-    """Makes the ranker that the command line asks for: "bm25", or a release's folder or Hub id."""
-    if method == "bm25":
-        return Bm25Ranker(passages)
-    return ReleaseRanker(AutoModel.from_pretrained(method, trust_remote_code=True), passages, mode)

@@ -7,39 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel
 
 from .dev_evaluation import mean_scores
-from .evaluate import Benchmark, ndcg_at_10, read_benchmark
+from .evaluate import Benchmark, ndcg_at_10
 from .run_record import RUN_FILE
 
 
-def evaluate_mean_pooling(
-    release: str, adapter: str | None, data: Path, split: str, passages: int | None = None,
-    max_length: int | None = None, run_file: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Encodes a benchmark by mean pooling and ranks by cosine.
+def evaluate_mean_pooling(model: Any, benchmark: Benchmark, run_file: Path | None = None) -> dict[str, Any]:
+    """Encode a benchmark by mean pooling and rank by cosine.
 
     Args:
-        release: the zero-shot release that the adapter was trained from.
-        adapter: folder that `diffretriever train` with `pooling: mean` wrote; None is the untrained backbone.
-        data: BEIR layout.
-        split: e.g. "test".
-        passages: only so many, the judged ones among them.
-        max_length: as in training; None takes the adapter's record, else the release's.
+        model: a DiffRetriever with the adapter that `pooling: mean` has trained, or the untrained backbone.
+        benchmark: queries, passages, judgements.
         run_file: TREC run of the best 1000 passages a query.
 
     Returns:
         {"ndcg@10", "queries", "passages", "max_length"}
-
-    Raises:
-        ValueError: the adapter was trained with masks, not with mean pooling.
     """
-    options: dict[str, Any] = {} if max_length is None else {"max_length": max_length}
-    if adapter is not None:
-        options = {"max_length": recorded_length(Path(adapter)), "adapter_name_or_path": adapter} | options
-    model: Any = AutoModel.from_pretrained(release, trust_remote_code=True, **options)
-    benchmark = read_benchmark(data, split, passages)
     scores = mean_scores(model, benchmark)
     if run_file is not None:
         write_run(scores, benchmark, run_file)
@@ -57,7 +41,7 @@ def recorded_length(adapter: Path) -> int:
     """
     file = adapter / RUN_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; expected the output folder of `diffretriever train`")
+        raise FileNotFoundError(f"{file}: no such file; expected the output folder of `diffretriever train`")
     recipe = json.loads(file.read_text(encoding="utf-8"))["recipe"]
     if recipe["pooling"] != "mean":
         raise ValueError(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from store_helpers import made_up_texts, write_jsonl
 
-from diffretriever.cli import encode as encode_command
 from diffretriever.store.store import Store
 
 
@@ -97,28 +94,3 @@ def test_an_output_that_may_not_be_written(
     arguments = ("--model", release, "--input", corpus, "--output", tmp_path / "closed" / "s")
     assert command("encode", *arguments) == 2
     assert "Permission denied" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("devices", "rank", "asked", "expected"),
-    [(0, "1", None, None), (4, "1", None, "cuda:1"), (4, None, None, "cuda:0"), (2, "3", None, "cuda:1"),
-     (4, "1", "cpu", None), (4, "1", "auto", "auto")],
-)  # fmt: skip
-def test_each_process_of_a_launcher_has_its_device(
-    monkeypatch: pytest.MonkeyPatch, devices: int, rank: str | None, asked: str | None, expected: str | None
-) -> None:
-    import torch
-    from transformers import AutoModel
-
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **options: seen.update(options))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    parser = argparse.ArgumentParser()
-    encode_command.register(parser.add_subparsers())
-    options = ["encode", "--model", "m", "--input", "i", "--output", "o", *(["--device", asked] if asked else [])]
-    encode_command._load(parser.parse_args(options))
-    assert seen.get("device_map") == expected

@@ -190,8 +190,8 @@ def test_without_a_record_the_budgets_must_be_given(tmp_path: Path) -> None:
         (DREAM, SINGLE, r"key base_model\.model\.model\.transformer\..* belongs to no linear layer"),
         (LLADA, LLADA, r"tiny-llada holds no adapter_config\.json; it is no LoRA adapter"),
         (SINGLE, None, r"llada-single/config\.json is not there"),
-        ("/no/such/base", None, r"/no/such/base is not there"),
-        (LLADA, "/no/such/adapter", r"/no/such/adapter is not there"),
+        ("/no/such/base", None, r"/no/such/base: no such folder"),
+        (LLADA, "/no/such/adapter", r"/no/such/adapter: no such folder"),
         ("some-lab/unknown", None, r"some-lab/unknown could not be had from the Hub nor from its cache"),
     ],
 )
@@ -204,11 +204,11 @@ def test_misfits(base: str, adapter: str | None, words: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["v1.0", "a b", "", "ü", "a/b"])
 def test_names_that_transformers_cannot_take(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name and "/" not in name:
-        assert publish.main(["build", "--base", LLADA, "--out", str(tmp_path / name)]) == 1
+        assert publish.main(["build", "--base", LLADA, "--out", str(tmp_path / name)]) == 2
         assert f"--name: {name!r} may hold only letters, digits, - and _" in capsys.readouterr().err
     if name:
         arguments = ["build", "--base", LLADA, "--out", str(tmp_path / "fine"), "--name", name]
-        assert publish.main(arguments) == 1
+        assert publish.main(arguments) == 2
         assert "a dot breaks transformers 4.54" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -252,7 +252,7 @@ def test_an_interrupted_build_leaves_nothing(
     def stop(*_: Any) -> None:
         raise exception("stopped")
 
-    monkeypatch.setattr(publish, "write_config", stop)
+    monkeypatch.setattr(building, "write_config", stop)
     with pytest.raises(exception, match="stopped"):
         building.build(LLADA, tmp_path / "release", SINGLE)
     assert list(tmp_path.iterdir()) == []
@@ -309,12 +309,22 @@ def test_command_line(tmp_path: Path) -> None:
         (["build", "--out", "x"], "give either a known release or --base"),
         (["build", "diffretriever-llada-8b-single", "--base", LLADA, "--out", "x"], "give either a known release or"),
         (["build", "no-such-release", "--out", "x"], "is no known release; known: diffretriever-llada-8b-single"),
-        (["build", "diffretriever-llada-8b-single", "--adapter", SINGLE, "--out", "x"], "is no known release"),
+        (["build", "diffretriever-llada-8b-single", "--adapter", SINGLE, "--out", "x"], "--adapter goes with --base"),
+    ],
+)
+def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (["build", "--base", LLADA], "the following arguments are required: --out"),
         (["publish"], "invalid choice: 'publish'"),
     ],
 )
-def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         publish.main(arguments)
     assert stop.value.code == 2
@@ -323,7 +333,7 @@ def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.Capture
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert publish.main(["build", "--base", LLADA, "--adapter", SINGLE, "--out", out, "--num-query-masks", "4"]) == 1
+    assert publish.main(["build", "--base", LLADA, "--adapter", SINGLE, "--out", out, "--num-query-masks", "4"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("publish.py: ")
     assert "num_query_masks = 1, but 4 was asked for" in printed.err
@@ -382,7 +392,7 @@ def test_known_release_from_the_hub(
     if recorded:
         edit_json(source / "retriever_config.json", n_gen_p_tokens=9)
         hub_repository(cache, release.adapter, source)
-        assert publish.main(["build", name, "--out", str(tmp_path / "again")]) == 1
+        assert publish.main(["build", name, "--out", str(tmp_path / "again")]) == 2
         assert "says num_passage_masks = 9" in capsys.readouterr().err
 
 

@@ -95,14 +95,14 @@ def test_a_broken_record(content: str | None, words: str, release: Path, capsys:
     (release / "release.json").unlink()
     if content is not None:
         (release / "release.json").write_text(content)
-    assert publish.main(["check", str(release)]) == 1
+    assert publish.main(["check", str(release)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("publish.py: ")
     assert words in said
 
 
 def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert publish.main(["check", str(tmp_path / "nothing")]) == 1
+    assert publish.main(["check", str(tmp_path / "nothing")]) == 2
     assert "nothing is not there; give a release's name or the folder of a built release" in capsys.readouterr().err
 
 
@@ -187,7 +187,7 @@ def test_a_broken_backbone_is_found_at_the_build(tmp_path: Path, capsys: pytest.
         tmp_path / "base" / "model.safetensors",
         lambda tensors: tensors["model.transformer.ln_f.weight"].fill_(float("nan")),
     )
-    assert publish.main(["build", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "release")]) == 1
+    assert publish.main(["build", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "release")]) == 2
     assert "model.transformer.ln_f.weight hold NaN or infinite values" in capsys.readouterr().err
     assert not (tmp_path / "release").exists()
 

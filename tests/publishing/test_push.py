@@ -104,7 +104,7 @@ def test_a_later_tag_of_the_same_content(release: Path, hub: FakeHub, push: Push
 def test_an_update_is_one_commit_and_deletes_what_is_gone(release: Path, hub: FakeHub, push: Push) -> None:
     repo = hub.make_repo(REPO, {"adapter_config.json": b"{}", "old/notes.txt": b"old", "README.md": b"old"})
     status, said = push(release, "--repo-id", REPO)
-    assert status == 1
+    assert status == 2
     assert f"{REPO}, branch main, holds other content already: " in said
     assert "Pass --update to replace it in one commit" in said
     assert len(repo.history("main")) == 2
@@ -121,7 +121,7 @@ def test_a_new_version_leaves_the_tag(release: Path, hub: FakeHub, push: Push) -
     tagged = dict(repo.tags)
     rebuild_record(release, **{"scoring.py": (release / "scoring.py").read_text() + "\n# a new version\n"})
     status, said = push(release, "--repo-id", REPO, "--tag", "v1.0", "--update")
-    assert status == 1
+    assert status == 2
     assert "the tag v1.0 names other content" in said
     assert "it is never moved; choose another --tag" in said
     assert len(repo.history("main")) == 2  # refused before the first write
@@ -136,7 +136,7 @@ def test_private(release: Path, hub: FakeHub, push: Push) -> None:
     assert hub.repos[REPO].private
     hub.make_repo("lab/public")
     status, said = push(release, "--repo-id", "lab/public", "--private")
-    assert status == 1
+    assert status == 2
     assert "lab/public is public. Make it private in its settings first, or leave out --private" in said
     assert hub.repos["lab/public"].contents("main") == {}
 
@@ -160,7 +160,7 @@ def test_another_branch(release: Path, hub: FakeHub, push: Push) -> None:
 
 def test_pull_request(release: Path, hub: FakeHub, push: Push) -> None:
     status, said = push(release, "--repo-id", REPO, "--create-pr")
-    assert status == 1
+    assert status == 2
     assert "nothing to propose a change to; leave out --create-pr" in said
     repo = hub.make_repo(REPO, {"README.md": b"the main branch"})
     status, said = push(release, "--repo-id", REPO, "--create-pr")
@@ -185,7 +185,7 @@ def test_several_together(release: Path, hub: FakeHub, push: Push, tmp_path: Pat
     building.build(str(release / "backbone"), other, with_backbone=True, recording=building.Recording("always"))
     hub.make_repo("lab/other-release", {"README.md": b"someone's"})
     status, said = push(release, other, "--org", "lab")
-    assert status == 1
+    assert status == 2
     assert "lab/other-release, branch main, holds other content" in said
     assert f"lab/{NAME}" not in hub.repos
     assert push(release, other, "--org", "lab", "--update")[0] == 0
@@ -230,6 +230,6 @@ def test_a_changed_folder_is_refused(release: Path, hub: FakeHub, push: Push) ->
     edit_json(release / "config.json", max_length=99)
     for more in ([], ["--dry-run"], ["--allow-unchecked"]):
         status, said = push(release, "--repo-id", REPO, *more)
-        assert status == 1
+        assert status == 2
         assert "WRONG: config.json was changed since it was built; build the release again" in said
     assert hub.repos == {}

@@ -44,7 +44,7 @@ LLADA, SINGLE = str(PARITY / "backbones" / "tiny-llada"), str(PARITY / "adapters
 )
 def test_wrong_arguments(arguments: list[str], words: str, release: Path, hub: FakeHub, push: Push) -> None:
     status, said = push(release, *arguments)
-    assert status == 1
+    assert status == 2
     assert words in said
     assert hub.log == []
 
@@ -59,7 +59,7 @@ def test_wrong_targets(
     (tmp_path / name).mkdir()
     assert f"is a release's name and a folder here; write ./{name} for the folder" in push(name, "--org", "lab")[1]
     status, said = push("--all", "--org", "lab", "--from", tmp_path / "none")
-    assert status == 1
+    assert status == 2
     assert "diffretriever-llada-8b-single is not there" in said
     assert hub.log == []
 
@@ -68,7 +68,7 @@ def test_no_token(release: Path, hub: FakeHub, push: Push, tmp_path: Path, monke
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     status, said = push(release, "--repo-id", "lab/x")
-    assert status == 1
+    assert status == 2
     assert "There is no access token. Make one with the right to write in the Hub's settings" in said
     assert "`hf auth login` or set HF_TOKEN" in said
     assert hub.log == []
@@ -87,7 +87,7 @@ def test_a_token_without_rights(
 ) -> None:
     hub.tokens = {} if user is None else {TOKEN: user}
     status, said = push(release, "--repo-id", "elsewhere/x")
-    assert status == 1
+    assert status == 2
     assert words in said
     assert TOKEN not in said
     assert hub.repos == {}
@@ -96,7 +96,7 @@ def test_a_token_without_rights(
 def test_a_private_repository_of_others(release: Path, hub: FakeHub, push: Push) -> None:
     hub.make_repo("elsewhere/x", {"a.txt": b"a"})
     status, said = push(release, "--repo-id", "elsewhere/x", "--update")
-    assert status == 1
+    assert status == 2
     assert "the token has no right to write here" in said
     assert hub.repos["elsewhere/x"].contents("main") == {"a.txt": b"a"}
 
@@ -105,7 +105,7 @@ def test_offline(release: Path, hub: FakeHub, push: Push, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     forget_connections()
     status, said = push(release, "--repo-id", "lab/x")
-    assert status == 1
+    assert status == 2
     assert "offline mode is enabled" in said
     assert "Trying again" not in said
 
@@ -113,7 +113,7 @@ def test_offline(release: Path, hub: FakeHub, push: Push, monkeypatch: pytest.Mo
 def test_no_hub_at_all(release: Path, hub: FakeHub, push: Push) -> None:
     hub.close()
     status, said = push(release, "--repo-id", "lab/x")
-    assert status == 1
+    assert status == 3
     assert said.count("Trying again") == 4
     assert "no answer from the Hub" in said.splitlines()[-1]
     assert "Run the same command again" in said.splitlines()[-1]
@@ -123,7 +123,7 @@ def test_not_all_could_be_checked(hub: FakeHub, push: Push, tmp_path: Path) -> N
     out = tmp_path / "no-fingerprint"
     building.build(LLADA, out, SINGLE, with_backbone=True)
     status, said = push(out, "--repo-id", "lab/x")
-    assert status == 1
+    assert status == 2
     assert "NOT CHECKED: whether it loads and its vectors are right" in said
     assert "not everything could be checked; pass --allow-unchecked to push it all the same" in said
     assert hub.repos == {}
@@ -134,7 +134,7 @@ def test_not_all_could_be_checked(hub: FakeHub, push: Push, tmp_path: Path) -> N
 def test_what_would_not_work_elsewhere(hub: FakeHub, push: Push, tmp_path: Path) -> None:
     building.build(LLADA, tmp_path / "local", SINGLE, link_code=True, recording=building.Recording("always"))
     status, said = push(tmp_path / "local", "--repo-id", "lab/x", "--allow-unchecked")
-    assert status == 1
+    assert status == 2
     assert "WRONG: its code is linked to a source tree; build it without --link-code" in said
     assert "is a folder of this machine; build it with --with-backbone, or on a Hub id" in said
     assert "Nothing was pushed: local refused" in said
@@ -149,7 +149,7 @@ def test_with_backbone_wants_a_folder(tmp_path: Path) -> None:
 def test_metadata_that_the_hub_refuses(release: Path, hub: FakeHub, push: Push) -> None:
     hub.fail("POST", "/api/validate-yaml", 400, message="license is required")
     status, said = push(release, "--repo-id", "lab/x")
-    assert status == 1
+    assert status == 2
     assert "Invalid metadata in README.md" in said
     assert hub.repos["lab/x"].contents("main") == {}
 

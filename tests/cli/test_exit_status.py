@@ -1,0 +1,242 @@
+"""Every command, and publish.py, ends by one table: 0 done, 2 wrong input, 3 interrupted or a full disk."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkpoint_folders import PARITY, ROOT
+
+import publish
+from diffretriever.cli.main import build_parser, main
+
+resource = pytest.importorskip("resource")
+BACKBONE = PARITY / "backbones" / "tiny-llada"
+WORDS = "file network image sound text package kernel window game music server client mail printer disk".split()
+PRETRAINING = {
+    "shape": {"vocab_size": 640, "d_model": 32, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 48},
+    "bf16": False,
+    "stages": [{"steps": 2, "pattern": ["denoise"], "denoise_tokens": 128}],
+}
+TRAINING = {"max_length": 140, "max_steps": 2, "global_batch_size": 4, "hard_negatives": 0, "bf16": False}
+
+
+def write_lines(file: Path, records: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def write_data(folder: Path) -> None:
+    """Write pairs, texts, recipes and a benchmark in BEIR's layout."""
+    rng = random.Random(5)
+    pairs = [(" ".join(rng.sample(WORDS, 3)), " ".join(rng.choices(WORDS, k=20)) + f" {n}") for n in range(12)]
+    write_lines(folder / "pairs.jsonl", [{"query": query, "positive": text} for query, text in pairs])
+    write_lines(folder / "texts.jsonl", [{"text": text} for _, text in pairs])
+    passages = [
+        {"_id": f"p{n}", "text": f"{pairs[n % 12][1]} {n}"} for n in range(64)
+    ]  # 4 vectors each: 256 to compress
+    write_lines(folder / "corpus.jsonl", passages)
+    write_lines(folder / "queries.jsonl", [{"_id": f"q{n}", "text": query} for n, (query, _) in enumerate(pairs)])
+    (folder / "qrels").mkdir()
+    judged = "".join(f"q{n}\tp{n}\t1\n" for n in range(9))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    (folder / "pretrain.yaml").write_text(yaml.safe_dump(PRETRAINING))
+    (folder / "train.yaml").write_text(yaml.safe_dump(TRAINING))
+    cells = [{"num_query_masks": k, "num_passage_masks": 1, "fused": 0.5} for k in (1, 2)]
+    (folder / "grid.json").write_text(json.dumps({"grid": cells}))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory, build_release: Callable[..., Path]) -> Path:
+    """A folder with the inputs of every command; not to be changed."""
+    folder = tmp_path_factory.mktemp("commands")
+    write_data(folder)
+    (folder / "release").symlink_to(build_release("tiny-llada", "llada-q4p4"))
+    (folder / "zero-shot").symlink_to(build_release("tiny-llada"))
+    given = ["--model", folder / "release", "--input", folder, "--output", folder / "store", "--quiet"]
+    assert main(["encode", *map(str, given)]) == 0
+    return folder
+
+
+# A whole command line of each command; `here` and `out` are filled in.
+COMMANDS = {
+    "encode": "--model {here}/release --input {here} --output {out}/store --quiet",
+    "search": "--model {here}/release --store {here}/store question",
+    "index": "--store {here}/store --qdrant {out}/qdrant",
+    "compress": "--store {here}/store --output {out}/small",
+    "export": "--store {here}/store --output {out}/impacts.jsonl --model {here}/release",
+    "evaluate": "--model {here}/release --data {here} --json {out}/figures.json --quiet",
+    "plot budget": "--input {here}/grid.json --output {out}/budget.svg",
+    "pretrain": "--recipe {here}/pretrain.yaml --pairs {here}/pairs.jsonl --texts {here}/texts.jsonl --out {out}/made",
+    "train": "--recipe {here}/train.yaml --model {here}/zero-shot --pairs {here}/pairs.jsonl --out {out}/made",
+    "mine-negatives": "--model {here}/release --pairs {here}/pairs.jsonl --out {out}/mined.jsonl",
+    "select-budget": "--model {here}/zero-shot --pairs {here}/pairs.jsonl --out {out}/b.json --queries 4 --budgets 1",
+    "evaluate-mean-pooling": "--model {here}/zero-shot --data {here} --json {out}/figures.json",
+    "publish list": "",
+    "publish build": f"--base {BACKBONE} --out {{out}}/made",
+    "publish check": "{here}/release --no-load",
+    "publish push": "{here}/release --repo-id lab/x --dry-run --no-load",
+}
+OPTIONS_OF_MODELS = [name for name, line in COMMANDS.items() if "--model" in line]
+INPUTS: list[tuple[str, str]] = [
+    (name, option)
+    for name, line in COMMANDS.items()
+    for option in ("--store", "--data", "--pairs", "--texts", "--input", "--recipe")
+    if option in line.split()
+]
+INPUTS += [
+    ("mine-negatives", "--corpus"),
+    ("train", "--dev"),
+    ("pretrain", "--dev"),
+    ("evaluate", "--baseline"),
+    ("evaluate-mean-pooling", "--adapter"),
+    ("publish build", "--base"),
+    ("publish build", "--adapter"),
+]
+
+
+def command_line(name: str, here: Path, out: Path, **replaced: object) -> list[str]:
+    """Return a command line, with other values for some of its options."""
+    words = [*name.split(), *COMMANDS[name].format(here=here, out=out).split()]
+    for option, value in replaced.items():
+        flag = "--" + option
+        if flag not in words:
+            words += [flag, ""]
+        words[words.index(flag) + 1] = str(value)
+    return words
+
+
+def leaves(parser: argparse.ArgumentParser, name: str = "") -> Iterator[str]:
+    """Yield the names of all commands below a parser."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield name
+    for action in below:
+        for word, child in action.choices.items():
+            yield from leaves(child, f"{name} {word}".strip())
+
+
+def test_the_table_has_every_command() -> None:
+    assert set(leaves(build_parser())) - COMMANDS.keys() == {"plot quality", "plot scaling"}
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Let no file grow beyond some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", OPTIONS_OF_MODELS)
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("typo", "typo: no such folder"),
+        ("./typo", "./typo: no such folder"),
+        ("checkpoints/typo", "checkpoints/typo: no such folder"),
+        (BACKBONE, "tiny-llada is a backbone, not a release; build one with `publish.py build --base"),
+    ],
+)
+def test_a_model_that_is_none(
+    name: str, model: object, words: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command_line(name, here, tmp_path, model=model)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"diffretriever {name}: ")
+    assert words in said
+
+
+@pytest.mark.parametrize(("name", "option"), INPUTS)
+def test_an_input_that_is_not_there(
+    name: str, option: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command_line(name, here, tmp_path, **{option[2:]: tmp_path / "typo"})) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"diffretriever {name.split()[0]}: ")
+    assert str(tmp_path / "typo") in said
+    assert "no such" in said.casefold()
+
+
+INTERRUPTED = {
+    "encode": "transformers.AutoModel.from_pretrained",
+    "search": "transformers.AutoModel.from_pretrained",
+    "index": "qdrant_client.QdrantClient.upsert",
+    "compress": "faiss.ProductQuantizer.train",
+    "export": "os.fsync",
+    "evaluate": "transformers.AutoModel.from_pretrained",
+    "plot budget": "matplotlib.figure.Figure.savefig",
+    "pretrain": "torch.optim.AdamW.step",
+    "train": "transformers.AutoModel.from_pretrained",
+    "mine-negatives": "transformers.AutoModel.from_pretrained",
+    "select-budget": "transformers.AutoModel.from_pretrained",
+    "evaluate-mean-pooling": "transformers.AutoModel.from_pretrained",
+    "publish build": "diffretriever.publishing.build.write_config",
+    "publish check": "diffretriever.publishing.check.check_release",
+    "publish push": "diffretriever.publishing.push.payloads",
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_ctrl_c(
+    name: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(INTERRUPTED[name], interrupt)
+    assert main(command_line(name, here, tmp_path)) == 3
+    assert "interrupted. " in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    if name in ("pretrain", "index", "encode"):  # and the same command goes on
+        assert main(command_line(name, here, tmp_path)) == 0
+
+
+WRITING = [name for name, line in COMMANDS.items() if "{out}" in line]
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_full_disk(name: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with full_disk():
+        status = main(command_line(name, here, tmp_path))
+    said = capsys.readouterr().err
+    assert status == 3, said
+    assert "again" in said.splitlines()[-1] or "goes on" in said.splitlines()[-1]
+    if name == "index":  # qdrant-client leaves a file of its own half-written
+        shutil.rmtree(tmp_path / "qdrant")
+    assert main(command_line(name, here, tmp_path)) == 0, capsys.readouterr().err  # once there is room
+
+
+def test_publish_py_keeps_the_same_table(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish.main(["list"]) == 0
+    assert publish.main(["check", str(tmp_path / "typo")]) == 2
+    assert publish.main(["build", "--base", str(tmp_path / "typo"), "--out", str(tmp_path / "made")]) == 2
+    with full_disk():
+        assert publish.main(["build", "--base", str(BACKBONE), "--out", str(tmp_path / "made")]) == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("publish.py: ")
+
+
+@pytest.mark.parametrize(("offline", "status"), [("1", 2), ("0", 3)])
+def test_a_hub_that_is_away_may_come_back(offline: str, status: int, tmp_path: Path) -> None:
+    """What is not in the cache is wrong input where nothing may be fetched; where no Hub answers, try again."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = ["-m", "diffretriever", "export", "--store", "s", "--output", "o", "--model", "lab/unknown"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "lab/unknown: no such folder" in done.stderr.splitlines()[-1]

@@ -1,0 +1,96 @@
+"""How commands find and load a model: the device, the dtype, and what is no release."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import PARITY, hub_repository
+from transformers import AutoModel
+
+from diffretriever.cli.load_model import add_model_options, check_release, load_model
+
+BACKBONE, ADAPTER = PARITY / "backbones" / "tiny-dream", PARITY / "adapters" / "dream-q4p4"
+
+
+@pytest.fixture
+def release(build_release: Callable[..., Path]) -> Path:
+    return build_release("tiny-dream", "dream-q4p4")
+
+
+def parsed(*arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("devices", "rank", "asked", "expected"),
+    [(0, "1", None, "cpu"), (4, "1", None, "cuda:1"), (4, None, None, "cuda:0"), (2, "3", None, "cuda:1"),
+     (4, "1", "cpu", "cpu"), (4, "1", "auto", "auto")],
+)  # fmt: skip
+def test_each_process_of_a_launcher_has_its_device(
+    release: Path, monkeypatch: pytest.MonkeyPatch, devices: int, rank: str | None, asked: str | None, expected: str
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **options: seen.update(options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    load_model(parsed("--model", release, *(["--device", asked] if asked else [])))
+    assert seen["device_map"] == expected
+
+
+@pytest.mark.parametrize(("amx", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_model_on_the_cpu_has_its_dtype_beside_a_gpu_too(
+    release: Path, monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    model = load_model(parsed("--model", release, "--device", "cpu"))
+    assert (model.dtype, model.device.type, model.training) == (dtype, "cpu", False)
+
+
+def test_settings_reach_the_model(release: Path) -> None:
+    options = parsed("--model", release, "--model-dtype", "bfloat16")
+    model = load_model(options, num_query_masks=3, max_length=None)
+    assert (model.dtype, model.config.num_query_masks, model.config.max_length) == (torch.bfloat16, 3, 256)
+
+
+# --------------------------------------------------------------------------------------------- what is no release
+
+
+def test_what_is_no_release_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tiny-dream is a backbone, not a release; build one with `publish\.py build"):
+        check_release(str(BACKBONE))
+    with pytest.raises(ValueError, match=r"dream-q4p4 is an adapter, not a release; .* --base BACKBONE --adapter"):
+        check_release(str(ADAPTER))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="has model_type 'bert', not \"diffretriever\""):
+        check_release(str(tmp_path))
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        check_release(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["typo", "./typo", "checkpoints/typo", "/no/such/place", "lab/unknown", "a/b/c", ""])
+def test_what_is_nowhere_is_no_such_folder(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such folder.*(Hub id|local folder)"):
+        check_release(name)
+
+
+def test_a_release_in_the_hubs_cache(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.copytree(release, tmp_path / "copy")
+    hub_repository(tmp_path / "hub", "lab/mine", tmp_path / "copy")
+    hub_repository(tmp_path / "hub", "lab/backbone", BACKBONE)
+    check_release("lab/mine")
+    with pytest.raises(ValueError, match="lab/backbone is a backbone, not a release"):
+        check_release("lab/backbone")
