@@ -17,11 +17,11 @@ from transformers.utils import ModelOutput
 from ..files.durable import publish_folder
 from ..model.adapter_loading import merged_state
 from ..model.backbone_loading import not_finite, save_tokenizer
-from ..model.batching import check_count, check_texts, count_workers, encode_in_order, run_side_by_side
+from ..model.batching import check_count, check_ids, check_texts, count_workers, encode_in_order, run_side_by_side
 from ..model.configuration_diffretriever import LoadedFrom
 from ..model.scoring import SCORING_MODES, score
 from ..model.sparse_head import sparse_vectors
-from ..model.tokenization_helpers import FramedTokenizer, check_ids
+from ..model.tokenization_helpers import FramedTokenizer, PreparedText
 from .configuration import BaselineConfig
 
 DENSE_ONLY_MODES = ("single_dense", "multi_dense")
@@ -162,12 +162,55 @@ class Baseline(nn.Module):
             ValueError: the ids are not this side's, sizes do not match, an output is not finite, or sparse vectors are
                 asked of a method that has none.
         """
-        top_k = self._check_sparse(sparse_top_k) if compute_sparse else 0
         host_ids, host_mask = check_ids(input_ids, attention_mask)
         if content_token_ids is not None and not content_filter:
             raise ValueError("content_filter=False lets the whole vocabulary in; leave `content_token_ids` out.")
         _, text_ids = self.texts.locate(host_ids, host_mask, is_query)
+        content = None
+        if compute_sparse and content_filter:
+            content = self.texts.content_lists(text_ids) if content_token_ids is None else content_token_ids
+            if len(content) != len(host_ids):
+                raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
         rows = [row[real].tolist() for row, real in zip(host_ids, host_mask != 0, strict=True)]
+        return self._encode(rows, is_query, content, compute_sparse, sparse_top_k)
+
+    @torch.no_grad()
+    def encode_prepared(
+        self,
+        prepared: Sequence[PreparedText],
+        is_query: bool,
+        compute_sparse: bool | None = None,
+        sparse_top_k: int | None = None,
+    ) -> BaselineOutput:
+        """Encode what `texts.prepare` returned as one batch.
+
+        Args:
+            prepared: B texts, all with their content words or all without.
+            is_query: the side that they were prepared for.
+            compute_sparse: None asks for sparse vectors where the method has them.
+            sparse_top_k: as for `encode`.
+
+        Returns:
+            As `encode`.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        sparse = self.config.has_sparse if compute_sparse is None else compute_sparse
+        content = None if prepared[0].content is None else [text.content or [] for text in prepared]
+        return self._encode([text.sequence for text in prepared], is_query, content, sparse, sparse_top_k)
+
+    def _encode(
+        self,
+        rows: Sequence[Sequence[int]],
+        is_query: bool,
+        content: Sequence[Sequence[int]] | None,
+        compute_sparse: bool,
+        sparse_top_k: int | None,
+    ) -> BaselineOutput:
+        """Encode B unpadded sequences; `content` None lets the whole vocabulary into the sparse vectors."""
+        if compute_sparse and not self.config.has_sparse:
+            raise ValueError(f"{type(self).__name__} has no sparse vectors; leave compute_sparse out.")
         ids, mask = (tensor.to(self.device) for tensor in self.texts.pad(rows))  # int64 [B, L], left-padded
         with evaluation_mode(self):
             states, exists = self._read(ids, mask, is_query)  # [B, K, H]; bool [B, K] or None
@@ -178,19 +221,10 @@ class Baseline(nn.Module):
         if exists is not None:
             output["repr_mask"] = exists
         if compute_sparse:
-            content = None
-            if content_filter:
-                content = self.texts.content_lists(text_ids) if content_token_ids is None else content_token_ids
-                if len(content) != len(rows):
-                    raise ValueError(f"content_token_ids has {len(content)} lists for {len(rows)} texts.")
+            top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
+            top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
             output["sparse_indices"], output["sparse_values"] = self._sparse(states, exists, content, top_k)
         return output
-
-    def _check_sparse(self, sparse_top_k: int | None) -> int:
-        if not self.config.has_sparse:
-            raise ValueError(f"{type(self).__name__} has no sparse vectors; leave compute_sparse out.")
-        top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
-        return min(check_count("sparse_top_k", top_k), self.config.vocab_size)
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return `states` and `repr_mask` of a left-padded batch, without gradient."""
@@ -238,12 +272,12 @@ class Baseline(nn.Module):
             TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0.
         """
         sparse = self.config.has_sparse if compute_sparse is None else compute_sparse
-        options = {"compute_sparse": sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
+        options: Any = {"compute_sparse": sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
         found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
         return BaselineOutput(**found)
 
     def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """Run `work`, which calls `encode` on a batch, on every batch: on a CPU several at a time.
+        """Run `work`, which encodes a batch, on every batch: on a CPU several at a time.
 
         Args:
             work: takes a batch, in some thread.

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..model.tokenization_helpers import PreparedText
+
 
 @runtime_checkable
 class RetrievalConfig(Protocol):
@@ -43,17 +45,14 @@ class RetrievalConfig(Protocol):
 class RetrievalTexts(Protocol):
     """A model's rules of tokenisation (`tokenization_helpers.FramedTokenizer`)."""
 
-    def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
-        """Return the whole sequence of each text, unpadded."""
+    def prepare(self, texts: Sequence[str], is_query: bool, content_filter: bool = True) -> list[PreparedText]:
+        """Return each text as the model reads it."""
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and mask, int64 [B, L], left-padded."""
 
     def locate(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, list[list[int]]]:
         """Return the positions of the masks, int64 [B, K], and each text's ids; refuse rows of another side."""
-
-    def content_lists(self, text_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the ids of each text's content words."""
 
 
 @runtime_checkable
@@ -90,6 +89,15 @@ class RetrievalModel(Protocol):
         content_filter: bool = True,
     ) -> Mapping[str, Any]:
         """Return one batch's vectors."""
+
+    def encode_prepared(
+        self,
+        prepared: Sequence[PreparedText],
+        is_query: bool,
+        compute_sparse: bool = True,
+        sparse_top_k: int | None = None,
+    ) -> Mapping[str, Any]:
+        """Return one batch's vectors, of what `texts.prepare` made."""
 
     def encode_texts(
         self,

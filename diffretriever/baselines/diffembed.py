@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..model.tokenization_helpers import FramedTokenizer, PromptLayout
+from ..model.tokenization_helpers import FramedTokenizer, PreparedText, PromptLayout
 from .baseline import Baseline, BaselineOutput, opening_ids
 from .causal import final_states
 from .configuration import BaselineConfig
@@ -29,9 +29,10 @@ class DiffEmbedTokenizer(FramedTokenizer):
         for is_query in (True, False):
             self.layouts[is_query] = PromptLayout(opening, closing, config.text_length(is_query), [], [])
 
-    def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
-        """Return the whole sequence of each text, unpadded; one without any token is read as end-of-text."""
-        return [row or [self.end_of_text_id] for row in super().tokenize(texts, is_query)]
+    def prepare(self, texts: Sequence[str], is_query: bool, content_filter: bool = True) -> list[PreparedText]:
+        """Return each text as the model reads it: one without any token as end-of-text."""
+        prepared = super().prepare(texts, is_query, content_filter)
+        return [text if text.sequence else text._replace(sequence=[self.end_of_text_id]) for text in prepared]
 
 
 class DiffEmbed(Baseline):

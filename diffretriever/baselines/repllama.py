@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..model.tokenization_helpers import FramedTokenizer, PromptLayout
+from ..model.tokenization_helpers import FramedTokenizer, PreparedText, PromptLayout
 from .baseline import Baseline, BaselineOutput, opening_ids
 from .causal import final_states
 from .configuration import BaselineConfig
@@ -39,9 +39,9 @@ class RepLLaMATokenizer(FramedTokenizer):
             room = config.text_length(is_query) - len(opening) - 1
             self.layouts[is_query] = PromptLayout(opening, [self.end_of_text_id], room, [], [])
 
-    def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
-        """Return the whole sequence of each text, unpadded."""
-        return super().tokenize([self._leads[is_query] + text for text in texts], is_query)
+    def prepare(self, texts: Sequence[str], is_query: bool, content_filter: bool = True) -> list[PreparedText]:
+        """Return each text as the model reads it; its own ids begin with the prefix."""
+        return super().prepare([self._leads[is_query] + text for text in texts], is_query, content_filter)
 
 
 class RepLLaMA(Baseline):

@@ -37,7 +37,7 @@ def test_each_method_is_a_retrieval_model(model: Any) -> None:
     assert isinstance(model, RetrievalModel)
     assert isinstance(model.config, RetrievalConfig)
     assert isinstance(model.texts, RetrievalTexts)
-    for name in ("tokenize", "encode", "encode_texts", "score", "map_batches"):
+    for name in ("tokenize", "encode", "encode_prepared", "encode_texts", "score", "map_batches"):
         promised = inspect.signature(getattr(RetrievalModel, name)).parameters
         assert list(inspect.signature(getattr(type(model), name)).parameters) == list(promised)
 
@@ -60,6 +60,19 @@ def test_encode_texts_is_encode_in_order(model: Any, is_query: bool) -> None:
         for name, values in alone.items():
             assert values.dtype == out[name].dtype
             assert torch.allclose(values[0].float(), out[name][row].float(), rtol=0, atol=2e-5), name
+
+
+def test_prepared_texts_are_those_of_encode(model: Any) -> None:
+    sparse = model.config.sparse_top_k > 0
+    texts = [*TEXTS, "word " * 300]
+    prepared = model.texts.prepare(texts, True, content_filter=sparse)
+    assert prepared[-1].cut
+    assert not prepared[0].cut
+    found = model.encode_prepared(prepared, True, sparse)
+    expected = model.encode(*model.tokenize(texts, True), True, compute_sparse=sparse)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.allclose(found[name].float(), values.float(), rtol=0, atol=2e-5), name
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter])
