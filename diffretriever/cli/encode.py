@@ -47,7 +47,7 @@ def register(commands: Any) -> None:
 def run_encode(options: argparse.Namespace) -> int:
     """Run `diffretriever encode`."""
     previous = signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite stop, handled as Ctrl-C is
-    options.again = f"Finished shards are kept in {options.output}; run the same command again to go on."
+    options.again = f"Finished shards are kept in {options.output}. Run the same command again to go on."
     try:
         _encode(options)
     finally:

@@ -31,8 +31,8 @@ def run_mean(options: argparse.Namespace) -> int:
     from ..training.evaluate import read_benchmark
     from ..training.mean_evaluation import evaluate_mean_pooling, recorded_length
 
-    check_release(options.model, options.revision)  # before the data is read
     recorded = recorded_length(options.adapter) if options.adapter else None
+    check_release(options.model, options.revision)  # before the data is read
     benchmark = read_benchmark(options.data, options.split, options.passages)
     adapter = str(options.adapter.resolve()) if options.adapter else None
     model = load_model(options, adapter_name_or_path=adapter, max_length=options.max_length or recorded)

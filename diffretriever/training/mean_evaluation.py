@@ -41,7 +41,7 @@ def recorded_length(adapter: Path) -> int:
     """
     file = adapter / RUN_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected the output folder of `diffretriever train`")
+        raise FileNotFoundError(f"{file} is not there; expected the output folder of `diffretriever train`")
     recipe = json.loads(file.read_text(encoding="utf-8"))["recipe"]
     if recipe["pooling"] != "mean":
         raise ValueError(
