@@ -104,7 +104,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         num_passage_masks=options.num_passage_masks,
         max_length=options.max_length,
     )
-    with encoded_corpus(model, benchmark, options.store, options.dtype, how.progress) as store:
+    with encoded_corpus(model, options.data, options.store, options.dtype, how.progress) as store:
         sizes = f"{len(benchmark.queries):,} queries, {len(store):,} passages"
         title = f"{options.model} on {options.data}, split {options.split}: {sizes}"
         evaluation, runs = evaluate(model, benchmark, store, how, title)

@@ -27,16 +27,16 @@ def register(commands: Any) -> None:
 
 def run_mean(options: argparse.Namespace) -> int:
     """Run `diffretriever evaluate-mean-pooling`."""
+    from ..evaluation.small_task import read_small_task
     from ..files.durable import write_json
-    from ..training.evaluate import read_benchmark
     from ..training.mean_evaluation import evaluate_mean_pooling, recorded_length
 
     recorded = recorded_length(options.adapter) if options.adapter else None
     check_release(options.model, options.revision)  # before the data is read
-    benchmark = read_benchmark(options.data, options.split, options.passages)
+    task = read_small_task(options.data, options.split, options.passages)
     adapter = str(options.adapter.resolve()) if options.adapter else None
     model = load_model(options, adapter_name_or_path=adapter, max_length=options.max_length or recorded)
-    figures = evaluate_mean_pooling(model, benchmark, options.run_file)
+    figures = evaluate_mean_pooling(model, task, options.run_file)
     if options.json:
         write_json(options.json, figures)
     print(f"dense nDCG@10 {figures['ndcg@10']:.4f} ({figures['queries']} queries, {figures['passages']} passages)")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..search.modes import MODES
 from .arguments import add_command, count, count_or_none
 from .exit_status import DONE
 from .load_model import RELEASE, add_model_options, check_release, load_model
@@ -18,9 +20,10 @@ def register(commands: Any) -> None:
     parser = add_command(commands, "mine-negatives", "find hard negatives by BM25 or by a release", run_mine)
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write, in the layout of pairs")
-    parser.add_argument("--corpus", type=Path, help="JSONL of {title, text} to mine from (default: the pairs')")
+    parser.add_argument("--corpus", help="to mine from, in any layout of a corpus (default: the pairs' passages)")
     add_model_options(parser, f'"{BM25}" (default), or {RELEASE}', default=BM25)
-    parser.add_argument("--mode", default="multi_dense", choices=("multi_dense", "single_dense", "sparse_max"))
+    parser.add_argument("--mode", default="multi_dense", choices=MODES, help="a release's scoring mode")
+    parser.add_argument("--store", type=Path, help="folder for a release's vectors (default: a temporary one)")
     parser.add_argument("--negatives", type=count, default=15, help="negatives a query (default 15)")
     parser.add_argument("--depth", type=count, default=100, help="draw them from so many best (default 100)")
     parser.add_argument("--skip", type=count_or_none, default=0, help="leave out so many of the best: perhaps answers")
@@ -30,23 +33,23 @@ def register(commands: Any) -> None:
 def run_mine(options: argparse.Namespace) -> int:
     """Run `diffretriever mine-negatives`."""
     from ..data.pair_files import PairFiles
-    from ..training.hard_negatives import Bm25Ranker, Ranker, ReleaseRanker, collect_passages, mine_negatives
+    from ..evaluation.evaluate import encoded_corpus
+    from ..training.hard_negatives import Draws, mine_negatives, passages_of, rank_by_bm25, rank_by_release
 
+    draws = Draws(options.negatives, options.depth, options.skip, options.seed)
     if options.model != BM25:
         check_release(options.model, options.revision)  # before the data is read
     files = PairFiles(options.pairs, options.out.parent)
-    passages = collect_passages(files, options.corpus)
-    ranker: Ranker
-    if options.model == BM25:
-        ranker = Bm25Ranker(passages)
-    else:
-        ranker = ReleaseRanker(load_model(options), passages, options.mode)
-    counts = mine_negatives(
-        files, passages, ranker, options.out, options.negatives, options.depth, options.skip, options.seed
-    )
+    with nullcontext(options.corpus) if options.corpus else passages_of(files) as corpus:
+        if options.model == BM25:
+            counts = mine_negatives(files, rank_by_bm25(corpus), options.out, draws)
+        else:
+            model = load_model(options)
+            with encoded_corpus(model, corpus, options.store, progress=True) as store:
+                counts = mine_negatives(files, rank_by_release(model, store, options.mode), options.out, draws)
     files.close()
     print(
-        f"{options.out}: {counts['queries']} queries, {counts['negatives']} negatives from {len(passages)} passages; "
+        f"{options.out}: {counts['queries']} queries, {counts['negatives']} negatives; "
         f"{counts['queries_without_negatives']} queries have none"
     )
     return DONE

@@ -28,13 +28,13 @@ def run_budget(options: argparse.Namespace) -> int:
     """Run `diffretriever select-budget`."""
     from ..data.pair_files import PairFiles
     from ..files.durable import write_json
-    from ..training.budget import select_budget, table, training_benchmark
+    from ..training.budget import select_budget, table, training_task
 
     check_release(options.model, options.revision)  # before the data is read
     files = PairFiles(options.pairs, options.out.parent)
-    benchmark = training_benchmark(files, options.queries, options.passages, options.seed)
+    task = training_task(files, options.queries, options.passages, options.seed)
     files.close()
-    found = select_budget(load_model(options), benchmark, sorted(set(options.budgets)))
+    found = select_budget(load_model(options), task, sorted(set(options.budgets)))
     write_json(options.out, found)
     choice = found["choice"]
     print(f"nDCG@10 of {found['queries']} training queries on {found['passages']} passages")

@@ -64,15 +64,15 @@ def evaluate(
 
 @contextmanager
 def encoded_corpus(
-    model: Any, benchmark: Benchmark, folder: Path | None = None, dtype: str | None = None, progress: bool = False
+    model: Any, source: str | Path, folder: Path | None = None, dtype: str | None = None, progress: bool = False
 ) -> Iterator[Store]:
-    """Encode the benchmark's corpus, resume a store that was begun, or check and reuse one that is there.
+    """Encode a corpus, resume a store that was begun, or check and reuse one that is there.
 
     A compressed store (`diffretriever compress`) is taken as it is; only its model is compared.
 
     Args:
         model: encodes.
-        benchmark: says where the corpus is.
+        source: what `read_corpus` reads, e.g. a benchmark's folder.
         folder: of the store; None makes a temporary one, which is gone afterwards.
         dtype: of the stored vectors; None takes the store's, or float16.
         progress: draw a bar.
@@ -89,7 +89,7 @@ def encoded_corpus(
             return
         begun = Plan.read(Path(place)) if Path(place).is_dir() else None
         chosen = dtype or (begun.settings.dtype if begun else "float16")
-        yield encode_store(model, benchmark.folder, place, dtype=chosen, show_progress_bar=progress)
+        yield encode_store(model, source, place, dtype=chosen, show_progress_bar=progress)
 
 
 def _compressed(model: Any, folder: Path) -> Store:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.dev_split import DevSplit
+from ..evaluation.small_task import SmallTask, read_small_task
 from ..files.durable import write_json, write_whole
 from ..model.backbone_loading import read_json
 from ..model.modeling_diffretriever import DiffRetriever
@@ -72,7 +72,7 @@ def pretrain(
     model = new_backbone(folder, recipe.seed)
     corpus = read_corpus(recipe, pair_files, text_files, model.texts, out)
     print(f"{len(corpus.pairs)} pairs, {len(corpus.texts)} texts, {len(corpus.texts.flat)} tokens", flush=True)
-    split = DevSplit(dev, "dev", recipe.eval_passages) if dev else None
+    split = read_small_task(dev, "dev", recipe.eval_passages) if dev else None
     Pretrainer(recipe, model, corpus, out, split).run()
     write_weights(model, recipe.backbone_type, folder)
     return folder
@@ -110,7 +110,7 @@ class Pretrainer:
     """
 
     def __init__(
-        self, recipe: PretrainRecipe, model: DiffRetriever, corpus: Corpus, out: Path, dev: DevSplit | None = None
+        self, recipe: PretrainRecipe, model: DiffRetriever, corpus: Corpus, out: Path, dev: SmallTask | None = None
     ) -> None:
         self.recipe, self.model, self.corpus, self.out, self.dev = recipe, model, corpus, out, dev
         self.stage, self.step = 0, 0
@@ -188,7 +188,8 @@ class Pretrainer:
             for k, rules in steps.rules.items():
                 model.config.num_query_masks = model.config.num_passage_masks = k
                 model.config.max_length = rules.max_length
-                found[f"K={k}"] = {name: round(value, 4) for name, value in self.dev.ndcg(model.encode_texts).items()}
+                figures = self.dev.evaluate(model.encode_texts)
+                found[f"K={k}"] = {name: round(value, 4) for name, value in figures.items()}
         return found
 
     def _note(self, figures: dict[str, float]) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..data.benchmark import Benchmark
 from ..data.pair_files import PairFiles
-from .evaluate import Benchmark, Vectors, ndcg_at_10, rankings
+from ..evaluation.small_task import METRIC, SmallTask
 
 BUDGETS = (1, 2, 4, 8, 16)
 
 
-def training_benchmark(files: PairFiles, queries: int, passages: int, seed: int) -> Benchmark:
-    """Makes a small retrieval task of training data.
+def training_task(files: PairFiles, queries: int, passages: int, seed: int) -> SmallTask:
+    """Make a small retrieval task of training data.
 
     Args:
         files: training pairs.
@@ -41,44 +43,46 @@ def training_benchmark(files: PairFiles, queries: int, passages: int, seed: int)
         texts |= dict.fromkeys(files[number].positives)
     names = {text: str(place) for place, text in enumerate(texts)}
     qrels = {str(place): {names[text]: 1 for text in item.positives} for place, item in enumerate(drawn)}
-    return Benchmark(list(qrels), [item.query for item in drawn], list(names.values()), list(names), qrels)
+    asked = {str(place): item.query for place, item in enumerate(drawn)}
+    benchmark = Benchmark(Path(files.names[0]), "train", asked, qrels, relevance_level=1, own_ids_count=True)
+    return SmallTask(benchmark, {name: text for text, name in names.items()})
 
 
-def encode_with(model: Any, texts: Sequence[str], is_query: bool, masks: int) -> Vectors:
-    """Encodes one side with K masks, under the prompt that belongs to K."""
-    setattr(model.config, "num_query_masks" if is_query else "num_passage_masks", masks)
-    out = model.encode_texts(texts, is_query)
-    return Vectors(out["repr_hidden"], out["sparse_indices"], out["sparse_values"])
-
-
-def sweep(
-    model: Any, benchmark: Benchmark, budgets: Sequence[int] = BUDGETS, weight: float = 0.5
-) -> list[dict[str, Any]]:
-    """Scores every pair of budgets; each side is encoded once for each K.
+def sweep(model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS) -> list[dict[str, Any]]:
+    """Evaluate every pair of budgets; each side is encoded once for each K.
 
     Args:
         model: a zero-shot DiffRetriever; its prompts must follow its budgets.
-        benchmark: queries, passages, judgements.
+        task: queries, passages, judgements.
         budgets: values of K_q and of K_p.
-        weight: the dense share of the fused score.
 
     Returns:
         {"num_query_masks", "num_passage_masks", "dense", "sparse", "fused"} with nDCG@10, for each pair.
     """
-    queries = {masks: encode_with(model, benchmark.queries, True, masks) for masks in budgets}
+    queries = {k_q: _encode_with(model, task.benchmark.queries, True, k_q) for k_q in budgets}
     grid = []
     for k_p in budgets:  # the passages of one K_p are held at a time
-        passages = encode_with(model, benchmark.passages, False, k_p)
+        searcher = task.searcher(_encode_with(model, task.passages, False, k_p))
         for k_q in budgets:
-            scores = rankings(queries[k_q], passages, model.config.vocab_size, weight)
-            names = benchmark.query_ids, benchmark.passage_ids, benchmark.qrels
-            figures = {mode: ndcg_at_10(found, *names) for mode, found in scores.items()}
+            figures = task.ndcg(task.runs(searcher, queries[k_q]))
             grid.append({"num_query_masks": k_q, "num_passage_masks": k_p, **figures})
     return sorted(grid, key=lambda cell: (cell["num_query_masks"], cell["num_passage_masks"]))
 
 
+def _encode_with(model: Any, texts: Mapping[str, str], is_query: bool, masks: int) -> Mapping[str, Any]:
+    """Encode one side with K masks, under the prompt that belongs to K."""
+    field = "num_query_masks" if is_query else "num_passage_masks"
+    before = getattr(model.config, field)
+    setattr(model.config, field, masks)
+    try:
+        encoded: Mapping[str, Any] = model.encode_texts(list(texts.values()), is_query)
+    finally:
+        setattr(model.config, field, before)
+    return encoded
+
+
 def choose(grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cell with the best fused score; of equal ones that with the fewest masks, passages' first, as they cost most.
+    """Return the cell with the best fused score; of equal ones that with the fewest masks, passages' first.
 
     >>> cells = [(4, 4, 0.7), (4, 1, 0.7), (1, 1, 0.6)]
     >>> choose([dict(zip(("num_query_masks", "num_passage_masks", "fused"), cell)) for cell in cells])
@@ -88,7 +92,7 @@ def choose(grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(grid: Sequence[dict[str, Any]], mode: str = "fused") -> str:
-    """The grid as text: a row for each K_q, a column for each K_p."""
+    """Return the grid as text: a row for each K_q, a column for each K_p."""
     columns = sorted({cell["num_passage_masks"] for cell in grid})
     lines = [f"{mode:>8}" + "".join(f"  K_p={k_p:<3}" for k_p in columns)]
     for k_q in sorted({cell["num_query_masks"] for cell in grid}):
@@ -97,12 +101,12 @@ def table(grid: Sequence[dict[str, Any]], mode: str = "fused") -> str:
     return "\n".join(lines)
 
 
-def select_budget(model: Any, benchmark: Benchmark, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
+def select_budget(model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS) -> dict[str, Any]:
     """Sweep a zero-shot model over the budgets.
 
     Args:
         model: a DiffRetriever whose prompts follow its budgets.
-        benchmark: from `training_benchmark`.
+        task: from `training_task`.
         budgets: values of K_q and of K_p.
 
     Returns:
@@ -116,6 +120,6 @@ def select_budget(model: Any, benchmark: Benchmark, budgets: Sequence[int] = BUD
             f"{model.config.name_or_path} has fixed prompts, so it was made for one budget; give a zero-shot release "
             "(publish.py build without --adapter)"
         )
-    grid = sweep(model, benchmark, budgets)
-    sizes = {"queries": len(benchmark.queries), "passages": len(benchmark.passages)}
-    return {"metric": "nDCG@10", **sizes, "grid": grid, "choice": choose(grid)}
+    grid = sweep(model, task, budgets)
+    sizes = {"queries": len(task.benchmark.queries), "passages": len(task.passages)}
+    return {"metric": METRIC, **sizes, "grid": grid, "choice": choose(grid)}

@@ -3,184 +3,151 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from transformers.utils import logging
+from tqdm.auto import tqdm
 
+from ..data.corpus import read_corpus
 from ..data.pair_files import PairFiles
-from ..files.lines import read_objects
+from ..data.texts import text_key
+from ..evaluation.bm25 import BM25
+from ..files.durable import write_whole
+from ..model.tokenization_helpers import without_lone_surrogates
+from ..search.searcher import Searcher
 
 BLOCK = 2048  # queries that are ranked at a time
-COMPILED_FROM = 20_000  # passages from which bm25s is worth compiling, where numba is installed
-PASSAGE_BLOCK = 8192  # passages that a release encodes at a time; their vectors are all that is held
+# (queries, how many) -> the texts of each query's best passages, best first
+Ranker = Callable[[Sequence[str], int], list[list[str]]]
 
 
-class Ranker(Protocol):
-    """Finds the passages that match each query best."""
-
-    def top(self, queries: Sequence[str], depth: int) -> list[list[int]]:
-        """Returns passage numbers, best first, at most `depth` of them for each query."""
-
-
-class Bm25Ranker:
-    """BM25 (Lucene's formula; k1=0.9, b=0.4; Snowball stemmer, English stopwords).
+@dataclass(frozen=True)
+class Draws:
+    """How negatives are drawn from a query's ranking.
 
     Args:
-        passages: the texts to rank.
-
-    Raises:
-        ImportError: bm25s or PyStemmer is not installed.
-    """
-
-    def __init__(self, passages: Sequence[str]) -> None:
-        try:
-            import bm25s
-            import Stemmer
-        except ImportError as error:
-            raise ImportError(
-                'mining with BM25 needs bm25s and PyStemmer: pip install "diffretriever[train]"'
-            ) from error
-        self._tokenize = bm25s.tokenize
-        self._rules = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}
-        backend = "auto" if len(passages) > COMPILED_FROM else "numpy"
-        self._index = bm25s.BM25(k1=0.9, b=0.4, method="lucene", backend=backend)
-        self._index.index(bm25s.tokenize(list(passages), **self._rules), show_progress=False)
-        self._count = len(passages)
-
-    def top(self, queries: Sequence[str], depth: int) -> list[list[int]]:
-        """Ranks; passages without any of the query's words are left out."""
-        asked = self._tokenize(list(queries), return_ids=False, **self._rules)
-        depth = min(depth, self._count)
-        found, scores = self._index.retrieve(asked, k=depth, show_progress=False)
-        return [
-            [number for number, score in zip(row, values, strict=True) if score > 0]
-            for row, values in zip(found.tolist(), scores.tolist(), strict=True)
-        ]
-
-
-class ReleaseRanker:
-    """A DiffRetriever release, by one of its scores.
-
-    Args:
-        model: the release.
-        passages: the texts to rank.
-        mode: "multi_dense", "single_dense" or "sparse_max"; fused scores depend on the candidates and so on the block.
-    """
-
-    def __init__(self, model: Any, passages: Sequence[str], mode: str = "multi_dense") -> None:
-        self.model, self.passages, self.mode = model, passages, mode
-
-    def top(self, queries: Sequence[str], depth: int) -> list[list[int]]:
-        """Ranks, a block of passages after the other."""
-        sparse = self.mode == "sparse_max"
-        asked = self.model.encode_texts(list(queries), True, compute_sparse=sparse)
-        best = torch.empty(len(queries), 0)
-        numbers = torch.empty(len(queries), 0, dtype=torch.long)
-        for start in range(0, len(self.passages), PASSAGE_BLOCK):
-            block = list(self.passages[start : start + PASSAGE_BLOCK])
-            scores = self.model.score(asked, self.model.encode_texts(block, False, compute_sparse=sparse), self.mode)
-            best = torch.cat([best, scores], dim=1)
-            numbers = torch.cat([numbers, torch.arange(start, start + len(block)).expand(len(queries), -1)], dim=1)
-            best, places = best.topk(min(depth, best.shape[1]), dim=1)
-            numbers = numbers.gather(1, places)
-        return numbers.tolist()
-
-
-def collect_passages(files: PairFiles, corpus: Path | None) -> list[str]:
-    """The passages to mine from, each text once: a corpus, or else everything that the pairs hold.
-
-    Args:
-        files: training pairs.
-        corpus: JSONL of {"text"} and perhaps {"title"}.
-
-    Raises:
-        ValueError: a line of the corpus has no text; names file and line.
-    """
-    return list(dict.fromkeys(_corpus_texts(corpus) if corpus is not None else _pair_texts(files)))
-
-
-def _pair_texts(files: PairFiles) -> Iterator[str]:
-    for item in files:
-        yield from item.positives
-        yield from item.negatives
-
-
-def _corpus_texts(corpus: Path) -> Iterator[str]:
-    for number, record in read_objects(corpus):
-        text = record.get("text")
-        if not isinstance(text, str):
-            raise ValueError(f"{corpus}, line {number}: 'text' is missing or not a text")
-        if joined := f"{record.get('title') or ''} {text}".strip():
-            yield joined
-
-
-def choose_negatives(
-    ranked: Iterable[int], passages: Sequence[str], positives: Sequence[str], count: int, skip: int, rng: random.Random
-) -> list[str]:
-    """Draws negatives from one query's ranking.
-
-    Args:
-        ranked: passage numbers, best first.
-        passages: their texts.
-        positives: texts that answer the query; never drawn.
-        count: how many to draw.
-        skip: leave out the best so many, which may be answers that nobody has marked.
-        rng: source of randomness.
-
-    Returns:
-        Texts by falling rank; fewer than `count` where the ranking is short.
-    """
-    known = set(positives)
-    wrong = [number for number in ranked if passages[number] not in known][skip:]
-    chosen = sorted(rng.sample(range(len(wrong)), min(count, len(wrong))))
-    return [passages[wrong[place]] for place in chosen]
-
-
-def mine_negatives(
-    files: PairFiles, passages: Sequence[str], ranker: Ranker, out: Path, count: int, depth: int, skip: int, seed: int
-) -> dict[str, int]:
-    """Writes the pairs again, with mined negatives in place of their own; the file appears whole or not at all.
-
-    Args:
-        files: training pairs.
-        passages: what the ranker's numbers stand for.
-        ranker: finds candidates.
-        out: JSONL to write.
         count: negatives a query.
-        depth: candidates a query, from which the negatives are drawn.
-        skip: best candidates to leave out.
+        depth: best passages that are no answers, from which they are drawn.
+        skip: leave out the best so many of these: perhaps answers that nobody has marked.
         seed: fixes the draws.
-
-    Returns:
-        Numbers of "queries", "negatives" and "queries_without_negatives".
 
     Raises:
         ValueError: `depth` is less than `skip` + `count`.
     """
-    if depth < skip + count:
-        raise ValueError(f"--depth {depth} leaves fewer than --negatives {count} after --skip {skip}; raise it")
+
+    count: int = 15
+    depth: int = 100
+    skip: int = 0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.depth < self.skip + self.count:
+            raise ValueError(
+                f"--depth {self.depth} leaves fewer than --negatives {self.count} after --skip {self.skip}; raise it"
+            )
+
+    def draw(self, ranked: Iterable[str], positives: Sequence[str], number: int) -> list[str]:
+        """Draw the negatives of one query.
+
+        Args:
+            ranked: passages, best first.
+            positives: texts that answer the query; what says the same is never drawn.
+            number: the query's.
+
+        Returns:
+            Texts by falling rank; fewer than `count` where the ranking is short.
+        """
+        answers, wrong = set(map(text_key, positives)), dict[str, str]()
+        for text in ranked:
+            if (key := text_key(text)) and key not in answers:
+                wrong.setdefault(key, text)
+        kept = list(wrong.values())[: self.depth][self.skip :]
+        rng = random.Random(f"{self.seed}-{number}")
+        return [kept[place] for place in sorted(rng.sample(range(len(kept)), min(self.count, len(kept))))]
+
+
+@contextmanager
+def passages_of(files: PairFiles) -> Iterator[Path]:
+    """Yield a corpus of everything that pairs hold, each text once; the file is gone afterwards."""
+    texts = dict.fromkeys(text for item in files for text in (*item.positives, *item.negatives))
+    with tempfile.TemporaryDirectory(prefix="diffretriever-") as folder:
+        corpus = Path(folder) / "passages.jsonl"
+        rows = ({"_id": str(number), "text": text} for number, text in enumerate(texts))
+        write_whole(corpus, (json.dumps(row).encode() + b"\n" for row in rows))
+        yield corpus
+
+
+def rank_by_bm25(corpus: str | Path) -> Ranker:
+    """Index a corpus, each text once, in memory; passages without any of a query's words are not ranked.
+
+    Raises:
+        As `read_corpus` and `BM25`.
+    """
+    texts = list(dict.fromkeys(passage.text for passage in read_corpus(corpus)))
+    index = BM25([str(place) for place in range(len(texts))], texts)
+
+    def rank(queries: Sequence[str], depth: int) -> list[list[str]]:
+        return [[texts[place] for place, _ in row] for row in index.rank(queries, depth)]
+
+    return rank
+
+
+def rank_by_release(model: Any, store: Any, mode: str) -> Ranker:
+    """Search a corpus that a release has encoded.
+
+    Args:
+        model: the release.
+        store: of the corpus, its texts kept.
+        mode: scoring mode.
+
+    Raises:
+        ValueError: the store keeps no texts.
+    """
+    searcher = Searcher(store)
+    if len(searcher) and searcher.engine.texts([0]) == [None]:
+        raise ValueError("the store keeps no texts to draw negatives from; encode the corpus without --no-texts.")
+
+    def rank(queries: Sequence[str], depth: int) -> list[list[str]]:
+        vectors = model.encode_texts(queries, True, compute_sparse="sparse" in mode)
+        found = searcher.search(vectors, mode, depth).positions  # [Q, depth], -1 where there is none
+        return [[text or "" for text in searcher.engine.texts(row[row >= 0].tolist())] for row in found]
+
+    return rank
+
+
+def mine_negatives(files: PairFiles, rank: Ranker, out: Path, draws: Draws) -> dict[str, int]:
+    """Write the pairs again, with mined negatives in place of their own; the file appears whole or not at all.
+
+    Args:
+        files: training pairs.
+        rank: finds candidates.
+        out: JSONL to write.
+        draws: how negatives are drawn from them.
+
+    Returns:
+        Numbers of "queries", "negatives" and "queries_without_negatives".
+    """
     counts = {"queries": len(files), "negatives": 0, "queries_without_negatives": 0}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    most = max(len(item.positives) for item in files)
-    with partial.open("w", encoding="utf-8") as lines, logging.tqdm(total=len(files), unit="query") as bar:
+
+    def lines() -> Iterator[bytes]:
         for start in range(0, len(files), BLOCK):
             items = [files[number] for number in range(start, min(start + BLOCK, len(files)))]
-            rankings = ranker.top([item.query for item in items], depth + most)
+            depth = draws.depth + max(len(item.positives) for item in items)
+            rankings = rank([item.query for item in items], depth)
             for number, (item, ranked) in enumerate(zip(items, rankings, strict=True), start):
-                rng = random.Random(f"{seed}-{number}")
-                kept = [place for place in ranked if passages[place] not in item.positives][:depth]
-                negatives = choose_negatives(kept, passages, item.positives, count, skip, rng)
+                negatives = draws.draw(ranked, item.positives, number)
                 counts["negatives"] += len(negatives)
                 counts["queries_without_negatives"] += not negatives
                 own = {} if item.identity is None else {"query_id": item.identity}
                 record = own | {"query": item.query, "positives": item.positives, "negatives": negatives}
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+                yield without_lone_surrogates(json.dumps(record, ensure_ascii=False)).encode() + b"\n"
             bar.update(len(items))
-    os.replace(partial, out)
+
+    with tqdm(total=len(files), unit="query", desc="mine") as bar:
+        write_whole(out, lines())
     return counts

@@ -1,4 +1,4 @@
-"""The comparison row of the mean-pooled baseline (DiffEmbed, paper §4.2) on a BEIR-style folder."""
+"""The comparison row of the mean-pooled baseline (DiffEmbed, paper §4.2) on a benchmark."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .dev_evaluation import mean_scores
-from .evaluate import Benchmark, ndcg_at_10
+from ..evaluation.runs import write_run
+from ..evaluation.small_task import SmallTask
+from .mean_pooling import MEAN_NAMES, encode_mean
 from .run_record import RUN_FILE
 
 
-def evaluate_mean_pooling(model: Any, benchmark: Benchmark, run_file: Path | None = None) -> dict[str, Any]:
+def evaluate_mean_pooling(model: Any, task: SmallTask, run_file: Path | None = None) -> dict[str, Any]:
     """Encode a benchmark by mean pooling and rank by cosine.
 
     Args:
         model: a DiffRetriever with the adapter that `pooling: mean` has trained, or the untrained backbone.
-        benchmark: queries, passages, judgements.
+        task: queries, passages, judgements.
         run_file: TREC run of the best 1000 passages a query.
 
     Returns:
         {"ndcg@10", "queries", "passages", "max_length"}
     """
-    scores = mean_scores(model, benchmark)
+    searcher = task.searcher(encode_mean(model, list(task.passages.values()), False))
+    queries = list(task.benchmark.queries.values())
+    runs = task.runs(searcher, encode_mean(model, queries, True), MEAN_NAMES)
     if run_file is not None:
-        write_run(scores, benchmark, run_file)
-    figure = ndcg_at_10(scores, benchmark.query_ids, benchmark.passage_ids, benchmark.qrels)
-    sizes = {"queries": len(benchmark.queries), "passages": len(benchmark.passages)}
-    return {"ndcg@10": figure, **sizes, "max_length": model.config.max_length}
+        write_run(run_file, runs["dense"], "mean-pooling")
+    sizes = {"queries": len(queries), "passages": len(task.passages)}
+    return {"ndcg@10": task.ndcg(runs)["dense"], **sizes, "max_length": model.config.max_length}
 
 
 def recorded_length(adapter: Path) -> int:
-    """The max_length that a mean-pooled adapter was trained for.
+    """Return the max_length that a mean-pooled adapter was trained for.
 
     Raises:
         FileNotFoundError: no run.json in the folder.
@@ -48,13 +48,3 @@ def recorded_length(adapter: Path) -> int:
             f"{adapter} was trained with pooling: {recipe['pooling']}; build a release of it with publish.py instead"
         )
     return int(recipe["max_length"])
-
-
-def write_run(scores: torch.Tensor, benchmark: Benchmark, file: Path, depth: int = 1000) -> None:
-    """Writes a ranking in TREC's format: query Q0 passage rank score name."""
-    values, places = scores.topk(min(depth, scores.shape[1]), dim=1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as lines:
-        for query, row, numbers in zip(benchmark.query_ids, values.tolist(), places.tolist(), strict=True):
-            for rank, (score, number) in enumerate(zip(row, numbers, strict=True), start=1):
-                lines.write(f"{query} Q0 {benchmark.passage_ids[number]} {rank} {score:.6f} mean-pooling\n")

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from ..model.tokenization_helpers import PreparedText
 
+MEAN_NAMES = {"dense": "single_dense"}  # what `SmallTask` evaluates of such vectors
+
 
 def bare_sequence(model: Any, prepared: PreparedText) -> list[int]:
     """Return a text's own token ids, as the model cuts it, and an end-of-text token, so that none is empty."""
@@ -17,7 +19,7 @@ def bare_sequence(model: Any, prepared: PreparedText) -> list[int]:
 
 
 def mean_states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Means of the final states over each row's tokens.
+    """Return the means of the final states over each row's tokens.
 
     Args:
         model: a DiffRetriever.
@@ -33,14 +35,17 @@ def mean_states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
-def encode_mean(model: Any, texts: Sequence[str], is_query: bool, batch_size: int = 32) -> torch.Tensor:
-    """L2-normalised mean vectors of texts in their order: float32 [N, 1, H] on the CPU.
+def encode_mean(model: Any, texts: Sequence[str], is_query: bool, batch_size: int = 32) -> dict[str, torch.Tensor]:
+    """Return the L2-normalised mean vectors of texts, in the form of `encode_texts`.
 
     Args:
         model: a DiffRetriever, with the adapter that `pooling: mean` has trained.
         texts: one or more.
         is_query: only which texts are cut where; there is no prompt.
         batch_size: texts at a time.
+
+    Returns:
+        "repr_hidden", float32 [N, 1, H] on the CPU, in the texts' order.
     """
     prepared = model.texts.prepare(texts, is_query, content_filter=False)
     sequences = [bare_sequence(model, text) for text in prepared]
@@ -50,4 +55,4 @@ def encode_mean(model: Any, texts: Sequence[str], is_query: bool, batch_size: in
         rows = order[start : start + batch_size]
         ids, mask = model.texts.pad([sequences[row] for row in rows])
         found[rows] = F.normalize(mean_states(model, ids.to(model.device), mask.to(model.device)), dim=-1).cpu()
-    return found
+    return {"repr_hidden": found}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from ..data.pair_files import PairFiles
+from ..evaluation.small_task import read_small_task
 from ..files.durable import write_json
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.backbone_loading import save_tokenizer
@@ -82,13 +83,14 @@ def train_adapter(
     if is_main():
         check_resumable(state, record)
         remove_partial(state)
+    task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
     arguments = training_arguments(recipe, len(files), state, processes)
     retriever = load_retriever(recipe, release)
     say(describe(files, recipe), *measure_texts(files, retriever.texts, recipe))
     model = prepare_model(retriever, recipe)
     trainer = RetrievalTrainer(model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, name)
-    if dev is not None:
-        trainer.add_callback(DevEvaluation(trainer, dev, recipe))
+    if task is not None:
+        trainer.add_callback(DevEvaluation(trainer, task, recipe))
     run(trainer, state)
     if is_main():
         retriever.config.max_length = recipe.max_length

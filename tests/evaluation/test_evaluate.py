@@ -42,7 +42,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
 
 @pytest.fixture(scope="module")
 def store(model: Any, benchmark: Benchmark) -> Iterator[Store]:
-    with encoded_corpus(model, benchmark, dtype="float32") as made:
+    with encoded_corpus(model, benchmark.folder, dtype="float32") as made:
         yield made
 
 
@@ -102,7 +102,7 @@ def test_the_corpus_is_encoded_once_and_only_the_splits_queries(
         return prepare(self, given, is_query, *options)
 
     monkeypatch.setattr(type(model.texts), "prepare", noted)
-    with encoded_corpus(model, benchmark) as made:
+    with encoded_corpus(model, benchmark.folder) as made:
         evaluate(model, benchmark, made, options())
     assert sorted(text for text, is_query in texts if is_query) == sorted(QUERIES[name] for name in qrels_of("test"))
     assert len([text for text, is_query in texts if not is_query]) == len(CORPUS)
@@ -111,19 +111,22 @@ def test_the_corpus_is_encoded_once_and_only_the_splits_queries(
 def test_a_store_is_kept_reused_and_refused_to_another_model(
     model: Any, benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with encoded_corpus(model, benchmark, tmp_path / "store", dtype="float32") as made:
+    with encoded_corpus(model, benchmark.folder, tmp_path / "store", dtype="float32") as made:
         first = evaluate(model, benchmark, made, options())[0].figures()
     encoded: list[object] = []
     monkeypatch.setattr(type(model), "encode_prepared", lambda *_, **__: encoded.append(1))
-    with encoded_corpus(model, benchmark, tmp_path / "store") as made:
+    with encoded_corpus(model, benchmark.folder, tmp_path / "store") as made:
         assert made.manifest.dtype == "float32"
         monkeypatch.undo()
         assert encoded == []
         assert evaluate(model, benchmark, made, options())[0].figures() == first
-    with pytest.raises(ValueError, match="dtype"), encoded_corpus(model, benchmark, tmp_path / "store", dtype="int8"):
+    with (
+        pytest.raises(ValueError, match="dtype"),
+        encoded_corpus(model, benchmark.folder, tmp_path / "store", dtype="int8"),
+    ):
         pass
     other = AutoModel.from_pretrained(RELEASE, trust_remote_code=True, num_passage_masks=2)
-    with pytest.raises(ValueError, match="made otherwise"), encoded_corpus(other, benchmark, tmp_path / "store"):
+    with pytest.raises(ValueError, match="made otherwise"), encoded_corpus(other, benchmark.folder, tmp_path / "store"):
         pass
 
 
@@ -138,17 +141,17 @@ def test_a_compressed_store_is_taken_as_it_is(model: Any, benchmark: Benchmark, 
         tmp_path / "plain", [contents], {field.name: getattr(settings, field.name) for field in fields(settings)}
     )
     compress(plain, tmp_path / "small")
-    with encoded_corpus(model, benchmark, tmp_path / "small") as made:
+    with encoded_corpus(model, benchmark.folder, tmp_path / "small") as made:
         evaluation, runs = evaluate(model, benchmark, made, options(modes=("multi_dense",), depth=100))
     assert len(runs["multi_dense"]["q-web"]) == len(ids)
     assert evaluation.figures()["multi_dense"]["R@5"] < 1  # the vectors are random
     other = AutoModel.from_pretrained(RELEASE.with_name("diffretriever-llada-tiny-single"), trust_remote_code=True)
-    with pytest.raises(ValueError, match="adapter_sha256"), encoded_corpus(other, benchmark, tmp_path / "small"):
+    with pytest.raises(ValueError, match="adapter_sha256"), encoded_corpus(other, benchmark.folder, tmp_path / "small"):
         pass
 
 
 def test_a_temporary_store_goes_away(model: Any, benchmark: Benchmark) -> None:
-    with encoded_corpus(model, benchmark) as made:
+    with encoded_corpus(model, benchmark.folder) as made:
         folder = made.folder
         assert folder.is_dir()
         assert len(made) == len(CORPUS)
@@ -161,7 +164,7 @@ def test_a_passage_with_the_querys_id_counts_in_ms_marcos_files_only(
     marco = read_benchmark(write_ms_marco(tmp_path / "marco"), "dev")
     modes = ("sparse_max",)
     assert "q-own" not in evaluate(model, benchmark, store, options(modes=modes))[1]["sparse_max"]["q-own"]
-    with encoded_corpus(model, marco) as made:
+    with encoded_corpus(model, marco.folder) as made:
         found = evaluate(model, marco, made, options(modes=modes))[1]["sparse_max"]["q-own"]
     assert next(iter(found)) == "q-own"
 

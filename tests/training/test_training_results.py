@@ -23,8 +23,7 @@ from diffretriever.cli.main import main
 from diffretriever.data.pair_files import PairFiles
 from diffretriever.model.backbone_loading import our_name, read_backbone_config
 from diffretriever.publishing import build as building
-from diffretriever.training.budget import training_benchmark
-from diffretriever.training.dev_evaluation import mask_ndcg
+from diffretriever.training.budget import training_task
 
 PARITY = Path(__file__).parents[1] / "parity"
 REFERENCES = {"llada": "llada-q4p4", "dream": "dream-q4p4"}
@@ -49,12 +48,12 @@ def trained(
 
 
 def test_fifty_steps_raise_the_ndcg_of_their_pairs(trained: dict[str, Any]) -> None:
-    benchmark = training_benchmark(PairFiles([trained["pairs"]]), 200, 200, seed=1)
+    task = training_task(PairFiles([trained["pairs"]]), 200, 200, seed=1)
     figures = []
     for folder in (trained["zero"], trained["built"]):
         budget = {"num_query_masks": 3, "num_passage_masks": 4, "max_length": 140}
         model = AutoModel.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32, **budget)
-        figures.append(mask_ndcg(model, benchmark))
+        figures.append(task.evaluate(model.encode_texts))
     before, after = figures
     assert after["dense"] > before["dense"] + 0.1, figures
     assert after["sparse"] > before["sparse"], figures
@@ -181,7 +180,7 @@ def test_dev_figures_are_logged(build_release: Callable[..., Path], tmp_path: Pa
     (tmp_path / "qrels").mkdir()
     write_lines(tmp_path / "corpus.jsonl", [{"_id": f"p{n}", "text": r["positive"]} for n, r in enumerate(records)])
     write_lines(tmp_path / "queries.jsonl", [{"_id": f"q{n}", "text": r["query"]} for n, r in enumerate(records)])
-    judged = "".join(f"q{n}\tp{n}\t1\n" for n in range(12))
+    judged = "".join(f"q{n}\tp{n}\t{int(n > 0)}\n" for n in range(12))  # for q0 nothing is relevant
     (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     recipe = write_recipe(tmp_path / "r.yaml", max_steps=2, eval_steps=1)
     pairs, release = write_lines(tmp_path / "p.jsonl", records), build_release("tiny-dream")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,14 @@ from training_runs import arguments, weights, write_recipe
 from transformers import AutoModel
 
 from diffretriever.cli.main import main
+from diffretriever.data.benchmark import Benchmark
+from diffretriever.data.pair_files import PairFiles
+from diffretriever.encode.encode_store import encode_store
+from diffretriever.evaluation.small_task import SmallTask
 from diffretriever.publishing import build as building
-from diffretriever.training import budget
-from diffretriever.training.hard_negatives import Bm25Ranker, ReleaseRanker, choose_negatives
+from diffretriever.search.modes import MODES
+from diffretriever.training.budget import sweep, training_task
+from diffretriever.training.hard_negatives import Draws, passages_of, rank_by_bm25, rank_by_release
 from diffretriever.training.mean_pooling import encode_mean
 
 PARITY = Path(__file__).parents[1] / "parity"
@@ -60,15 +64,28 @@ def test_negatives_share_words_and_are_no_answers(tmp_path: Path, capsys: pytest
     assert out.read_bytes() != first
 
 
-def test_negatives_come_from_a_corpus(tmp_path: Path) -> None:
+def test_negatives_come_from_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In any layout that a corpus has; a positive is none of them, though pairs and corpus write it otherwise."""
     pytest.importorskip("bm25s")
-    pairs = write_lines(tmp_path / "pairs.jsonl", [{"query": "river", "positive": "a river"}])
-    corpus = [{"_id": 1, "title": "River", "text": "flows"}, {"text": "a river"}, {"text": "lemon"}, {"text": ""}]
+    positive = {"docid": "2", "title": "River", "text": "flows down"}
+    tevatron = {"query_id": "1", "query": "river", "positive_passages": [positive], "negative_passages": []}
+    pairs = write_lines(tmp_path / "pairs.jsonl", [tevatron])
+    passages = [("1", "A river", "flows"), ("2", "River", "flows  down "), ("3", "", "lemon"), ("4", "", " ")]
+    folder = tmp_path / "beir"
+    folder.mkdir()
+    write_lines(folder / "corpus.jsonl", [{"_id": i, "title": title, "text": text} for i, title, text in passages])
+    table = tmp_path / "corpus.tsv"
+    table.write_text("".join("\t".join(row) + "\n" for row in passages))
     out = tmp_path / "mined.jsonl"
     command = ["mine-negatives", "--pairs", str(pairs), "--out", str(out), "--corpus"]
-    assert main([*command, str(write_lines(tmp_path / "corpus.jsonl", corpus))]) == 0
-    assert lines_of(out)[0]["negatives"] == ["River flows"]
-    assert main([*command, str(write_lines(tmp_path / "bad.jsonl", [{"txt": "a"}]))]) == 2
+    for corpus in (folder, folder / "corpus.jsonl", table):
+        assert main([*command, str(corpus)]) == 0
+        (mined,) = lines_of(out)
+        assert mined == {
+            "query_id": "1", "query": "river", "positives": ["River. flows down"], "negatives": ["A river. flows"],
+        }  # fmt: skip
+    assert main([*command, str(write_lines(tmp_path / "bad.jsonl", [{"_id": "1", "txt": "a"}]))]) == 2
+    assert "bad.jsonl, line 1: 'text' is missing" in capsys.readouterr().err
 
 
 def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,33 +104,80 @@ def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_draws_keep_the_order_and_skip_the_best() -> None:
-    passages = [f"p{number}" for number in range(10)]
-    found = choose_negatives([9, 3, 5, 1, 7], passages, ["p3"], count=2, skip=1, rng=random.Random(0))
+    ranked = ["p9", "p3", " p5", "p1", "p7", "p5 ", ""]
+    draws = Draws(count=2, depth=4, skip=1, seed=0)
+    found = draws.draw(ranked, ["p3 "], number=0)
     assert len(found) == 2
-    assert [text for text in ("p5", "p1", "p7") if text in found] == found
-    assert choose_negatives([3], passages, ["p3"], 2, 0, random.Random(0)) == []
+    assert [text for text in (" p5", "p1", "p7") if text in found] == found
+    assert {tuple(draws.draw(ranked, ["p3"], number)) for number in range(30)} == {
+        (" p5", "p1"), (" p5", "p7"), ("p1", "p7"),
+    }  # fmt: skip
+    assert Draws(count=2, depth=2, seed=0).draw(["p3"], ["p3"], 0) == []
 
 
-@pytest.mark.parametrize("mode", ["multi_dense", "single_dense", "sparse_max"])
-def test_a_release_ranks_as_its_scores_do(
-    mode: str, load_release: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_release_ranks_as_its_scores_do(mode: str, load_release: Callable[..., Any], tmp_path: Path) -> None:
     model = load_release("tiny-llada", "llada-q4p4")
-    passages = [record["positive"] for record in made_up_pairs(23)]
-    queries = [record["query"] for record in made_up_pairs(23)[:5]]
-    monkeypatch.setattr("diffretriever.training.hard_negatives.PASSAGE_BLOCK", 4)
-    found = ReleaseRanker(model, passages, mode).top(queries, 6)
+    records = made_up_pairs(23)
+    queries, passages = [record["query"] for record in records[:5]], [record["positive"] for record in records]
+    with passages_of(PairFiles([write_lines(tmp_path / "pairs.jsonl", records)])) as corpus:
+        store = encode_store(model, corpus, tmp_path / "store", dtype="float32", shard_size=4)
+    found = rank_by_release(model, store, mode)(queries, 6)
     scores = model.score(model.encode_texts(queries, True), model.encode_texts(passages, False), mode)
-    for row, numbers in zip(scores, found, strict=True):
+    for row, texts in zip(scores, found, strict=True):
+        numbers = [passages.index(text) for text in texts]
         assert torch.allclose(row[numbers], row.sort(descending=True).values[:6], atol=1e-5)
         assert len(set(numbers)) == 6
 
 
-def test_bm25_leaves_out_what_shares_no_word() -> None:
+@pytest.mark.parametrize("mode", ["multi_dense", "fusion_single_sparse_max"])
+def test_mining_with_a_release(
+    mode: str, build_release: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every passage is encoded once, however many blocks of queries there are; with --store never again."""
+    release, pairs = build_release("tiny-llada", "llada-q4p4"), write_lines(tmp_path / "p.jsonl", made_up_pairs(12))
+    monkeypatch.setattr("diffretriever.training.hard_negatives.BLOCK", 5)
+    counted: list[int] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        model = AutoModel.from_pretrained(release, trust_remote_code=True, torch_dtype=torch.float32)
+        encode = model.encode
+
+        def noted(ids: torch.Tensor, mask: torch.Tensor, is_query: bool, **more: Any) -> Any:
+            counted.extend([len(ids)] * (not is_query))
+            return encode(ids, mask, is_query, **more)
+
+        model.encode = noted
+        return model
+
+    monkeypatch.setattr("diffretriever.cli.mine_negatives.load_model", load)
+    command = ["mine-negatives", "--pairs", str(pairs), "--model", str(release), "--mode", mode, "--negatives", "3"]
+    written = []
+    for number, more in enumerate(([], ["--store", str(tmp_path / "store")], ["--store", str(tmp_path / "store")])):
+        out = tmp_path / f"{number}.jsonl"
+        assert main([*command, "--out", str(out), *more]) == 0
+        written.append(out.read_bytes())
+    assert sum(counted) == 2 * 12
+    assert written[0] == written[1] == written[2]
+    for line in lines_of(tmp_path / "0.jsonl"):
+        assert len(set(line["negatives"]) - set(line["positives"])) == 3
+
+
+def test_a_store_without_texts_is_no_corpus(load_release: Callable[..., Any], tmp_path: Path) -> None:
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "a river"}])
+    model = load_release("tiny-llada", "llada-q4p4")
+    store = encode_store(model, corpus, tmp_path / "store", keep_texts=False)
+    with pytest.raises(ValueError, match="the store keeps no texts to draw negatives from; encode the corpus without"):
+        rank_by_release(model, store, "multi_dense")
+
+
+def test_bm25_leaves_out_what_shares_no_word(tmp_path: Path) -> None:
     pytest.importorskip("bm25s")
-    found = Bm25Ranker(["a river flows", "lemon tree", "river river bank", "window"]).top(["rivers", "castle"], 3)
-    assert sorted(found[0]) == [0, 2]  # stemmed
-    assert found[1] == []
+    texts = ["a river flows", "lemon tree", "river river bank", "window", "a river flows"]
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"_id": str(n), "text": text} for n, text in enumerate(texts)])
+    rivers, castle = rank_by_bm25(corpus)(["rivers", "castle"], 3)
+    assert sorted(rivers) == ["a river flows", "river river bank"]  # stemmed, and each text once
+    assert castle == []
 
 
 # ------------------------------------------------------------------------------------------------ budgets
@@ -139,42 +203,43 @@ def test_the_grid_is_what_single_releases_give(
     printed = capsys.readouterr().out
     assert "K_p=1" in printed
     assert f"choice: K_q={found['choice']['num_query_masks']}" in printed
-    files = budget.PairFiles([pairs])
-    benchmark = budget.training_benchmark(files, 6, 30, seed=42)
+    task = training_task(PairFiles([pairs]), 6, 30, seed=42)
     for cell in found["grid"]:
         masks = {name: cell[name] for name in ("num_query_masks", "num_passage_masks")}
         model = AutoModel.from_pretrained(release, trust_remote_code=True, torch_dtype=torch.float32, **masks)
-        sides = model.encode_texts(benchmark.queries, True), model.encode_texts(benchmark.passages, False)
+        sides = [model.encode_texts(list(task.benchmark.queries.values()), True)]
+        sides += [model.encode_texts(list(task.passages.values()), False)]
         for mode, name in (("multi_dense", "dense"), ("sparse_max", "sparse"), ("fusion_multi_sparse_max", "fused")):
-            expected = loop_ndcg(model.score(*sides, mode), benchmark)
+            expected = loop_ndcg(model.score(*sides, mode), task)
             assert cell[name] == pytest.approx(expected, abs=1e-5), (cell, name)
 
 
-def loop_ndcg(scores: torch.Tensor, benchmark: budget.Benchmark) -> float:
+def loop_ndcg(scores: torch.Tensor, task: SmallTask) -> float:
     """One relevant passage a query: 1 / log2(rank + 1) within the first ten."""
-    total = 0.0
-    for row, judged in zip(scores, benchmark.qrels.values(), strict=True):
+    total, names = 0.0, list(task.passages)
+    for row, judged in zip(scores, task.benchmark.qrels.values(), strict=True):
         (name,) = judged
         order = row.sort(descending=True, stable=True).indices.tolist()
-        rank = [benchmark.passage_ids[place] for place in order].index(name) + 1
+        rank = [names[place] for place in order].index(name) + 1
         total += 1 / float(torch.log2(torch.tensor(rank + 1.0))) if rank <= 10 else 0.0
     return total / len(scores)
 
 
-def test_each_side_is_encoded_once_a_budget(monkeypatch: pytest.MonkeyPatch, load_release: Callable[..., Any]) -> None:
+def test_each_side_is_encoded_once_a_budget(load_release: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_release("tiny-llada", max_length=120)
     calls: list[tuple[bool, int]] = []
-    original = budget.encode_with
+    encode_texts = model.encode_texts
 
-    def counted(model: Any, texts: Any, is_query: bool, masks: int) -> Any:
-        calls.append((is_query, masks))
-        return original(model, texts, is_query, masks)
+    def counted(texts: list[str], is_query: bool) -> Any:
+        calls.append((is_query, model.config.num_masks(is_query)))
+        return encode_texts(texts, is_query)
 
-    monkeypatch.setattr(budget, "encode_with", counted)
-    texts = [record["positive"] for record in made_up_pairs(3)]
-    benchmark = budget.Benchmark(["0"], ["river"], ["0", "1", "2"], texts, {"0": {"1": 1}})
-    assert len(budget.sweep(model, benchmark, (1, 2, 4))) == 9
+    monkeypatch.setattr(model, "encode_texts", counted)
+    passages = {str(n): record["positive"] for n, record in enumerate(made_up_pairs(3))}
+    task = SmallTask(Benchmark(Path("pairs.jsonl"), "train", {"0": "river"}, {"0": {"1": 1}}, 1), passages)
+    assert len(sweep(model, task, (1, 2, 4))) == 9
     assert sorted(calls) == [(side, masks) for side in (False, True) for masks in (1, 2, 4)]
+    assert (model.config.num_query_masks, model.config.num_passage_masks) == (1, 1)  # as they were
 
 
 def test_budget_errors(build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +257,7 @@ def test_budget_errors(build_release: Callable[..., Path], tmp_path: Path, capsy
 @torch.no_grad()
 def test_mean_vectors_against_a_loop(load_release: Callable[..., Any]) -> None:
     model = load_release("tiny-dream")
-    found = encode_mean(model, TEXTS, is_query=False, batch_size=3)
+    found = encode_mean(model, TEXTS, is_query=False, batch_size=3)["repr_hidden"]
     assert found.shape == (4, 1, model.config.hidden_size)
     room = model.config.max_length - sum(len(part) for part in (
         model.texts.layouts[False].prefix, model.texts.layouts[False].suffix))  # fmt: skip
@@ -233,7 +298,7 @@ def test_the_baseline_trains_and_has_its_row(
 def test_a_masked_adapter_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate-mean-pooling", "--model", "x", "--data", "y", "--adapter", str(tmp_path)]
     assert main(command) == 2
-    assert "run.json is not there; expected the output folder of `diffretriever train`" in capsys.readouterr().err
+    assert "run.json: no such file; expected the output folder of `diffretriever train`" in capsys.readouterr().err
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"pooling": "masks"}}))
     assert main(command) == 2
     assert "was trained with pooling: masks; build a release of it with publish.py instead" in capsys.readouterr().err

@@ -1,16 +1,21 @@
-"""nDCG@10 along the way of a training, against plain loops."""
+"""nDCG@10 along the way of a training, against plain loops and against `evaluate`."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from diffretriever.evaluation.dev_split import DevSplit
+from diffretriever.data.benchmark import read_benchmark
+from diffretriever.encode.encode_store import encode_store
+from diffretriever.evaluation.evaluate import Options, evaluate
+from diffretriever.evaluation.metrics import means
+from diffretriever.evaluation.small_task import NAMES, SmallTask, read_small_task
 
 GRADES = {"q0": {"p1": 2, "p4": 1}, "q1": {"p0": 1, "p3": 0}, "q2": {"p2": 0}}  # q2: nothing relevant
 
@@ -38,9 +43,9 @@ def encode(texts: Sequence[str], is_query: bool) -> dict[str, torch.Tensor]:
     return {"repr_hidden": hidden, "sparse_indices": indices[:, :3], "sparse_values": values[:, :3]}
 
 
-def expected(split: DevSplit, dense: bool) -> float:
-    names = list(split.passages)
-    queries, passages = encode(["query 0", "query 1", "query 2"], True), encode(list(split.passages.values()), False)
+def expected(task: SmallTask, dense: bool) -> float:
+    names = list(task.passages)
+    queries, passages = encode(["query 0", "query 1", "query 2"], True), encode(list(task.passages.values()), False)
     total = 0.0
     for row, query in enumerate(GRADES):
         scores = {}
@@ -64,15 +69,31 @@ def expected(split: DevSplit, dense: bool) -> float:
 
 @pytest.mark.parametrize("limit", [None, 20, 3])
 def test_figures_against_loops(folder: Path, limit: int | None) -> None:
-    split = DevSplit(folder, "dev", limit)
-    figures = split.ndcg(encode)
-    assert figures["dense"] == pytest.approx(expected(split, dense=True), abs=1e-6)
-    assert figures["sparse"] == pytest.approx(expected(split, dense=False), abs=1e-6)
+    task = read_small_task(folder, "dev", limit)
+    figures = task.evaluate(encode)
+    assert figures["dense"] == pytest.approx(expected(task, dense=True), abs=1e-6)
+    assert figures["sparse"] == pytest.approx(expected(task, dense=False), abs=1e-6)
     assert 0 < figures["fused"] < 1
+
+
+def test_figures_are_those_of_evaluate(folder: Path, load_release: Callable[..., Any], tmp_path: Path) -> None:
+    model = load_release("tiny-llada", "llada-q4p4")
+    found = read_small_task(folder, "dev").evaluate(model.encode_texts)
+    store = encode_store(model, folder, tmp_path / "store", dtype="float32")
+    options = Options(modes=list(NAMES.values()), metrics=["nDCG@10"])
+    evaluation, _ = evaluate(model, read_benchmark(folder, "dev"), store, options)
+    for name, mode in NAMES.items():
+        assert found[name] == pytest.approx(means(evaluation.rows[mode])["nDCG@10"], abs=1e-6), name
+
+
+def test_a_corpus_of_another_benchmark(folder: Path) -> None:
+    (folder / "corpus.jsonl").write_text('{"_id": "x", "text": "y"}\n')
+    with pytest.raises(ValueError, match="the corpus holds none of the 5 passages judged in split 'dev'"):
+        read_small_task(folder, "dev", 3)
 
 
 def test_judged_passages_stay_whatever_the_limit(folder: Path) -> None:
     judged = {"p0", "p1", "p2", "p3", "p4"}
-    assert set(DevSplit(folder, "dev", 3).passages) == judged
-    assert set(DevSplit(folder, "dev", 7).passages) == judged | {"p5", "p6"}
-    assert len(DevSplit(folder, "dev").passages) == 41
+    assert set(read_small_task(folder, "dev", 3).passages) == judged
+    assert set(read_small_task(folder, "dev", 7).passages) == judged | {"p5", "p6"}
+    assert len(read_small_task(folder, "dev").passages) == 41
