@@ -62,6 +62,7 @@ def pretrain(
     if threads:
         torch.set_num_threads(threads)
     _check_same_backbone(recipe, out / RECIPE_FILE)
+    split = read_small_task(dev, "dev", recipe.eval_passages) if dev else None
     write_json(out / RECIPE_FILE, dataclasses.asdict(recipe))
     folder = out / "backbone"
     if not (folder / "config.json").is_file():
@@ -72,7 +73,6 @@ def pretrain(
     model = new_backbone(folder, recipe.seed)
     corpus = read_corpus(recipe, pair_files, text_files, model.texts, out)
     print(f"{len(corpus.pairs)} pairs, {len(corpus.texts)} texts, {len(corpus.texts.flat)} tokens", flush=True)
-    split = read_small_task(dev, "dev", recipe.eval_passages) if dev else None
     Pretrainer(recipe, model, corpus, out, split).run()
     write_weights(model, recipe.backbone_type, folder)
     return folder
