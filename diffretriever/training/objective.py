@@ -45,9 +45,7 @@ def dense_scores(query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [Q, P].
     """
-    sides = [F.normalize(side.float(), dim=-1) for side in (query, passage)]
-    there = [torch.ones(side.shape[:2], dtype=torch.bool, device=side.device) for side in sides]
-    return multi_dense(*sides, *there)
+    return multi_dense(F.normalize(query.float(), dim=-1), F.normalize(passage.float(), dim=-1))
 
 
 def word_columns(words: torch.Tensor) -> torch.Tensor:

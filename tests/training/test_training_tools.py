@@ -141,13 +141,7 @@ def test_mining_with_a_release(
 
     def load(*args: Any, **options: Any) -> Any:
         model = AutoModel.from_pretrained(release, trust_remote_code=True, torch_dtype=torch.float32)
-        encode = model.encode
-
-        def noted(ids: torch.Tensor, mask: torch.Tensor, is_query: bool, **more: Any) -> Any:
-            counted.extend([len(ids)] * (not is_query))
-            return encode(ids, mask, is_query, **more)
-
-        model.encode = noted
+        model.backbone.embed_tokens.register_forward_hook(lambda _, inputs, __: counted.append(len(inputs[0])))
         return model
 
     monkeypatch.setattr("diffretriever.cli.mine_negatives.load_model", load)
@@ -157,7 +151,7 @@ def test_mining_with_a_release(
         out = tmp_path / f"{number}.jsonl"
         assert main([*command, "--out", str(out), *more]) == 0
         written.append(out.read_bytes())
-    assert sum(counted) == 2 * 12
+    assert sum(counted) == 2 * 12 + 3 * 12  # the passages of two stores, and each time the queries
     assert written[0] == written[1] == written[2]
     for line in lines_of(tmp_path / "0.jsonl"):
         assert len(set(line["negatives"]) - set(line["positives"])) == 3
@@ -295,8 +289,11 @@ def test_the_baseline_trains_and_has_its_row(
         building.build(str(PARITY / "backbones" / f"tiny-{kind}"), tmp_path / "built", str(out))
 
 
-def test_a_masked_adapter_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate-mean-pooling", "--model", "x", "--data", "y", "--adapter", str(tmp_path)]
+def test_a_masked_adapter_is_no_baseline(
+    build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = str(build_release("tiny-llada"))
+    command = ["evaluate-mean-pooling", "--model", release, "--data", "y", "--adapter", str(tmp_path)]
     assert main(command) == 2
     assert "run.json: no such file; expected the output folder of `diffretriever train`" in capsys.readouterr().err
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"pooling": "masks"}}))
