@@ -6,14 +6,16 @@ import argparse
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..publishing import check, hub, push, record
-from ..publishing.releases import RELEASES
+from ..publishing import hub
+from ..publishing.releases import MAIN, RELEASES
 from .arguments import RESUMED, add_command
 from .exit_status import DONE, WRONG_INPUT
+
+if TYPE_CHECKING:
+    from ..publishing.push import Job, Target
 
 PROGRAM = "publish.py"
 
@@ -71,7 +73,7 @@ def _add_push(commands: Any) -> None:
     command.add_argument("--org", help="where several go, each under its own name")
     command.add_argument("--from", type=Path, dest="built", metavar="DIR", help="take names from built folders in DIR")
     command.add_argument("--private", action="store_true", help="make the repository private")
-    command.add_argument("--revision", default=push.MAIN, help="the branch (default: main)")
+    command.add_argument("--revision", default=MAIN, help="the branch (default: main)")
     command.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     command.add_argument("--tag", help="set once everything is verified, such as v1.0; the branches get v1.0-sparse, …")
     command.add_argument("--update", action="store_true", help="replace other content that is there")
@@ -102,6 +104,7 @@ def _add_fingerprint_options(command: argparse.ArgumentParser) -> None:
 def run_build(options: argparse.Namespace) -> int:
     """Run `publish build`."""
     from ..publishing.build import SETTINGS, build, build_known
+    from ..publishing.record import read_record
 
     if (options.release is None) == (options.base is None):
         raise ValueError("build: give either a known release or --base.")
@@ -121,7 +124,7 @@ def run_build(options: argparse.Namespace) -> int:
         config = build(options.base, options.out, options.adapter, **shared, **settings)
     budgets = f"K_q={config.num_query_masks}, K_p={config.num_passage_masks}, max_length={config.max_length}"
     print(f"{options.out}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
-    absent = record.read_record(options.out)["fingerprint_absent"]
+    absent = read_record(options.out)["fingerprint_absent"]
     if absent:
         print(f"{options.out}: no vectors recorded: {absent}; check will say what it cannot check")
     return DONE
@@ -143,33 +146,20 @@ def run_list(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """Run `publish check`; what is wrong with a release counts as wrong input."""
-    report = check.check_release(options.folder, options.device, load=not options.no_load)
-    print(_in_words(options.folder.resolve().name, report))
+    from ..publishing.check import check_release
+
+    report = check_release(options.folder, options.device, load=not options.no_load)
+    print(report.in_words(options.folder.resolve().name))
     return WRONG_INPUT if report.problems else DONE
-
-
-def _in_words(name: str, report: check.Report) -> str:
-    verdict = "right, as far as it was checked" if report.unchecked else "right"
-    lines = [f"{name}: {'refused' if report.problems else verdict}"]
-    for what, found in (("ok", report.passed), ("NOT CHECKED", report.unchecked), ("WRONG", report.problems)):
-        lines += [f"  {what}: {sentence}" for sentence in found]
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------ push
 
 
-@dataclass(frozen=True)
-class Job:
-    """A release to push: its folder, its release.json and where it goes."""
-
-    folder: Path
-    made: dict[str, Any]
-    target: push.Target
-
-
 def run_push(options: argparse.Namespace) -> int:
     """Run `publish push`: every check and refusal, of every release, before the first write."""
+    from ..publishing import push
+
     _check_arguments(options)
     token = None if options.dry_run else hub.find_token()
     with (
@@ -180,15 +170,14 @@ def run_push(options: argparse.Namespace) -> int:
         refused = [job for job in jobs if not _passes(job, options)]
         if options.dry_run:
             for job in jobs:
-                print(_dry_run(job))
+                print(push.dry_run(job))
         if refused:
             print(f"Nothing was pushed: {', '.join(job.folder.name for job in refused)} refused.")
             return WRONG_INPUT
         if token is None:
             return DONE
-        prepared = [push.prepare(job.folder, job.made, job.target, token) for job in jobs]
-        for job, one in zip(jobs, prepared, strict=True):
-            print("\n".join(push.execute(one, job.made["release"])), flush=True)
+        for prepared in [push.prepare(job, token) for job in jobs]:
+            print("\n".join(push.execute(prepared)), flush=True)
     return DONE
 
 
@@ -202,33 +191,32 @@ def _check_arguments(options: argparse.Namespace) -> None:
     if options.repo_id is not None and len(options.targets) > 1:
         raise ValueError("push: --repo-id names one place, but several releases are to go; give --org ORG instead.")
     for target in options.targets:
-        place = options.repo_id or f"{options.org}/{Path(target).resolve().name}"
-        _target(options, place).check()
+        _target(options, options.repo_id or f"{options.org}/{Path(target).resolve().name}")
 
 
-def _target(options: argparse.Namespace, repo_id: str) -> push.Target:
-    return push.Target(repo_id, options.private, options.revision, options.create_pr, options.tag, options.update)
+def _target(options: argparse.Namespace, repo_id: str) -> Target:
+    """Return where a release goes; refuse what no repository can have."""
+    from ..publishing.push import Target
+
+    target = Target(repo_id, options.private, options.revision, options.create_pr, options.tag, options.update)
+    target.check()
+    return target
 
 
 def _jobs(options: argparse.Namespace, scratch: Path) -> Iterator[Job]:
-    for target in options.targets:
-        folder = _find_folder(target, options.built)
-        if folder is None:
-            folder = scratch / target
-            print(f"building {target}", flush=True)
-            _build_to_push(target, folder, options)
-        made = record.read_record(folder)
-        place = options.repo_id or f"{options.org}/{made['release']}"
-        checked = _target(options, place)
-        checked.check()
-        yield Job(folder.resolve(), made, checked)
-
-
-def _build_to_push(name: str, out: Path, options: argparse.Namespace) -> None:
-    """Build a release of the table so that it loads anywhere."""
+    """Yield the releases to push; those of the table that are not built are built so that they load anywhere."""
     from ..publishing.build import build_known
+    from ..publishing.push import Job
+    from ..publishing.record import read_record
 
-    build_known(name, out, with_backbone=RELEASES[name].is_local, recording=_recording(options))
+    for name in options.targets:
+        folder = _find_folder(name, options.built)
+        if folder is None:
+            folder = scratch / name
+            print(f"building {name}", flush=True)
+            build_known(name, folder, with_backbone=RELEASES[name].is_local, recording=_recording(options))
+        made = read_record(folder)
+        yield Job(folder.resolve(), made, _target(options, options.repo_id or f"{options.org}/{made['release']}"))
 
 
 def _recording(options: argparse.Namespace) -> Any:
@@ -251,30 +239,15 @@ def _find_folder(target: str, built: Path | None) -> Path | None:
 
 
 def _passes(job: Job, options: argparse.Namespace) -> bool:
-    report = check.check_release(job.folder, options.device, load=not options.no_load)
-    report.problems += check.publishing_problems(job.made)
-    print(_in_words(job.folder.name, report), flush=True)
+    from ..publishing.check import check_release, publishing_problems
+
+    report = check_release(job.folder, options.device, load=not options.no_load)
+    report.problems += publishing_problems(job.made)
+    print(report.in_words(job.folder.name), flush=True)
     if report.unchecked and not options.allow_unchecked and not report.problems:
         print("  refused: not everything could be checked; pass --allow-unchecked to push it all the same.")
         return False
     return not report.problems
-
-
-def _dry_run(job: Job) -> str:
-    """Show what a push would write."""
-    found = push.payloads(job.folder, job.made, job.target)
-    main = found[job.target.revision]
-    lines = [f"{job.target.repo_id}@{job.target.revision} would hold {len(main)} files:"]
-    lines += [f"  {item.hashes.size:>12,} bytes  {item.hashes.sha256}  {path}" for path, item in main.items()]
-    for branch, payload in found.items():
-        other = [path for path, item in payload.items() if item.hashes != main.get(path, item).hashes]
-        if branch != job.target.revision:
-            lines.append(f"{job.target.repo_id}@{branch} would be the same but for {', '.join(other)}")
-    if job.target.tag is not None:
-        lines.append("tags: " + ", ".join(str(push.tag_of(job.target, branch)) for branch in found))
-    source = main[record.CARD_FILE].source
-    assert isinstance(source, bytes)
-    return "\n".join([*lines, "", f"{record.CARD_FILE}:", "", source.decode()])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

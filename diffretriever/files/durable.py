@@ -91,7 +91,8 @@ def publish_folder(made: Path, place: Path) -> None:
         place: its name to be; what is there is removed.
     """
     for path in (*made.rglob("*"), made):
-        sync(path)
+        if not path.is_symlink():  # it may point to where it leads once it is in its place
+            sync(path)
     if place.exists():
         shutil.rmtree(place)
     os.replace(made, place)

@@ -10,30 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..files.durable import publish_folder
+from ..files.hashes import hash_file
 from ..model import backbone_loading as backbones
 from ..model import configuration_diffretriever
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE, Adapter
 from ..model.bidirectional_layers import linear_shapes, parameter_shapes
 from ..model.configuration_diffretriever import DiffRetrieverConfig, paper_prompt
+from ..model.modeling_diffretriever import ADAPTER_FILES, AUTO_MAP
 from ..model.tokenization_helpers import RetrievalTokenizer, read_retriever_config
 from . import card, probe, record
 from .hub import find_folder
-from .releases import (
-    AUTO_MAP,
-    BACKBONE_FOLDER,
-    CODE_FILES,
-    RELEASES,
-    SENTENCE_TRANSFORMERS_FILE,
-    check_name,
-)
+from .releases import BACKBONE_FOLDER, CODE_FILES, RELEASES, SENTENCE_TRANSFORMERS_FILE, check_name
 from .sentence_transformers import sentence_transformers_files
 
-SOURCE = (
-    Path(configuration_diffretriever.__file__).resolve().parent
-)  # of the code: the source tree, or a wheel's folder
+SOURCE = Path(configuration_diffretriever.__file__).resolve().parent  # of the code: the tree, or a wheel's folder
 FIGURES = SOURCE / "checkpoints" / "figures.json"  # what was measured of our own releases
 SETTINGS_FILES = ["*.json", "*.jinja", "merges.txt"]  # of a backbone on the Hub, its weights are not needed to build
-ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
 SETTINGS = ("num_query_masks", "num_passage_masks", "max_length")
 
 
@@ -96,24 +89,21 @@ def build(
         _check_replaceable(out, Path(base).expanduser(), force)
     if with_backbone and not local:
         raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
-    base_folder = find_folder(base, SETTINGS_FILES)
-    adapter_folder = None if adapter is None else find_folder(adapter, ADAPTER_FILES)
-    config, tokenizer = _configure(base_folder, adapter_folder, settings)
-    place = BACKBONE_FOLDER if with_backbone else _path_from(base_folder, out)
+    parts = _read_parts(base, adapter, settings)
+    place = BACKBONE_FOLDER if with_backbone else _path_from(parts.backbone, out)
+    config = parts.config
     config.base_model_name_or_path = place if local else base
-    config.base_model_revision = None if local else base_folder.name  # the Hub cache names snapshots by commit
+    config.base_model_revision = None if local else parts.backbone.name  # the Hub cache names snapshots by commit
     config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
         made = Path(scratch) / out.name
         made.mkdir()
-        _fill(made, config, tokenizer, adapter_folder, base_folder if with_backbone else None)
-        _describe(made, config, tokenizer, base_folder, adapter, adapter_folder, link_code, recording or Recording())
+        _fill(made, parts, with_backbone)
+        _describe(made, parts, link_code, recording or Recording())
         if link_code:
             _link_code(made, out)
-        if out.exists():
-            shutil.rmtree(out)
-        made.rename(out)
+        publish_folder(made, out)
     return config
 
 
@@ -134,16 +124,39 @@ def _path_from(base_folder: Path, out: Path) -> str:
     return f"../{base_folder.name}" if base_folder.parent == out.parent else str(base_folder)
 
 
-def _configure(
-    base_folder: Path, adapter_folder: Path | None, settings: dict[str, Any]
-) -> tuple[DiffRetrieverConfig, Any]:
-    """Check that backbone, adapter, tokenizer and settings fit, and return the config and tokenizer."""
-    backbone_type, backbone_config = backbones.read_backbone_config(base_folder)
+@dataclass(frozen=True)
+class _Parts:
+    """What a release is made of, checked to fit.
+
+    Args:
+        backbone: its folder.
+        adapter: its folder; None for the zero-shot model.
+        origin: the adapter's {"repo_id", "revision"} on the Hub; None where it is not from there.
+        config: the release's.
+        tokenizer: the adapter's own, or the backbone's.
+    """
+
+    backbone: Path
+    adapter: Path | None
+    origin: dict[str, str] | None
+    config: DiffRetrieverConfig
+    tokenizer: Any
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the backbone's weights are here; those that are here were audited, and are whole."""
+        return any(self.backbone.glob("*.safetensors"))
+
+
+def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Parts:
+    """Find backbone and adapter, and check that they, tokenizer and settings fit."""
+    backbone = find_folder(base, SETTINGS_FILES)
+    adapter_folder = None if adapter is None else find_folder(adapter, ADAPTER_FILES)
+    backbone_type, backbone_config = backbones.read_backbone_config(backbone)
     shapes = parameter_shapes(backbone_type, backbone_config)
-    if list(base_folder.glob("*.safetensors")):
-        backbones.audit_weights(base_folder, backbone_type, shapes)
-    places = [base_folder] if adapter_folder is None else [adapter_folder, base_folder]
-    tokenizer = backbones.load_tokenizer(places)
+    if any(backbone.glob("*.safetensors")):
+        backbones.audit_weights(backbone, backbone_type, shapes)
+    tokenizer = backbones.load_tokenizer([folder for folder in (adapter_folder, backbone) if folder is not None])
     fields = dict(settings)
     if adapter_folder is not None:
         Adapter(
@@ -161,7 +174,10 @@ def _configure(
     if adapter_folder is not None:  # trained with these words; the zero-shot model's follow its budgets
         config.query_prompt, config.passage_prompt = config.prompt(True), config.prompt(False)
     RetrievalTokenizer(tokenizer, config)  # refuses what could not be encoded later
-    return config, tokenizer
+    origin = None
+    if adapter is not None and adapter_folder is not None and not Path(adapter).expanduser().is_dir():
+        origin = {"repo_id": adapter, "revision": adapter_folder.name}
+    return _Parts(backbone, adapter_folder, origin, config, tokenizer)
 
 
 def _with_recorded(
@@ -170,8 +186,7 @@ def _with_recorded(
     """Return the settings that the adapter was trained with, refusing others."""
     file = adapter_folder / RETRIEVER_FILE
     if not file.is_file():
-        missing = {"num_query_masks", "num_passage_masks", "max_length"} - settings.keys()
-        if missing:
+        if missing := set(SETTINGS) - settings.keys():
             flags = ", ".join("--" + name.replace("_", "-") for name in sorted(missing))
             raise FileNotFoundError(f"{file} is not there, so the adapter's budgets are unknown; pass {flags}.")
         return settings
@@ -182,25 +197,24 @@ def _with_recorded(
     return recorded
 
 
-def _fill(
-    made: Path, config: DiffRetrieverConfig, tokenizer: Any, adapter_folder: Path | None, backbone: Path | None
-) -> None:
+def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
+    """Write all but the card and release.json."""
     for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
         shutil.copyfile(SOURCE / file, made / file)
-    backbones.save_tokenizer(tokenizer, made)
-    write_config(config, made / "config.json")
+    backbones.save_tokenizer(parts.tokenizer, made)
+    write_config(parts.config, made / "config.json")
     for file, text in sentence_transformers_files("dense", backbones.read_json(made / "config.json")).items():
         (made / file).write_text(text, encoding="utf-8")
-    if adapter_folder is not None:
-        (made / "adapter").mkdir()
-        for file in (CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE):
-            if (adapter_folder / file).is_file():
-                shutil.copyfile(adapter_folder / file, made / "adapter" / file)
-    if backbone is not None:
-        (made / BACKBONE_FOLDER).mkdir()
-        for pattern in backbones.BACKBONE_FILES:
-            for source in backbone.glob(pattern):
-                shutil.copyfile(source, made / BACKBONE_FOLDER / source.name)
+    if parts.adapter is not None:
+        _copy_files(parts.adapter, made / "adapter", [CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE])
+    if with_backbone:
+        _copy_files(parts.backbone, made / BACKBONE_FOLDER, backbones.BACKBONE_FILES)
+
+
+def _copy_files(source: Path, folder: Path, patterns: list[str]) -> None:
+    folder.mkdir()
+    for file in (file for pattern in patterns for file in source.glob(pattern)):
+        shutil.copyfile(file, folder / file.name)
 
 
 def _link_code(made: Path, out: Path) -> None:
@@ -210,74 +224,54 @@ def _link_code(made: Path, out: Path) -> None:
         (made / file).symlink_to(os.path.relpath(SOURCE / file, out.resolve()))
 
 
-def _describe(
-    made: Path,
-    config: DiffRetrieverConfig,
-    tokenizer: Any,
-    base_folder: Path,
-    adapter: str | None,
-    adapter_folder: Path | None,
-    linked: bool,
-    recording: Recording,
-) -> None:
+def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> None:
     """Write the card and release.json of a release that is otherwise finished."""
-    name = str(config.release_name)
+    config, name = parts.config, str(parts.config.release_name)
     repo_id = recording.repo_id or name
     weights = made / "adapter" / WEIGHTS_FILE
-    adapter_sha256 = record.hash_file(weights).sha256 if weights.is_file() else None
-    prompt = RetrievalTokenizer(tokenizer, config).layouts[True]
+    adapter_sha256 = hash_file(weights) if weights.is_file() else None
+    prompt = RetrievalTokenizer(parts.tokenizer, config).layouts[True]
     facts = card.CardFacts(
         repo_id,
         recording.known_as,
-        base_folder.name,
-        backbones.read_backbone_config(base_folder)[1].hidden_size,
+        parts.backbone.name,
+        backbones.read_backbone_config(parts.backbone)[1].hidden_size,
         len(prompt.prefix) + len(prompt.suffix),
         backbones.read_json(made / "adapter" / CONFIG_FILE) if adapter_sha256 else None,
         adapter_sha256,
     )
     measured = card.measured_figures(FIGURES, recording.known_as, adapter_sha256) if recording.known_as else None
     (made / record.CARD_FILE).write_text(card.render_card(config, facts, measured), encoding="utf-8")
-    on_hub = adapter_folder is not None and adapter is not None and not Path(adapter).expanduser().is_dir()
     origin = {
         "release": name,
         "repo_id": repo_id,
-        "backbone": _backbone_record(config, base_folder),
-        "adapter": {"repo_id": adapter, "revision": adapter_folder.name} if on_hub and adapter_folder else None,
+        "backbone": _backbone_record(parts),
+        "adapter": parts.origin,
     }
-    found, absent = _encode_fixed_texts(made, config, base_folder, recording)
+    found, absent = _encode_fixed_texts(made, parts, recording)
     record.write_record(record.make_record(made, origin, found, absent, linked), made)
 
 
-def _backbone_record(config: DiffRetrieverConfig, base_folder: Path) -> dict[str, Any]:
+def _backbone_record(parts: _Parts) -> dict[str, Any]:
     """Name the backbone and pin it: by its commit on the Hub, or by the hash of a local one's weights."""
-    weights = {file.name: record.hash_file(file).sha256 for file in base_folder.glob("*.safetensors")}
-    local = config.base_model_revision is None
+    local = parts.config.base_model_revision is None
     return {
-        "name": config.base_model_name_or_path,
-        "revision": config.base_model_revision,
-        "weights_sha256": record.combined_hash(weights) if local and weights else None,
+        "name": parts.config.base_model_name_or_path,
+        "revision": parts.config.base_model_revision,
+        "weights_sha256": record.weights_hash(parts.backbone) if local and parts.has_weights else None,
     }
 
 
-def _encode_fixed_texts(
-    made: Path, config: DiffRetrieverConfig, base_folder: Path, recording: Recording
-) -> tuple[dict[str, Any] | None, str | None]:
+def _encode_fixed_texts(made: Path, parts: _Parts, recording: Recording) -> tuple[dict[str, Any] | None, str | None]:
     """Return the release's fingerprint, or None and why there is none."""
+    config = parts.config
     if recording.when == "never":
         return None, "not asked for (--fingerprint never)"
-    if recording.when == "auto" and not _has_weights(base_folder):
+    if recording.when == "auto" and not parts.has_weights:
         return None, f"the weights of {config.base_model_name_or_path} were not on the machine that built it"
-    options = {} if config.base_model_revision is not None else {"base_model_name_or_path": str(base_folder)}
+    options = {} if config.base_model_revision is not None else {"base_model_name_or_path": str(parts.backbone)}
     model = probe.load(str(made), recording.dtype, recording.device, **options)
     return probe.fingerprint(model, recording.dtype), None
-
-
-def _has_weights(folder: Path) -> bool:
-    index = folder / backbones.INDEX_FILE
-    if index.is_file():
-        shards = set(backbones.read_json(index)["weight_map"].values())
-        return all((folder / shard).is_file() for shard in shards)
-    return (folder / backbones.WEIGHTS_FILE).is_file()
 
 
 def write_config(config: DiffRetrieverConfig, file: Path) -> None:
@@ -332,10 +326,19 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
 
     Returns:
         The config that was written.
+
+    Raises:
+        FileNotFoundError: it is made of parts of the source tree, which is not there.
+        ValueError: not in the table; or as for `build`.
     """
     if release_name not in RELEASES:
         raise ValueError(f"build: {release_name!r} is no known release; known: {', '.join(RELEASES)}.")
     release = RELEASES[release_name]
+    if release.is_local and not (SOURCE / release.base).is_dir():
+        raise FileNotFoundError(
+            f"build: {release_name} is made of {release.base} in DiffRetriever's source tree, which is not installed "
+            "with the package; run publish.py in a checkout, or give --base and --adapter."
+        )
     places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
     settings = {field: getattr(release, field) for field in SETTINGS}
     recording = options.pop("recording", None) or Recording()

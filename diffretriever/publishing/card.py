@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..model.backbone_loading import read_json
 from .hub import is_hub_id
 from .releases import BACKBONE_FOLDER, RELEASES
 
@@ -68,11 +68,7 @@ def measured_figures(file: Path, name: str, adapter_sha256: str | None) -> dict[
     """
     if not file.is_file():
         return None
-    try:
-        figures = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    entry: dict[str, Any] | None = figures.get(name)
+    entry: dict[str, Any] | None = read_json(file).get(name)
     if entry is None:
         return None
     missing = {"adapter_sha256", "source", "hardware", "results"} - entry.keys()

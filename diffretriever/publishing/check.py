@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..model.backbone_loading import read_json
 from . import card, fingerprint, record
 from .hub import is_hub_id
-from .releases import BACKBONE_FOLDER, library_versions
+from .releases import BACKBONE_FOLDER, BRANCHES, library_versions
 from .sentence_transformers import sentence_transformers_files
 
-BRANCHES = ("sparse", "multi-vector")  # beside main, which holds the files for dense vectors
 PROBE = Path(__file__).with_name("probe.py")
 OPTIONAL = ("sentence_transformers",)  # what a card's code may import that need not be installed
 
@@ -41,6 +41,14 @@ class Report:
         self.problems += problems
         if not problems:
             self.passed.append(passed)
+
+    def in_words(self, name: str) -> str:
+        """Return the verdict on a release of this name and what was found, a line each."""
+        verdict = "right, as far as it was checked" if self.unchecked else "right"
+        lines = [f"{name}: {'refused' if self.problems else verdict}"]
+        for what, found in (("ok", self.passed), ("NOT CHECKED", self.unchecked), ("WRONG", self.problems)):
+            lines += [f"  {what}: {sentence}" for sentence in found]
+        return "\n".join(lines)
 
 
 def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Report:
@@ -66,7 +74,7 @@ def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Repor
     report.add(changes, f"{len(made['files'])} files are as they were built")
     if any(name.startswith(("config.json is missing", "README.md is missing")) for name in changes):
         return report
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     text = (folder / record.CARD_FILE).read_text(encoding="utf-8")
     report.add(card.metadata_problems(text, config, (folder / "adapter").is_dir()), "the card's metadata is valid")
     report.add(_backbone_problems(folder, made), "the backbone is the one it was built on")
@@ -103,8 +111,7 @@ def _backbone_problems(folder: Path, made: dict[str, Any]) -> list[str]:
         return []
     if not place.is_dir():
         return [f"its backbone {place} is not there; put it back, or build the release again"]
-    weights = {file.name: record.hash_file(file).sha256 for file in place.glob("*.safetensors")}
-    if record.combined_hash(weights) == wanted:
+    if record.weights_hash(place) == wanted:
         return []
     return [f"the weights in {place} are not those it was built on; build the release again"]
 

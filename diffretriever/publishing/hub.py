@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import re
@@ -13,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .record import FileHash
-
 ATTEMPTS = 5  # of a call that fails in a way that may pass
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
+CHUNK = 1 << 20  # bytes read at a time
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses after which to try again
 Result = TypeVar("Result")
 
@@ -40,6 +40,31 @@ class Passing(HubError):
 
 class Conflict(HubError):
     """The repository was changed by someone else in the meantime."""
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """A file's size in bytes and the two hashes the Hub may know it by: LFS's SHA-256, git's SHA-1 of the blob."""
+
+    size: int
+    sha256: str
+    git_sha1: str
+
+
+def hash_content(content: Path | bytes) -> FileHash:
+    """Hash a file or its content; a file is read once, in pieces.
+
+    >>> hash_content(b"hello").git_sha1  # as `git hash-object` prints it
+    'b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0'
+    """
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+        while piece := stream.read(CHUNK):
+            sha256.update(piece)
+            git.update(piece)
+    return FileHash(size, sha256.hexdigest(), git.hexdigest())
 
 
 @dataclass(frozen=True)

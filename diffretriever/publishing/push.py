@@ -6,20 +6,17 @@ can be run again after any interruption; a commit names its parent, so that nobo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model.backbone_loading import read_json
 from . import card, record
-from .check import BRANCHES
-from .hub import ATTEMPTS, Conflict, HubError, Passing, Refs, RemoteFile, Repository, pause
-from .record import FileHash, hash_bytes, hash_file
+from .hub import ATTEMPTS, Conflict, FileHash, HubError, Passing, Refs, RemoteFile, Repository, hash_content, pause
+from .releases import BRANCHES, MAIN
 from .sentence_transformers import sentence_transformers_files
-
-MAIN = "main"
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Job:
+    """A release to push.
+
+    Args:
+        folder: the release, checked.
+        made: its release.json.
+        target: where it goes.
+    """
+
+    folder: Path
+    made: dict[str, Any]
+    target: Target
+
+
+@dataclass(frozen=True)
 class Item:
     """A file to push: where its content is, and its hashes."""
 
@@ -113,7 +125,7 @@ class Prepared:
     """A push with all its refusals behind it; nothing is written yet."""
 
     repository: Repository
-    target: Target
+    job: Job
     exists: bool
     steps: list[Step]
     pull_request: str | None = None
@@ -125,20 +137,18 @@ def differing(payload: Payload, tree: Mapping[str, RemoteFile]) -> list[str]:
     return sorted([*changed, *(tree.keys() - payload.keys())])
 
 
-def payloads(folder: Path, made: dict[str, Any], target: Target) -> dict[str, Payload]:
+def payloads(job: Job) -> dict[str, Payload]:
     """Return the files of each branch that a push writes, by branch.
 
-    Args:
-        folder: the release, checked.
-        made: its release.json.
-        target: where it goes; its Hub id goes into the card's code, and the card's hash into release.json.
+    The target's Hub id goes into the card's code, and the card's hash into release.json.
     """
+    folder, made, target = job.folder, job.made, job.target
     text = (folder / record.CARD_FILE).read_text(encoding="utf-8")
     readme = card.with_repo_id(text, made["repo_id"], target.repo_id).encode()
-    files = {**made["files"], record.CARD_FILE: hash_bytes(readme).sha256}
+    files = {**made["files"], record.CARD_FILE: hash_content(readme).sha256}
     pushed = {**made, "repo_id": target.repo_id, "files": files}
     main = {
-        name: Item(file, hash_file(file))
+        name: _item(file)
         for name, file in record.release_files(folder).items()
         if name not in (record.CARD_FILE, record.RECORD_FILE)
     }
@@ -146,7 +156,7 @@ def payloads(folder: Path, made: dict[str, Any], target: Target) -> dict[str, Pa
     main[record.RECORD_FILE] = _item(record.record_bytes(pushed))
     found: dict[str, Payload] = {target.revision: main}
     if target.revision == MAIN and not target.create_pr:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         for branch in BRANCHES:
             small = {name: _item(text.encode()) for name, text in sentence_transformers_files(branch, config).items()}
             changed = {**files, **{name: item.hashes.sha256 for name, item in small.items()}}
@@ -155,26 +165,41 @@ def payloads(folder: Path, made: dict[str, Any], target: Target) -> dict[str, Pa
     return found
 
 
-def _item(content: bytes) -> Item:
-    return Item(content, hash_bytes(content))
+def _item(source: Path | bytes) -> Item:
+    return Item(source, hash_content(source))
+
+
+def dry_run(job: Job) -> str:
+    """Return what a push would write, in words: files, sizes, hashes, tags and the card."""
+    target, found = job.target, payloads(job)
+    main = found[target.revision]
+    lines = [f"{target.repo_id}@{target.revision} would hold {len(main)} files:"]
+    lines += [f"  {item.hashes.size:>12,} bytes  {item.hashes.sha256}  {path}" for path, item in main.items()]
+    for branch, payload in found.items():
+        other = [path for path, item in payload.items() if item.hashes != main.get(path, item).hashes]
+        if branch != target.revision:
+            lines.append(f"{target.repo_id}@{branch} would be the same but for {', '.join(other)}")
+    if target.tag is not None:
+        lines.append("tags: " + ", ".join(str(tag_of(target, branch)) for branch in found))
+    source = main[record.CARD_FILE].source
+    assert isinstance(source, bytes)
+    return "\n".join([*lines, "", f"{record.CARD_FILE}:", "", source.decode()])
 
 
 # ------------------------------------------------------------------------------------------------------ the plan
 
 
-def prepare(folder: Path, made: dict[str, Any], target: Target, token: str) -> Prepared:
+def prepare(job: Job, token: str) -> Prepared:
     """Look at the Hub and refuse what must be refused; nothing is written.
 
     Args:
-        folder: the release, checked.
-        made: its release.json.
-        target: where it goes.
+        job: what goes where.
         token: with the right to write.
 
     Raises:
         HubError: no access, or the repository holds other content; the message says what to do.
     """
-    wanted = payloads(folder, made, target)
+    target, wanted = job.target, payloads(job)
     repository = Repository(target.repo_id, token)
     repository.check_token()
     private = repository.is_private()
@@ -184,7 +209,7 @@ def prepare(folder: Path, made: dict[str, Any], target: Target, token: str) -> P
                 f"{target.repo_id} is not there, so there is nothing to propose a change to; leave out --create-pr."
             )
         steps = [Step(branch, payload, None, {}) for branch, payload in wanted.items()]
-        return Prepared(repository, target, False, steps)
+        return Prepared(repository, job, False, steps)
     if target.private and not private:
         raise HubError(f"{target.repo_id} is public. Make it private in its settings first, or leave out --private.")
     refs = repository.refs()
@@ -195,8 +220,8 @@ def prepare(folder: Path, made: dict[str, Any], target: Target, token: str) -> P
     if not target.create_pr:
         _refuse_other_content(target, steps, refs.branches.get(MAIN))
         _refuse_other_tags(repository, target, refs, steps)
-        return Prepared(repository, target, True, steps)
-    return Prepared(repository, target, True, steps, _same_pull_request(repository, refs, steps[0]))
+        return Prepared(repository, job, True, steps)
+    return Prepared(repository, job, True, steps, _same_pull_request(repository, refs, steps[0]))
 
 
 def _refuse_other_content(target: Target, steps: list[Step], main_head: str | None) -> None:
@@ -251,12 +276,11 @@ def _some(paths: list[str]) -> str:
 # ----------------------------------------------------------------------------------------------------- the writes
 
 
-def execute(prepared: Prepared, name: str) -> list[str]:
+def execute(prepared: Prepared) -> list[str]:
     """Write what was prepared.
 
     Args:
         prepared: of `prepare`.
-        name: the release's, for the commit message.
 
     Returns:
         What was done, a sentence each.
@@ -264,9 +288,9 @@ def execute(prepared: Prepared, name: str) -> list[str]:
     Raises:
         HubError: a write failed; what is there is whole, and the same command goes on from there.
     """
-    repository, target = prepared.repository, prepared.target
+    repository, target, name = prepared.repository, prepared.job.target, prepared.job.made["release"]
     if target.create_pr:
-        return [_propose(prepared, name)]
+        return [_propose(prepared)]
     if not prepared.exists:
         repository.create(target.private)
     done: list[str] = []
@@ -366,16 +390,16 @@ def _set_tag(repository: Repository, target: Target, tag: str, commit: str, payl
     return f"{target.repo_id}: the tag {tag} names commit {tags[tag][:12]}"
 
 
-def _propose(prepared: Prepared, name: str) -> str:
+def _propose(prepared: Prepared) -> str:
     """Open a pull request, once."""
     repository, step = prepared.repository, prepared.steps[0]
     if not step.differing():
         return f"{repository.repo_id}@main holds this release already; no pull request is needed"
-    ref = prepared.pull_request
+    message, ref = f"Publish {prepared.job.made['release']}", prepared.pull_request
     if ref is not None:
         return f"{repository.repo_id}: {ref} holds this release already; reopen it if it was closed"
     try:
-        _, ref = repository.commit(_operations(step), f"Publish {name}", MAIN, step.head, create_pr=True)
+        _, ref = repository.commit(_operations(step), message, MAIN, step.head, create_pr=True)
     except Passing:
         ref = _same_pull_request(repository, repository.refs(), step)  # the answer may have been lost
         if ref is None:

@@ -6,46 +6,16 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.hashes import hash_file
+from ..model.backbone_loading import read_json
 from .releases import library_versions
 
 RECORD_FILE = "release.json"
 CARD_FILE = "README.md"
 FORMAT = 1
-CHUNK = 1 << 20  # bytes read at a time
-
-
-@dataclass(frozen=True)
-class FileHash:
-    """A file's size in bytes and the two hashes the Hub may know it by: LFS's SHA-256, git's SHA-1 of the blob."""
-
-    size: int
-    sha256: str
-    git_sha1: str
-
-
-def hash_file(file: Path) -> FileHash:
-    """Hash a file; it is read once, in pieces."""
-    size = file.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
-    with file.open("rb") as stream:
-        while piece := stream.read(CHUNK):
-            sha256.update(piece)
-            git.update(piece)
-    return FileHash(size, sha256.hexdigest(), git.hexdigest())
-
-
-def hash_bytes(content: bytes) -> FileHash:
-    """Hash a file's content.
-
-    >>> hash_bytes(b"hello").git_sha1  # as `git hash-object` prints it
-    'b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0'
-    """
-    git = hashlib.sha1(b"blob %d\0" % len(content) + content)
-    return FileHash(len(content), hashlib.sha256(content).hexdigest(), git.hexdigest())
 
 
 def release_files(folder: Path) -> dict[str, Path]:
@@ -65,6 +35,11 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def weights_hash(folder: Path) -> str:
+    """Return one SHA-256 for a backbone's weights."""
+    return combined_hash({file.name: hash_file(file) for file in folder.glob("*.safetensors")})
+
+
 def make_record(
     folder: Path, origin: dict[str, Any], fingerprint: dict[str, Any] | None, absent: str | None, linked: bool
 ) -> dict[str, Any]:
@@ -80,8 +55,7 @@ def make_record(
     Returns:
         What release.json holds.
     """
-    files = {name: hash_file(file) for name, file in release_files(folder).items() if name != RECORD_FILE}
-    sha256 = {name: found.sha256 for name, found in files.items()}
+    sha256 = {name: hash_file(file) for name, file in release_files(folder).items() if name != RECORD_FILE}
     code = {name: value for name, value in sha256.items() if name.endswith(".py")}
     adapter = {name: value for name, value in sha256.items() if name.startswith("adapter/")}
     return {
@@ -120,13 +94,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} holds no {RECORD_FILE}, so it is no release of publish.py, or an old one; build it again."
         )
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); build the release again.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        written = record.get("format") if isinstance(record, dict) else None
-        raise ValueError(f"{file} has format {written!r}, this publish.py reads format {FORMAT}; build it again.")
+    record = read_json(file)
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} has format {record.get('format')!r}, this publish.py reads format {FORMAT}; build it again."
+        )
     missing = {"release", "repo_id", "backbone", "files", "libraries", "fingerprint"} - record.keys()
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; build the release again.")
@@ -152,6 +124,6 @@ def changes_since(record: dict[str, Any], folder: Path) -> list[str]:
             continue
         if name not in recorded:
             found.append(f"{name} was added since it was built; remove it, or build the release again")
-        elif hash_file(file).sha256 != recorded[name]:
+        elif hash_file(file) != recorded[name]:
             found.append(f"{name} was changed since it was built; build the release again")
     return found

@@ -19,10 +19,6 @@ CODE_FILES = (
     "tokenization_helpers.py",
 )
 SENTENCE_TRANSFORMERS_FILE = "st_diffretriever.py"
-AUTO_MAP = {
-    "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
-    "AutoModel": "modeling_diffretriever.DiffRetriever",
-}
 # The ranges of pyproject.toml: a release built or checked with other versions would say nothing about them.
 LIBRARIES = {
     "torch": ">=2.6",
@@ -31,6 +27,7 @@ LIBRARIES = {
     "safetensors": ">=0.5",
     "huggingface_hub": ">=0.34",
 }
+MAIN, BRANCHES = "main", ("sparse", "multi-vector")  # of a repository; main has the files for dense vectors
 BACKBONE_FOLDER = "backbone"  # where a release that brings its own backbone keeps it
 
 
