@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from hardware import describe  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
@@ -204,10 +204,9 @@ def report(
     needed = needed_flops(model, texts)
     share = statistics.median(needed / took / peak for took, peak in zip(times["ours"], peaks, strict=True))
     speed = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
-    where = torch.cuda.get_device_name() if device != "cpu" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     count = sum(weight.numel() for weight in model.parameters())
     shape = "{} layers, MLP of {}".format(*SHAPES[options.shape])
-    print(f"{where}; torch {torch.__version__}; {shape}; {count / 1e6:.1f}M parameters, {dtype}")
+    print(f"{describe(device)}; {shape}; {count / 1e6:.1f}M parameters, {dtype}")
     print(f"{len(texts)} passages, {tokens} tokens (mean {tokens / len(texts):.0f}); {options.rounds} rounds, medians")
     print(f"largest difference of the dense vectors: {difference:.1e}")
     memory = {}
@@ -223,13 +222,6 @@ def report(
     print(f"ours / plain: {speed:.2f} x the speed, {size:.2f} x the memory")
     rate = statistics.median(peaks) / 1e9
     print(f"matmul peak {rate:.0f} GFLOP/s (2048 x 2048, same rounds); the needed arithmetic runs at {share:.0%} of it")
-
-
-def cpu_name() -> str:
-    """Return the CPU's name."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

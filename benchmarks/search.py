@@ -10,7 +10,6 @@ the time of the whole search, ranking included, next to a matrix product of the 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hardware import describe
 
 from diffretriever.data.corpus import read_qrels
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
@@ -42,18 +42,6 @@ def seconds(work: Callable[[], Any], repeats: int, clock: str = "wall") -> float
         work()
         times.append(CLOCKS[clock]() - start)
     return statistics.median(times)
-
-
-def hardware(device: str) -> str:
-    """Return one line on what this runs on."""
-    chip = torch.cuda.get_device_name() if device != "cpu" else _processor()
-    return f"{chip}; {torch.get_num_threads()} thread(s); torch {torch.__version__}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def synthetic(count: int, masks: int, options: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
@@ -141,7 +129,7 @@ def recall(exact: Results, found: Results) -> float:
 
 def speed(options: argparse.Namespace) -> None:
     """Run `speed`."""
-    print(f"{hardware(options.device)}; {options.clock} time")
+    print(f"{describe(options.device)}; {options.clock} time")
     print(f"H {options.width}, K_q {options.query_masks}, K_p {options.passage_masks}, {options.terms} terms a text")
     queries = synthetic(max([1, *options.batches]), options.query_masks, options, seed=1)
     for value in (queries["sparse_values"], queries["sparse_indices"]):
@@ -158,7 +146,7 @@ def speed(options: argparse.Namespace) -> None:
 
 def quality(options: argparse.Namespace) -> None:
     """Run `quality`."""
-    print(hardware("cpu"))
+    print(describe("cpu"))
     store, queries, qrels = open_store(options.store), open_store(options.queries), read_qrels(options.qrels)
     judged = [row for row, name in enumerate(queries.ids()) if name in qrels][: options.limit]
     names = [queries.ids()[row] for row in judged]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hardware import describe
 
 from diffretriever.search.searcher import Searcher
 from diffretriever.store.store import ShardContents, Store, write_store
@@ -79,16 +79,6 @@ def measure(query_masks: int, passage_masks: int, passages: int, options: argpar
     return point | {"bytes": size, "bytes_per_passage": size / passages, "latency_ms": milliseconds}
 
 
-def hardware(options: argparse.Namespace) -> str:
-    """Name the hardware."""
-    if options.device != "cpu":
-        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} thread(s); torch {torch.__version__}"
-
-
 def report(content: Mapping[str, Any]) -> None:
     """Print the table."""
     print(content["hardware"])
@@ -121,7 +111,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     points = [measure(*masks, size, options) for masks in SYSTEMS for size in options.sizes]
-    content = {"hardware": hardware(options), "dtype": options.dtype, "hidden_size": options.hidden_size}
+    content = {"hardware": describe(options.device), "dtype": options.dtype, "hidden_size": options.hidden_size}
     content |= {"terms": options.terms, "points": points}
     report(content)
     if options.json:

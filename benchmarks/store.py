@@ -11,7 +11,6 @@ compares each dtype's MaxSim ranking with float32's.
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 import statistics
 import sys
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from hardware import describe  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
 from diffretriever.data.corpus import read_corpus, read_qrels  # noqa: E402
@@ -54,8 +54,7 @@ def main() -> None:
         measurement.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True).to(options.device)
-    where = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or platform.machine()
-    print(f"{where}, {torch.get_num_threads()} thread(s); torch {torch.__version__}; {options.model}, {model.dtype}")
+    print(f"{describe(options.device)}; {options.model}, {model.dtype}")
     options.run(model, options)
 
 

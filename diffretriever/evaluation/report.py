@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.lines import read_object
 from .comparisons import LEVEL, Comparison
 from .metrics import PerQuery, means
 
@@ -120,16 +120,13 @@ def read_per_query(path: str | Path) -> dict[str, PerQuery]:
         FileNotFoundError: no such file.
         ValueError: not such a file.
     """
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    rows = read_object(path)
     if not _is_per_query(rows):
         raise ValueError(
             f"{path}: expected {{mode: {{metric: {{query id: number}}}}}}, as `diffretriever evaluate --per-query` "
             "writes."
         )
-    return dict(rows)
+    return rows
 
 
 def _is_per_query(rows: Any, depth: int = 3) -> bool:

@@ -169,16 +169,31 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parse_object(line, f"{path}, line {number}")
 
 
-def parse_object(line: str, where: str) -> dict[str, Any]:
-    """Return the JSON object that a line holds.
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no JSON object in UTF-8.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    return parse_object(text, str(path))
+
+
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """Return the JSON object that a line or file holds.
 
     Raises:
         ValueError: it holds none; the message begins with `where`, which names file and line.
     """
     try:
-        record = json.loads(line)
+        record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno}).") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}).") from error
     except RecursionError as error:
         raise ValueError(f"{where}: not valid JSON (nested too deeply).") from error
     if not isinstance(record, dict):

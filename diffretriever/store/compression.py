@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..files.durable import TEMPORARY, write_whole
+from ..files.lines import read_object
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry, settings_of
 from .shard_file import DamagedShardError, ShardFile, write_shard
 from .store import Shard, Store, check_entry, entry_of, refuse_damaged
@@ -139,12 +140,12 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a compressed store's manifest; None where the folder is for `Store.open` to judge."""
     file = folder / MANIFEST_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        content = read_object(file)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         if (folder / CODEBOOK_FILE).is_file() and not file.exists():
             raise ValueError(f"{folder}: not finished; run the same `diffretriever compress` command again.") from None
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+    return content if content.get("format") == FORMAT else None
 
 
 def _identity(store: Store) -> str:

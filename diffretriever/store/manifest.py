@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files.durable import write_whole
 from ..files.hashes import hash_json
+from ..files.lines import read_object
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "diffretriever store 1"
@@ -155,11 +156,8 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not JSON, of another format, or altered.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); the file is damaged.") from error
-    found = content.get("format") if isinstance(content, dict) else None
+    content = read_object(file)
+    found = content.get("format")
     if found != FORMAT:
         raise ValueError(f"{file}: the format is {found!r}; this version reads {FORMAT!r}.")
     own = {name: value for name, value in content.items() if name not in ("format", "sha256")}

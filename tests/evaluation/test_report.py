@@ -113,10 +113,19 @@ def test_json_reads_back(tmp_path: Path) -> None:
     assert read_per_query(tmp_path / "values.json") == ROWS
 
 
-@pytest.mark.parametrize(
-    "content", [[], {}, {"m": {}}, {"m": {"AP": {}}}, {"m": {"AP": {"q": "x"}}}, {"m": {"AP": 0.1}}]
-)
+@pytest.mark.parametrize("content", [{}, {"m": {}}, {"m": {"AP": {}}}, {"m": {"AP": {"q": "x"}}}, {"m": {"AP": 0.1}}])
 def test_a_file_that_is_no_per_query_file_is_refused(tmp_path: Path, content: object) -> None:
     (tmp_path / "values.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"values\.json: expected \{mode: \{metric: \{query id: number\}\}\}"):
         read_per_query(tmp_path / "values.json")
+
+
+def test_a_file_without_an_object_is_refused(tmp_path: Path) -> None:
+    for text, words in (
+        ("[]", "expected a JSON object, got list"),
+        ('{\n"m":', "line 2, column 5"),
+        ("é", "not valid JSON"),
+    ):
+        (tmp_path / "values.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=rf"values\.json: .*{words}"):
+            read_per_query(tmp_path / "values.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -47,6 +48,17 @@ def test_the_model_cards_example(load_release: Callable[..., Any]) -> None:
     scores = qv @ pv.T
     assert scores.shape == (1, 2)
     assert torch.allclose(scores, model.score(q, p, mode="single_dense"), atol=1e-6)
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+def test_the_imports_that_a_page_shows(page: str) -> None:
+    """Written out in an example, or named in a sentence."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for module, names in re.findall(r"^from (diffretriever[\w.]*) import (.+)$", text, re.MULTILINE):
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.strip()), f"{page}: {module}.{name}"
+    for module, name in re.findall(r"`(diffretriever(?:\.[a-z_]+)+)\.([A-Z]\w*)", text):
+        assert hasattr(importlib.import_module(module), name), f"{page}: {module}.{name}"
 
 
 def test_quickstart_ranks_sensibly() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .style import new_figure, read_object
+from ...files.lines import read_object
+from .style import new_figure
 
 Grid = dict[tuple[int, int], float]
 PAIR = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*")

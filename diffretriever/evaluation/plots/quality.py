@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files.lines import read_object
 from ..comparisons import BM25_ROW
 from ..report import LATENCY
-from .style import COLOURS, MARKERS, new_figure, plain_axes, read_object
+from .style import COLOURS, MARKERS, new_figure, plain_axes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .style import COLOURS, MARKERS, new_figure, plain_axes, read_object
+from ...files.lines import read_object
+from .style import COLOURS, MARKERS, new_figure, plain_axes
 
 NUMBERS = ("passages", "bytes", "latency_ms")
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
