@@ -53,12 +53,22 @@ class DiffEmbed(Baseline):
             states = self.backbone.hidden_states(input_ids, mask)  # [B, L, H]
         else:
             states = final_states(self.backbone, input_ids, mask)
-        weights = mask.to(states.device)[..., None].float()  # [B, L, 1]
-        mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)  # [B, H]
-        return BaselineOutput(states=mean[:, None])
+        return BaselineOutput(states=mean_states(states, mask))
 
     def _save_backbone(self, folder: Path) -> None:
         if hasattr(self.backbone, "hidden_states"):
             self.backbone.save_pretrained(folder)
         else:
             super()._save_backbone(folder)
+
+
+def mean_states(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each text's states, float32 [B, 1, H], with gradient.
+
+    Args:
+        states: [B, L, H].
+        mask: [B, L], 1 for real tokens.
+    """
+    weights = mask.to(states.device)[..., None].float()  # [B, L, 1]
+    mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)  # [B, H]
+    return mean[:, None]

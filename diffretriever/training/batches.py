@@ -13,7 +13,7 @@ from ..data.pair_files import PairFiles, TrainingItem
 from ..data.texts import text_key
 from ..files.hashes import hash64
 from .adapter_recipe import AdapterRecipe
-from .mean_pooling import bare_sequence
+from .mean_pooling import as_diffembed
 
 CACHED_TEXTS = 200_000  # about 1.5 KB each
 Prepared = tuple["array[int]", "array[int]", bool]  # sequence, content word ids, whether the text was cut
@@ -35,7 +35,7 @@ class SampledItems(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Draws item (epoch, number)."""
+        """Draw item (epoch, number)."""
         epoch, number = key
         item = self.files[number]
         rng = random.Random(f"{self.seed}-{epoch}-{number}")
@@ -53,11 +53,12 @@ class PreparedTexts:
     """
 
     def __init__(self, model: Any, pooling: str) -> None:
-        self.model, self.pooling = model, pooling
+        self.pooling = pooling
+        self._rules = model.texts if pooling == "masks" else as_diffembed(model).texts
         self._kept: dict[tuple[bool, str], Prepared] = {}
 
     def __call__(self, texts: Sequence[str], is_query: bool) -> list[Prepared]:
-        """Returns (sequence, content word ids, whether the text was cut) of each text."""
+        """Return (sequence, content word ids, whether the text was cut) of each text."""
         missing = [text for text in dict.fromkeys(texts) if (is_query, text) not in self._kept]
         if missing:
             if len(self._kept) + len(missing) > CACHED_TEXTS:
@@ -68,14 +69,8 @@ class PreparedTexts:
         return [self._kept[is_query, text] for text in texts]
 
     def _prepare(self, texts: list[str], is_query: bool) -> list[Prepared]:
-        prepared = self.model.texts.prepare(texts, is_query, content_filter=self.pooling == "masks")
-        sequences = [text.sequence for text in prepared]
-        if self.pooling == "mean":
-            sequences = [bare_sequence(self.model, text) for text in prepared]
-        return [
-            (array("i", sequence), array("i", text.content or []), text.cut)
-            for sequence, text in zip(sequences, prepared, strict=True)
-        ]
+        prepared = self._rules.prepare(texts, is_query, content_filter=self.pooling == "masks")
+        return [(array("i", text.sequence), array("i", text.content or []), text.cut) for text in prepared]
 
 
 class Collator:
@@ -91,7 +86,7 @@ class Collator:
         self.prepared = PreparedTexts(model, recipe.pooling)
 
     def __call__(self, drawn: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Turns Q items into tensors.
+        """Turn Q items into tensors.
 
         Returns:
             "query" and "passage": {"chunks": [{"ids", "mask": int64 [b, L], "positions": [b, K]}], "order": [N]};
@@ -120,7 +115,7 @@ class Collator:
         return batch
 
     def chunked(self, sequences: Sequence[Sequence[int]], is_query: bool) -> dict[str, Any]:
-        """Cuts one side into chunks of similar length, each padded for itself."""
+        """Cut one side into chunks of similar length, each padded for itself."""
         size = self.recipe.grad_cache_chunk or len(sequences)
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         chunks = [self._pad([sequences[row] for row in order[start : start + size]], is_query)
@@ -141,7 +136,7 @@ def hashes_of(texts: Sequence[str]) -> list[int]:
 
 
 def padded_ids(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Lists of ids as one tensor, padded with -1: int64 [N, longest, at least 1].
+    """Return lists of ids as one tensor, padded with -1: int64 [N, longest, at least 1].
 
     >>> padded_ids([[3, 5], []]).tolist()
     [[3, 5], [-1, -1]]

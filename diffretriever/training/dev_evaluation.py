@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback
@@ -10,7 +9,7 @@ from transformers import TrainerCallback
 from ..evaluation.small_task import SmallTask
 from .adapter_recipe import AdapterRecipe
 from .candidates import world
-from .mean_pooling import MEAN_NAMES, encode_mean
+from .mean_pooling import MEAN_NAMES, as_diffembed
 
 
 class DevEvaluation(TrainerCallback):
@@ -33,7 +32,7 @@ class DevEvaluation(TrainerCallback):
             model = self.trainer.accelerator.unwrap_model(self.trainer.model).retriever
             model.eval()
             if self.recipe.pooling == "mean":
-                figures = self.task.evaluate(partial(encode_mean, model), MEAN_NAMES)
+                figures = self.task.evaluate(as_diffembed(model).encode_texts, MEAN_NAMES)
             else:
                 figures = self.task.evaluate(model.encode_texts)
             self.trainer.log({f"dev_{name}_ndcg@10": round(value, 4) for name, value in figures.items()})

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.runs import write_run
 from ..evaluation.small_task import SmallTask
-from .mean_pooling import MEAN_NAMES, encode_mean
+from .mean_pooling import MEAN_NAMES, as_diffembed
 from .run_record import RUN_FILE
 
 
@@ -23,9 +23,9 @@ def evaluate_mean_pooling(model: Any, task: SmallTask, run_file: Path | None = N
     Returns:
         {"ndcg@10", "queries", "passages", "max_length"}
     """
-    searcher = task.searcher(encode_mean(model, list(task.passages.values()), False))
-    queries = list(task.benchmark.queries.values())
-    runs = task.runs(searcher, encode_mean(model, queries, True), MEAN_NAMES)
+    encoder, queries = as_diffembed(model), list(task.benchmark.queries.values())
+    searcher = task.searcher(encoder.encode_texts(list(task.passages.values()), False))
+    runs = task.runs(searcher, encoder.encode_texts(queries, True), MEAN_NAMES)
     if run_file is not None:
         write_run(run_file, runs["dense"], "mean-pooling")
     sizes = {"queries": len(queries), "passages": len(task.passages)}

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..baselines.diffembed import mean_states
 from ..model.scoring import multi_dense
 from ..model.sparse_head import lexical_weights, logits_at
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
 from .lora import lora_parameters
-from .mean_pooling import mean_states
 
 # Mask states [B, K, H] and vocabulary entries [C] -> logits [B, K, C].
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -193,7 +193,7 @@ class ContrastiveModel(nn.Module):
 
     def _states(self, chunk: dict[str, torch.Tensor], is_query: bool) -> torch.Tensor:
         if self.recipe.pooling == "mean":
-            return mean_states(self.retriever, chunk["ids"], chunk["mask"])
+            return mean_states(self.retriever.hidden_states(chunk["ids"], chunk["mask"]), chunk["mask"])
         hidden: torch.Tensor = self.retriever(
             chunk["ids"], chunk["mask"], is_query=is_query, mask_positions=chunk["positions"]
         ).mask_hidden

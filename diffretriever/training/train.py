@@ -53,7 +53,7 @@ def train_adapter(
     dev: Path | None = None,
     base: str | None = None,
 ) -> Path:
-    """Trains one adapter; called again after an interruption, it goes on from its last checkpoint.
+    """Train one adapter; called again after an interruption, it goes on from its last checkpoint.
 
     Run by several processes at once (`accelerate launch`), it spreads each batch over them.
 
@@ -103,7 +103,7 @@ def train_adapter(
 
 
 def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
-    """Compares recipe, data and environment.
+    """Compare recipe, data and environment.
 
     Raises:
         ValueError: too few items, a batch that does not divide, several GPUs for one process, or negatives that no
@@ -128,7 +128,7 @@ def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
 
 
 def base_name(release: str) -> str:
-    """The backbone that a zero-shot release names.
+    """Return the backbone that a zero-shot release names.
 
     Raises:
         ValueError: the release has an adapter already.
@@ -144,7 +144,7 @@ def base_name(release: str) -> str:
 
 
 def load_retriever(recipe: AdapterRecipe, release: str) -> Any:
-    """Loads a release with the recipe's budgets, as any user does."""
+    """Load a release with the recipe's budgets, as any user does."""
     model: Any = AutoModel.from_pretrained(
         release,
         trust_remote_code=True,
@@ -157,7 +157,7 @@ def load_retriever(recipe: AdapterRecipe, release: str) -> Any:
 
 
 def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:
-    """Freezes the release and adds LoRA, to LLaDA's head, too, as the released adapters have it."""
+    """Freeze the release and add LoRA, to LLaDA's head, too, as the released adapters have it."""
     torch.manual_seed(recipe.seed)
     head = retriever.config.backbone_type == "llada" and recipe.pooling == "masks"
     add_lora(retriever, recipe.rank, recipe.alpha, recipe.dropout, head)
@@ -167,13 +167,13 @@ def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:
 
 
 def checkpoint_layers(retriever: Any) -> None:
-    """Turns on transformers' gradient checkpointing, which has another name in 5.x."""
+    """Turn on transformers' gradient checkpointing, which has another name in 5.x."""
     newer = getattr(retriever, "activation_checkpointing_enable", None)
     (newer or retriever.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def run(trainer: RetrievalTrainer, state: Path) -> None:
-    """Trains from the last checkpoint, if there is one, to the end.
+    """Train from the last checkpoint, if there is one, to the end.
 
     Raises:
         Interrupted: by SIGTERM or SIGINT.
@@ -197,7 +197,7 @@ def run(trainer: RetrievalTrainer, state: Path) -> None:
 
 
 def describe(files: PairFiles, recipe: AdapterRecipe) -> str:
-    """One line on data and steps."""
+    """Return one line on data and steps."""
     report, steps = files.report, recipe.total_steps(len(files))
     fewer = ""
     if recipe.hard_negatives and report.fewest_negatives < recipe.hard_negatives:
@@ -209,7 +209,7 @@ def describe(files: PairFiles, recipe: AdapterRecipe) -> str:
 
 
 def measure_texts(files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRecipe) -> list[str]:
-    """Measures an even sample of the texts.
+    """Measure an even sample of the texts.
 
     Args:
         files: the data.
@@ -242,11 +242,11 @@ def measure_texts(files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRe
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Return whether this process speaks and writes for all."""
     return int(os.environ.get("RANK", "0")) == 0 and world()[0] == 0
 
 
 def say(*lines: str) -> None:
-    """Prints lines, once for all processes."""
+    """Print lines, once for all processes."""
     if is_main():
         print(*lines, sep="\n", flush=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from diffretriever.baselines import load_baseline
-from diffretriever.training.mean_pooling import encode_mean
+from diffretriever.training.mean_pooling import as_diffembed
 
 DIFFUSION = ("tiny-llada", "tiny-dream")
 PLAIN = [text for text in TEXTS if text and "<|" not in text]
@@ -72,7 +72,7 @@ def test_the_trainers_mean_pooling_is_this_with_end_of_text(
         build_release(name), trust_remote_code=True, torch_dtype=torch.float32, max_length=512
     )
     texts = [text for text in TEXTS if len(text) < 200]  # each cuts long texts in its own way
-    expected = encode_mean(release, texts, is_query=False)["repr_hidden"]
+    expected = as_diffembed(release).encode_texts(texts, is_query=False)["repr_hidden"]
     assert torch.allclose(model.encode_texts(texts, False).repr_hidden, expected, rtol=0, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_an_adapter_in_the_backbones_own_names(build_release: Any, tmp_path: Pat
     release = AutoModel.from_pretrained(
         build_release(name, f"{kind}-q4p4"), trust_remote_code=True, torch_dtype=torch.float32, max_length=512
     )
-    expected = encode_mean(release, PLAIN[:6], is_query=False)["repr_hidden"]
+    expected = as_diffembed(release).encode_texts(PLAIN[:6], is_query=False)["repr_hidden"]
     assert torch.allclose(model.encode_texts(PLAIN[:6], False).repr_hidden, expected, rtol=0, atol=1e-5)
 
 

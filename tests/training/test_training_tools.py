@@ -23,7 +23,7 @@ from diffretriever.publishing import build as building
 from diffretriever.search.modes import MODES
 from diffretriever.training.budget import sweep, training_task
 from diffretriever.training.hard_negatives import Draws, passages_of, rank_by_bm25, rank_by_release
-from diffretriever.training.mean_pooling import encode_mean
+from diffretriever.training.mean_pooling import as_diffembed
 
 PARITY = Path(__file__).parents[1] / "parity"
 TEXTS = ["river mountain engine", "kernel window " * 40, "", "garden"]
@@ -251,7 +251,7 @@ def test_budget_errors(build_release: Callable[..., Path], tmp_path: Path, capsy
 @torch.no_grad()
 def test_mean_vectors_against_a_loop(load_release: Callable[..., Any]) -> None:
     model = load_release("tiny-dream")
-    found = encode_mean(model, TEXTS, is_query=False, batch_size=3)["repr_hidden"]
+    found = as_diffembed(model).encode_texts(TEXTS, is_query=False, batch_size=3)["repr_hidden"]
     assert found.shape == (4, 1, model.config.hidden_size)
     room = model.config.max_length - sum(len(part) for part in (
         model.texts.layouts[False].prefix, model.texts.layouts[False].suffix))  # fmt: skip
@@ -295,7 +295,7 @@ def test_a_masked_adapter_is_no_baseline(
     release = str(build_release("tiny-llada"))
     command = ["evaluate-mean-pooling", "--model", release, "--data", "y", "--adapter", str(tmp_path)]
     assert main(command) == 2
-    assert "run.json: no such file; expected the output folder of `diffretriever train`" in capsys.readouterr().err
+    assert "run.json is not there; expected the output folder of `diffretriever train`" in capsys.readouterr().err
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"pooling": "masks"}}))
     assert main(command) == 2
     assert "was trained with pooling: masks; build a release of it with publish.py instead" in capsys.readouterr().err
