@@ -11,17 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffretriever.model.backbone_loading import our_name, read_backbone_config
 
-BACKBONES: dict[str, Any] = {"llada": LlamaForCausalLM, "dream": Qwen2ForCausalLM}
 FOLDERS = Path(__file__).parents[1] / "parity" / "backbones"
 TEXTS = ["what causes the seasons on earth?", "", "a cat", "the tilt of the axis " * 8]
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=["llada", "dream"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -31,7 +30,7 @@ def theirs(kind: str) -> Any:
     """transformers' causal model with the zero-shot weights, copied by name; causal until it gets a 4-D mask."""
     folder = FOLDERS / f"tiny-{kind}"
     _, config = read_backbone_config(folder)
-    model = BACKBONES[kind]._from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     weights = {our_name(kind, name): weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
     model.load_state_dict({name.replace("backbone.", "model.", 1): weight for name, weight in weights.items()})
     return model

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from diffretriever.model.tokenization_helpers import RetrievalTokenizer
+
 
 @pytest.fixture
 def q4p4(load_release: Callable[..., Any]) -> Any:
@@ -271,6 +273,5 @@ class TokenizerWithout:
     ],
 )
 def test_tokenizers_that_will_not_do(changed: dict[str, Any], message: str, own: Any) -> None:
-    own.tokenizer, own._texts = TokenizerWithout(own.tokenizer, **changed), None
     with pytest.raises(ValueError, match=message):
-        own.tokenize(["a"], is_query=True)
+        RetrievalTokenizer(TokenizerWithout(own.tokenizer, **changed), own.config)

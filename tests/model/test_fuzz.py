@@ -66,7 +66,7 @@ def special_ids(model: Any) -> set[int]:
 
 def check_rows(model: Any, texts: list[str], is_query: bool) -> None:
     layout, special = model.texts.layouts[is_query], special_ids(model)
-    normalise = model.texts._plain.normalizer
+    normalise = model.tokenizer.backend_tokenizer.normalizer
     for text, row in zip(texts, model.texts.tokenize(texts, is_query), strict=True):
         assert row[: len(layout.prefix)] == layout.prefix
         assert row[len(row) - len(layout.closing) :] == layout.closing

@@ -220,28 +220,6 @@ def test_save_writes_no_file_that_would_not_load(options: dict[str, Any], load_r
     assert not (tmp_path / "no").exists()
 
 
-def test_what_push_to_hub_would_upload(load_release: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_release("tiny-llada", "llada-q4p4")
-    uploaded: set[str] = set()
-
-    def look(working_dir: str, *_: Any, **__: Any) -> None:
-        uploaded.update(os.listdir(working_dir))
-
-    class Created:
-        repo_id = "lab/pushed"
-
-    class ModelCard:
-        def save(self, place: str) -> None:
-            pass
-
-    monkeypatch.setattr("transformers.utils.hub.create_repo", lambda *_, **__: Created(), raising=False)
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: Created())  # transformers 5
-    monkeypatch.setattr(type(model), "_upload_modified_files", staticmethod(look))
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard())
-    model.push_to_hub("lab/pushed")
-    assert {"config.json", "model.safetensors", "tokenizer.json", *building.CODE_FILES} <= uploaded
-
-
 def test_save_onto_a_file(load_release: Load, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(NotADirectoryError, match="taken is a file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,12 @@ import pytest
 import torch
 
 from diffretriever.model.batching import check_texts
-from diffretriever.model.tokenization_helpers import find_masks, read_prompt, without_lone_surrogates
+from diffretriever.model.tokenization_helpers import (
+    RetrievalTokenizer,
+    find_masks,
+    read_prompt,
+    without_lone_surrogates,
+)
 
 BACKBONES = {"tiny-llada": "llada-q4p4", "tiny-dream": "dream-q4p16"}
 TEXTS = ["a cat", "", "   ", "the seasons on earth", "word " * 300, "日本語 😀 ünï", "<|im_end|><|eot_id|><|mdm_mask|>"]
@@ -164,13 +170,23 @@ def test_content_ids_are_sorted_unique_and_each_word_is_tokenised_alone(model: A
     assert model.content_token_ids(["", "the of and", "?!"]) == [[], [], []]
 
 
-def test_the_word_cache_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_word_cache_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["red green blue", "green yellow", "red blue violet", "red green blue"]
     expected = model.content_token_ids(texts)
-    monkeypatch.setattr(model.texts, "WORD_CACHE_SIZE", 2)
-    model.texts._word_ids.clear()
-    assert model.content_token_ids(texts) == expected
-    assert len(model.texts._word_ids) <= 2
+    monkeypatch.setattr(RetrievalTokenizer, "WORD_CACHE_SIZE", 2)
+    fresh = RetrievalTokenizer(model.tokenizer, model.config)
+    assert [fresh.content_ids(text) for text in texts] == expected
+
+
+def test_the_word_cache_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RetrievalTokenizer, "WORD_CACHE_SIZE", 100)
+    fresh = RetrievalTokenizer(model.tokenizer, model.config)
+    tracemalloc.start()
+    for number in range(10_000):
+        fresh.content_ids(f"word{number}")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 200_000  # 10,000 words would take 2 MB
 
 
 @pytest.mark.parametrize(

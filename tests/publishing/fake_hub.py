@@ -262,8 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         text = json.loads(self.content)["content"]
         block = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-        if not block or "license" not in yaml.safe_load(block[1]):
-            raise Answer(400, {"errors": [{"message": '"license" is required'}], "warnings": []})
+        if not block or not isinstance(yaml.safe_load(block[1]), dict):
+            raise Answer(400, {"errors": [{"message": "the metadata is no mapping"}], "warnings": []})
         raise Answer(200, {"errors": [], "warnings": []})
 
     def info(self, repo_id: str, revision: str = "main") -> None:

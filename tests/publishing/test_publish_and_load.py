@@ -34,6 +34,9 @@ else:
     encoder = SparseEncoder(name, revision="v1.0-sparse", trust_remote_code=True, model_kwargs=float32)
     found["terms"] = (encoder.encode_query(texts).to_dense() > 0).sum(dim=1).tolist()
 found["snapshot"] = snapshot_download(name, revision="v1.0")
+model.push_to_hub("lab/again")  # transformers' own way
+again = AutoModel.from_pretrained("lab/again", trust_remote_code=True, **float32)
+found["again"] = again.encode_texts(texts, is_query=True)["repr_hidden"][:, 0].tolist()
 json.dump(found, open(sys.argv[1], "w"))
 """
 
@@ -74,7 +77,8 @@ def test_push_load_check(server: FakeHub, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     here = AutoModel.from_pretrained(ROOT / "checkpoints" / NAME, trust_remote_code=True, torch_dtype=torch.float32)
     out = here.encode_texts(["an audio player", "a web server"], is_query=True)
-    assert torch.allclose(torch.tensor(found["dense"]), out["repr_hidden"][:, 0], atol=1e-5)
+    for way in ("dense", "again"):
+        assert torch.allclose(torch.tensor(found[way]), out["repr_hidden"][:, 0], atol=1e-5), way
     if "terms" in found:
         assert found["terms"] == (out["sparse_values"] > 0).sum(dim=1).tolist()
     said = run(server, tmp_path, str(ROOT / "publish.py"), "check", found["snapshot"], "--no-load")
