@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..data.corpus import read_corpus, read_queries
 from ..files.claims import LEASE, living_owners
 from ..files.durable import TEMPORARY
 from ..store.identity import describe_model
 from ..store.manifest import MANIFEST_FILE, STORE_DTYPES, Settings
-from ..store.plan import CLAIMS_FOLDER, PLAN_FILE, Plan, Text, survey_texts
+from ..store.plan import CLAIMS_FOLDER, PLAN_FILE, Plan, survey_texts
 from ..store.store import Store
 from .encoding_run import EncodingRun
+from .job import EncodingJob, read_texts
 
 SHARD_SIZE = 4096  # texts
 
@@ -75,26 +76,23 @@ def encode_store(
     _check_options(dtype, options)
     folder = Path(folder)
     _check_folder(folder)
-    before = Plan.read(folder)
-    _fill_in(options, before, model)
+    plan, surveyed = Plan.read(folder), False
+    _fill_in(options, plan, model)
     settings = describe_model(model, is_query, dtype, options)
-    if before:
-        _check_same(folder, before.settings, settings)
-
-    def read() -> Iterable[Text]:
-        return read_queries(source) if is_query else read_corpus(source)
-
-    plan = _plan_store(folder, settings, read, str(source), before)
-    return EncodingRun(model, read, plan, options["tokens_per_batch"], folder, lease, show_progress_bar, tell).finish()
+    if plan is None:
+        plan, surveyed = _begin(folder, settings, source, is_query)
+    _check_same(folder, plan.settings, settings)
+    job = EncodingJob(model, source, folder, plan, options["tokens_per_batch"], surveyed, tell)
+    return EncodingRun(job, lease, show_progress_bar).finish()
 
 
-def _fill_in(options: dict[str, Any], before: Plan | None, model: Any) -> None:
+def _fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
     """Set the sizes that the caller left open to the store's own, else to defaults."""
     # 1,024 and 16,384 are what `encode_texts` takes
     defaults = {"shard_size": SHARD_SIZE, "tokens_per_batch": 1024 if model.device.type == "cpu" else 16384}
     for name, default in defaults.items():
         if options[name] is None:
-            options[name] = before.settings.options[name] if before else default
+            options[name] = plan.settings.options[name] if plan else default
 
 
 def _check_options(dtype: str, options: dict[str, Any]) -> None:
@@ -120,6 +118,16 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _begin(folder: Path, settings: Settings, source: str | Path, is_query: bool) -> tuple[Plan, bool]:
+    """Read the texts once and write a plan; return the plan that then is there, and whether it is of these texts."""
+    shard_size = settings.options["shard_size"]
+    survey = survey_texts(partial(read_texts, source, is_query), shard_size, str(source))
+    Plan(settings, survey, shard_size).write(folder)
+    plan = Plan.read(folder)  # another process may have been first
+    assert plan is not None
+    return plan, plan.survey == survey
+
+
 def _check_same(folder: Path, there: Settings, ours: Settings) -> None:
     differences = there.differences(ours)
     if not differences:
@@ -130,22 +138,3 @@ def _check_same(folder: Path, there: Settings, ours: Settings) -> None:
         f"{folder}: the store there was made otherwise. {'; '.join(differences)}.{locked} Give the options it was made "
         "with, or another folder."
     )
-
-
-def _plan_store(
-    folder: Path, settings: Settings, read: Callable[[], Iterable[Text]], source: str, before: Plan | None
-) -> Plan:
-    """Read the corpus once; return the plan that is there, if it is of this corpus, else write one."""
-    survey = survey_texts(read, settings.options["shard_size"], source)
-    if before is None:
-        Plan(settings, survey, settings.options["shard_size"]).write(folder)
-        before = Plan.read(folder)  # another process may have been first
-    assert before is not None
-    _check_same(folder, before.settings, settings)
-    if before.survey != survey:
-        raise ValueError(
-            f"{folder}: the store there is of another corpus: it has {before.survey.count} texts, {source} has "
-            f"{survey.count}{'' if before.survey.count != survey.count else ', some of them changed'}. Encode it into "
-            "another folder."
-        )
-    return before

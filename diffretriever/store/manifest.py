@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ class Manifest(Settings):
     """Settings and shards of a finished store."""
 
     shards: tuple[ShardEntry, ...] = ()
+
+    @classmethod
+    def of(cls, settings: Settings, shards: Iterable[ShardEntry]) -> Manifest:
+        """Return the manifest of a store with these settings and shards."""
+        return cls(**{entry.name: getattr(settings, entry.name) for entry in fields(Settings)}, shards=tuple(shards))
 
     @property
     def count(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -49,18 +50,58 @@ class Plan:
     survey: Survey
     shard_size: int
 
+    @property
+    def shards(self) -> int:
+        """Shards of the whole store."""
+        return len(self.survey.digests)
+
     def shard_count(self, number: int) -> int:
         """Return the number of texts in a shard."""
         return min(self.shard_size, self.survey.count - number * self.shard_size)
+
+    def shards_of(self, texts: Iterable[Text], source: str, folder: Path) -> Iterator[tuple[int, list[Text]]]:
+        """Cut a corpus into the plan's shards, and see that it is the plan's corpus as far as it is read.
+
+        Args:
+            texts: from the first on.
+            source: the corpus's name, for messages.
+            folder: the store's, for messages.
+
+        Yields:
+            A shard's number and its texts.
+
+        Raises:
+            ValueError: the corpus is another.
+        """
+        other = f"{folder}: the store there is of another corpus: it has {self.survey.count} texts, {source}"
+        advice = "Encode a changed corpus into another folder."
+        count = 0
+        for number, chunk in cut(texts, self.shard_size):
+            planned = self.shard_count(number)  # 0 or less behind the last shard
+            if len(chunk) > planned:
+                raise ValueError(f"{other} has more. {advice}")
+            if len(chunk) == planned:
+                if _digest(chunk) != self.survey.digests[number]:
+                    raise ValueError(f"{other} differs in texts {count + 1} to {count + planned}. {advice}")
+                yield number, chunk
+            count += len(chunk)
+        if count < self.survey.count:
+            raise ValueError(f"{other} has {count}. {advice}")
 
     def metadata(self, number: int) -> dict[str, str]:
         """Return what the header of a shard of this store says."""
         return {
             "first": str(number * self.shard_size),
             "count": str(self.shard_count(number)),
-            "settings_sha256": settings_digest(self.settings),
+            "settings_sha256": self._settings_digest,
             "texts_sha256": self.survey.digests[number],
         }
+
+    @cached_property
+    def _settings_digest(self) -> str:
+        """The hash of the settings that change what is in a store."""
+        values = {name: value for name, value in flat(asdict(self.settings)).items() if not is_recorded_only(name)}
+        return hash_json(values)
 
     def write(self, folder: Path) -> None:
         """Write plan.json unless another process has."""
@@ -98,12 +139,6 @@ class Plan:
             raise ValueError(f"{file}: the plan is damaged ({error!r}).") from error
 
 
-def settings_digest(settings: Settings) -> str:
-    """Return a hash of the settings that change what is in a store."""
-    values = {name: value for name, value in flat(asdict(settings)).items() if not is_recorded_only(name)}
-    return hash_json(values)
-
-
 def cut(texts: Iterable[Text], shard_size: int) -> Iterator[tuple[int, list[Text]]]:
     """Yield (shard number, its texts)."""
     stream = iter(texts)
@@ -111,6 +146,10 @@ def cut(texts: Iterable[Text], shard_size: int) -> Iterator[tuple[int, list[Text
     while chunk := list(islice(stream, shard_size)):
         yield number, chunk
         number += 1
+
+
+def _digest(texts: list[Text]) -> str:
+    return texts_digest([text.id for text in texts], [text.text for text in texts])
 
 
 def survey_texts(read: Callable[[], Iterable[Text]], shard_size: int, source: str) -> Survey:
@@ -129,9 +168,8 @@ def survey_texts(read: Callable[[], Iterable[Text]], shard_size: int, source: st
     """
     digests, hashes = [], array("q")
     for _, chunk in cut(read(), shard_size):
-        ids = [text.id for text in chunk]
-        digests.append(texts_digest(ids, [text.text for text in chunk]))
-        hashes.extend(map(hash64, ids))
+        digests.append(_digest(chunk))
+        hashes.extend(hash64(text.id) for text in chunk)
     if not hashes:
         raise ValueError(f"{source}: no texts; expected at least one.")
     suspects = repeated_hashes(hashes)
@@ -146,11 +184,10 @@ def describe_unfinished(folder: Path) -> str | None:
     plan = Plan.read(folder) if (folder / PLAN_FILE).is_file() else None
     if plan is None:
         return None
-    total = len(plan.survey.digests)
-    there = sum((folder / SHARD_NAME.format(number)).is_file() for number in range(total))
+    there = sum((folder / SHARD_NAME.format(number)).is_file() for number in range(plan.shards))
     owners = living_owners(folder / CLAIMS_FOLDER)
     state = f"it is being written (locked) by {', '.join(owners)}" if owners else "nobody is writing it now"
     return (
-        f"{folder}: the store is not finished, {there} of {total} shards are there; {state}. Run the same "
+        f"{folder}: the store is not finished, {there} of {plan.shards} shards are there; {state}. Run the same "
         "`diffretriever encode` command to finish it."
     )

@@ -320,8 +320,7 @@ def write_store(folder: str | Path, shards: Iterable[ShardContents], manifest_fi
         first += len(contents.ids)
     if settings is None:
         raise ValueError(f"{folder}: no shards were given; a store holds at least one text.")
-    values = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
-    Manifest(**values, shards=tuple(entries)).write(folder)
+    Manifest.of(settings, entries).write(folder)
     return Store.open(folder)
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_helpers import folder_bytes, silent
+from store_helpers import folder_bytes, made_up_texts, silent
 
-from diffretriever.encode import encoding_run
 from diffretriever.encode.encode_store import encode_store
 from diffretriever.files import durable
 from diffretriever.store.store import Store
@@ -68,16 +67,16 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which the ids of all encoded texts are added."""
-    encoded: list[str] = []
-    original = encoding_run.encode_batch
+def count_encoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Return a list to which the token ids of all encoded texts are added."""
+    encoded: list[list[int]] = []
+    original = model.encode_prepared
 
-    def counting(model: Any, shard: Any, rows: list[int], settings: Any) -> Any:
-        encoded.extend(shard.ids[row] for row in rows)
-        return original(model, shard, rows, settings)
+    def counting(prepared: list[Any], *arguments: Any, **options: Any) -> Any:
+        encoded.extend(text.text_ids for text in prepared)
+        return original(prepared, *arguments, **options)
 
-    monkeypatch.setattr(encoding_run, "encode_batch", counting)
+    monkeypatch.setattr(model, "encode_prepared", counting)
     return encoded
 
 
@@ -86,8 +85,8 @@ def test_killed_at_every_change_of_the_disk(
     tiny: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = folder_bytes(encode(tiny, corpus, tmp_path / "whole").folder)
-    all_ids = Store.open(tmp_path / "whole").ids()
-    encoded = count_encoded(monkeypatch)
+    all_texts = [text.text_ids for text in tiny.texts.prepare([text for _, text in made_up_texts(11)], is_query=False)]
+    encoded = count_encoded(tiny, monkeypatch)
     survivors = set()
     for call in range(1000):
         folder = tmp_path / f"killed-{call}"
@@ -105,7 +104,7 @@ def test_killed_at_every_change_of_the_disk(
         encode(tiny, corpus, folder)
         assert folder_bytes(folder) == whole
         missing = [text for number in range(3) if f"shard-{number:06d}.safetensors" not in kept for text in
-                   all_ids[4 * number : 4 * number + 4]]  # fmt: skip
+                   all_texts[4 * number : 4 * number + 4]]  # fmt: skip
         assert sorted(encoded) == sorted(missing)
         assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
         survivors.add(len(kept))

@@ -18,7 +18,6 @@ import pytest
 from checkpoint_folders import ROOT
 from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
 
-from diffretriever.encode import encoding_run
 from diffretriever.encode.encode_store import encode_store
 from diffretriever.store.store import Store
 
@@ -29,21 +28,16 @@ def encode(model: Any, corpus: Path, folder: Path) -> Store:
     return encode_store(model, corpus, folder, shard_size=4, tell=silent)
 
 
-def start(work: Callable[[], object], pause: float = 0.0) -> int:
-    """Run in a forked process that takes its time over each batch; returns the process's number."""
+def start(work: Callable[[], object], model: Any = None, pause: float = 0.0) -> int:
+    """Run in a forked process, whose model takes its time over each batch; returns the process's number."""
     child = os.fork()
     if child:
         return child
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     status = 1
-    original = encoding_run.encode_batch
-
-    def slow(*arguments: Any) -> Any:
-        time.sleep(pause)
-        return original(*arguments)
-
     try:
-        vars(encoding_run)["encode_batch"] = slow
+        if model is not None:
+            model.encode_prepared = partial(after_a_pause, model.encode_prepared, pause)
         result = work()
         status = result if isinstance(result, int) else 0
     finally:
@@ -51,6 +45,11 @@ def start(work: Callable[[], object], pause: float = 0.0) -> int:
             traceback.print_exc()
             sys.stderr.flush()
         os._exit(status)
+
+
+def after_a_pause(encode_prepared: Callable[..., Any], pause: float, *texts: Any, **options: Any) -> Any:
+    time.sleep(pause)
+    return encode_prepared(*texts, **options)
 
 
 def status_of(child: int) -> int:
@@ -85,7 +84,7 @@ def test_three_processes_one_killed_one_stopped_for_a_while(
 ) -> None:
     corpus, expected = whole
     folder = tmp_path / "s"
-    victim, sleeper, helper = (start(lambda: encode(tiny, corpus, folder), pause=0.3) for _ in range(3))
+    victim, sleeper, helper = (start(lambda: encode(tiny, corpus, folder), tiny, pause=0.3) for _ in range(3))
     wait_for(lambda: {victim, sleeper, helper} <= set(owners(folder)))  # all three are at work
     os.kill(sleeper, signal.SIGSTOP)
     os.kill(victim, signal.SIGKILL)
@@ -99,7 +98,7 @@ def test_three_processes_one_killed_one_stopped_for_a_while(
 def test_the_one_that_is_left_finishes(tiny: Any, whole: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     corpus, expected = whole
     folder = tmp_path / "s"
-    children = [start(lambda: encode(tiny, corpus, folder), pause=0.3) for _ in range(3)]
+    children = [start(lambda: encode(tiny, corpus, folder), tiny, pause=0.3) for _ in range(3)]
     wait_for(lambda: set(children) <= set(owners(folder)))
     for child in children:
         os.kill(child, signal.SIGKILL)
@@ -134,11 +133,11 @@ def test_interrupted_by_the_user_or_a_scheduler(
     folder = tmp_path / "s"
     monkeypatch.setattr("diffretriever.cli.encode._load", lambda options: tiny)
     arguments = ("encode", "--model", "m", "--input", corpus, "--output", folder, "--shard-size", 4)
-    child = start(lambda: command(*arguments), pause=0.05)
+    child = start(lambda: command(*arguments), tiny, pause=0.05)
     wait_for(lambda: len(list(folder.glob("shard-*"))) >= 2)
     os.kill(child, number)
     assert status_of(child) == 3
-    assert f"interrupted. Finished shards are kept in {folder}; run the same command again" in capfd.readouterr().err
+    assert f"interrupted. Finished shards are kept in {folder}. Run the same command again" in capfd.readouterr().err
     assert not (folder / "claims").exists()
     assert not list(folder.glob(".*"))
     assert command(*arguments) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,19 @@ import pytest
 import torch
 from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
 
-from diffretriever.data.corpus import Passage
+from diffretriever.data import corpus as corpus_module
 from diffretriever.encode.encode_store import encode_store
 from diffretriever.files.claims import Claims
 from diffretriever.store.store import Store
+
+CHANGED = [(text_id, "changed" if number == 5 else text) for number, (text_id, text) in enumerate(made_up_texts(11))]
+OTHER_TEXTS = [
+    (made_up_texts(12), "has more"),
+    (made_up_texts(8), "has 8"),
+    (made_up_texts(10), "has 10"),
+    (made_up_texts(11)[::-1], "differs in texts 1 to 4"),
+    (CHANGED, "differs in texts 5 to 8"),
+]
 
 
 def encode(model: Any, corpus: Path, folder: Path, **options: Any) -> Store:
@@ -100,30 +109,60 @@ def test_unnamed_sizes_are_those_of_the_store_that_is_there(tiny: Any, corpus: P
 
 def test_a_store_of_another_corpus_is_refused(tiny: Any, corpus: Path, tmp_path: Path) -> None:
     encode(tiny, corpus, tmp_path / "s")
-    other = write_jsonl(tmp_path / "more.jsonl", made_up_texts(12))
-    with pytest.raises(ValueError, match=r"the store there is of another corpus: it has 11 texts, .* has 12\. Encode"):
-        encode(tiny, other, tmp_path / "s")
-    texts = made_up_texts(11)
-    texts[5] = (texts[5][0], "changed")
-    other = write_jsonl(tmp_path / "changed.jsonl", texts)
-    with pytest.raises(ValueError, match=r"has 11 texts, .* has 11, some of them changed"):
-        encode(tiny, other, tmp_path / "s")
+    before = folder_bytes(tmp_path / "s")
+    for texts, difference in OTHER_TEXTS:
+        other = write_jsonl(tmp_path / "other.jsonl", texts)
+        with pytest.raises(
+            ValueError, match=rf"of another corpus: it has 11 texts, .*other.jsonl {difference}\. Encode"
+        ):
+            encode(tiny, other, tmp_path / "s")
+    assert folder_bytes(tmp_path / "s") == before
 
 
-def test_a_corpus_that_changes_while_it_is_encoded(
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize(("texts", "difference"), OTHER_TEXTS)
+def test_a_corpus_that_changed_while_the_store_was_made(
+    tiny: Any,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    texts: list[tuple[str, str]],
+    difference: str,
+) -> None:
+    """Also where the shard that is left to make, or all that this process would have to read for it, is as before."""
+    folder = encode(tiny, corpus, tmp_path / "s").folder
+    make_unfinished(tiny, corpus, folder, folder / f"shard-{number:06d}.safetensors", monkeypatch)
+    write_jsonl(corpus, texts)
+    with pytest.raises(ValueError, match=f"of another corpus: it has 11 texts, .* {difference}"):
+        encode(tiny, corpus, folder)
+    with pytest.raises(ValueError, match="the store is not finished"):
+        Store.open(folder)
+
+
+def test_only_who_begins_a_store_reads_the_corpus_beforehand(
     tiny: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, later, said in (
-        ("changed", made_up_texts(13)[2:], "texts 0 and on changed after the store was begun"),
-        ("shorter", made_up_texts(11)[:8], "the corpus has become shorter since the store was begun"),
-    ):
-        readings = iter([made_up_texts(11), later, later])
-        monkeypatch.setattr(
-            "diffretriever.encode.encode_store.read_corpus",
-            lambda source, readings=readings: (Passage(*text) for text in next(readings)),
-        )
-        with pytest.raises(ValueError, match=said):
-            encode(tiny, corpus, tmp_path / name)
+    """One reading to plan and one to encode; who goes on with a store encodes from its first reading."""
+    folder = encode(tiny, corpus, tmp_path / "s").folder
+    whole = folder_bytes(folder)
+    readings: list[int] = []
+    original = corpus_module.read_objects
+
+    def counted(path: Any) -> Iterator[Any]:
+        readings.append(0)
+        for record in original(path):
+            readings[-1] += 1
+            yield record
+
+    monkeypatch.setattr(corpus_module, "read_objects", counted)
+    encode(tiny, corpus, tmp_path / "again")
+    assert readings == [11, 11]
+    make_unfinished(tiny, corpus, folder, folder / "shard-000001.safetensors", monkeypatch)
+    readings.clear()
+    encode(tiny, corpus, folder)
+    assert readings == [11]
+    assert folder_bytes(folder) == whole
 
 
 def test_a_batch_too_large_for_the_device_can_be_made_smaller_on_the_way(
@@ -222,13 +261,13 @@ def make_unfinished(model: Any, corpus: Path, folder: Path, shard: Path, monkeyp
     """Take one shard away and let the run that would mend it fail."""
     shard.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("diffretriever.encode.encoding_run.encode_batch", interrupt)
+        patch.setattr(model, "encode_prepared", interrupt)
         with pytest.raises(KeyboardInterrupt):
             encode(model, corpus, folder, tell=silent)
     assert not (folder / "manifest.json").exists()
 
 
-def interrupt(*arguments: Any) -> None:
+def interrupt(*arguments: Any, **options: Any) -> None:
     raise KeyboardInterrupt
 
 

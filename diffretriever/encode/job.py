@@ -1,0 +1,111 @@
+"""What one process's share in making a store is about: whose vectors, of which texts, where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.corpus import read_corpus, read_queries
+from ..model.batching import batches_by_length
+from ..model.tokenization_helpers import PreparedText
+from ..store.plan import SHARD_NAME, Plan, Text
+
+
+@dataclass
+class PreparedShard:
+    """One shard's texts as the model reads them.
+
+    Args:
+        number: of the shard.
+        texts: n texts with their ids.
+        prepared: n texts, tokenised, with their content words unless the whole vocabulary is let in.
+        batches: row numbers of each batch, longest first.
+    """
+
+    number: int
+    texts: list[Text]
+    prepared: list[PreparedText]
+    batches: list[list[int]]
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """A corpus or queries to be encoded into a store.
+
+    Args:
+        model: from `AutoModel.from_pretrained`.
+        source: what `read_corpus` or `read_queries` reads.
+        folder: of the store, with the plan or a manifest in it.
+        plan: what the store is to become.
+        tokens_per_batch: padding included.
+        surveyed: whether this process has read the whole source and knows it to be the plan's.
+        tell: takes messages for the user.
+    """
+
+    model: Any
+    source: str | Path
+    folder: Path
+    plan: Plan
+    tokens_per_batch: int
+    surveyed: bool
+    tell: Callable[[str], None]
+
+    @property
+    def is_query(self) -> bool:
+        """Whether the texts are queries."""
+        return self.plan.settings.side == "query"
+
+    def shard_path(self, number: int) -> Path:
+        """Return where a shard is, or will be."""
+        return self.folder / SHARD_NAME.format(number)
+
+    def read_shards(self) -> Iterator[tuple[int, list[Text]]]:
+        """Return an iterator over (shard number, its texts), from the first on.
+
+        Raises:
+            ValueError: they are not those that the store was begun with, or malformed.
+        """
+        texts = read_texts(self.source, self.is_query)
+        return self.plan.shards_of(texts, str(self.source), self.folder)
+
+    def prepare(self, number: int, texts: list[Text]) -> PreparedShard:
+        """Tokenise one shard's texts, find their content words and cut them into batches."""
+        content_filter = self.plan.settings.options["content_filter"]
+        prepared = self.model.texts.prepare([text.text for text in texts], self.is_query, content_filter)
+        # a row's batch depends on the lengths alone, so that whichever process encodes a shard gets the same vectors
+        batches = list(batches_by_length([len(text.sequence) for text in prepared], self.tokens_per_batch))
+        return PreparedShard(number, texts, prepared, batches)
+
+    def encode(self, shard: PreparedShard, rows: list[int]) -> Any:
+        """Encode some rows of a shard as one batch.
+
+        Returns:
+            The output of `model.encode_prepared`.
+
+        Raises:
+            ValueError: the model's output is not finite, and the message names the text; or the batch is too large for
+                the device.
+        """
+        prepared = [shard.prepared[row] for row in rows]
+        try:
+            return self.model.encode_prepared(prepared, self.is_query, sparse_top_k=self.plan.settings.sparse_top_k)
+        except torch.OutOfMemoryError as error:
+            size = [len(rows), max(len(text.sequence) for text in prepared)]
+            raise ValueError(
+                f"a batch of {size} tokens does not fit into memory; give a smaller --tokens-per-batch"
+            ) from error
+        except ValueError as error:
+            if len(rows) == 1:
+                raise ValueError(f"text {shard.texts[rows[0]].id!r} could not be encoded: {error}") from error
+            for row in rows:  # find the text to blame
+                self.encode(shard, [row])
+            raise
+
+
+def read_texts(source: str | Path, is_query: bool) -> Iterator[Text]:
+    """Read queries or passages, as the side has it."""
+    return read_queries(source) if is_query else read_corpus(source)
