@@ -37,8 +37,7 @@ def start(work: Callable[[], object], model: Any = None, pause: float = 0.0) -> 
     status = 1
     try:
         if model is not None:
-            encode_prepared = model.encode_prepared
-            model.encode_prepared = lambda *texts, **options: (time.sleep(pause), encode_prepared(*texts, **options))[1]
+            model.encode_prepared = partial(after_a_pause, model.encode_prepared, pause)
         result = work()
         status = result if isinstance(result, int) else 0
     finally:
@@ -46,6 +45,11 @@ def start(work: Callable[[], object], model: Any = None, pause: float = 0.0) -> 
             traceback.print_exc()
             sys.stderr.flush()
         os._exit(status)
+
+
+def after_a_pause(encode_prepared: Callable[..., Any], pause: float, *texts: Any, **options: Any) -> Any:
+    time.sleep(pause)
+    return encode_prepared(*texts, **options)
 
 
 def status_of(child: int) -> int:
@@ -133,7 +137,7 @@ def test_interrupted_by_the_user_or_a_scheduler(
     wait_for(lambda: len(list(folder.glob("shard-*"))) >= 2)
     os.kill(child, number)
     assert status_of(child) == 3
-    assert f"interrupted. Finished shards are kept in {folder}; run the same command again" in capfd.readouterr().err
+    assert f"interrupted. Finished shards are kept in {folder}. Run the same command again" in capfd.readouterr().err
     assert not (folder / "claims").exists()
     assert not list(folder.glob(".*"))
     assert command(*arguments) == 0
