@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from .durable import NO_LINKS, TEMPORARY, remove_temporaries, temporary_name
+from .lines import read_object
 from .locks import create_locked, is_free, machine_name
 
 LEASE = 120.0  # seconds without a sign of life; network filesystems may show a touch up to a minute late
@@ -171,10 +172,9 @@ def read_owner(file: Path) -> dict[str, Any]:
         FileNotFoundError: the claim has been given up.
     """
     try:
-        owner = json.loads(file.read_text())
+        return read_object(file)
     except ValueError:
         return {}
-    return owner if isinstance(owner, dict) else {}
 
 
 def living_owners(folder: Path) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, cast
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 CHUNK = 1 << 17  # bytes
+PACKED = 1 << 10  # bytes of a .zst file unpacked at once: at the most 256 blocks of 128 KiB, 32 MiB
+MAX_LINE = 1 << 28  # bytes of a line or of a JSON file: 256 MiB
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -57,7 +59,8 @@ class _ZstandardStream(io.RawIOBase):
         self._file = path.open("rb")
         self._decompressor = decompressor
         self._frame: Any = None  # the frame being read
-        self._plain = b""
+        self._packed = b""  # read, and not yet unpacked
+        self._plain = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -68,15 +71,17 @@ class _ZstandardStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
-            packed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            packed = packed or self._file.read(CHUNK)
+            packed = self._packed or self._file.read(PACKED)
             if not packed:
-                if self._frame is not None and not self._frame.eof:
+                if self._frame is not None:
                     raise EOFError("it ends inside a frame")
                 return 0
-            if self._frame is None or self._frame.eof:
+            if self._frame is None:
                 self._frame = self._decompressor.decompressobj()
-            self._plain = self._frame.decompress(packed)
+            self._plain = memoryview(self._frame.decompress(packed))
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
         size = min(len(buffer), len(self._plain))
         buffer[:size], self._plain = self._plain[:size], self._plain[size:]
         return size
@@ -89,7 +94,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not UTF-8, or a compressed file that is damaged or cut off.
+        ValueError: a line that is not UTF-8 or longer than 256 MiB, or a compressed file that is damaged or cut off.
     """
     for number, raw in read_raw_lines(path):
         yield number, decode_line(raw, number, f"{path}, line {number}")
@@ -99,13 +104,18 @@ def read_raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file as they are, line ends included, with their numbers, from 1.
 
     Raises:
-        As `read_lines`, save that a line may be anything.
+        As `read_lines`, save that a line need not be UTF-8.
     """
     number = 0
     with open_bytes(path) as stream:
-        lines = iter(stream)
+        lines = iter(lambda: stream.readline(MAX_LINE + 1), b"")
         while (raw := _next_part(lines, f"{path}, after line {number}")) is not None:
             number += 1
+            if len(raw) > MAX_LINE:
+                raise ValueError(
+                    f"{path}, line {number}: longer than {MAX_LINE:,} bytes; expected one record a line. Are the line "
+                    "ends missing?"
+                )
             yield number, raw
 
 
@@ -174,16 +184,16 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no JSON object in UTF-8.
+        ValueError: it is no JSON object in UTF-8, or larger than 256 MiB.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
-    return parse_object(text, str(path))
+    with Path(path).open("rb") as stream:
+        content = stream.read(MAX_LINE + 1)
+    if len(content) > MAX_LINE:
+        raise ValueError(f"{path}: larger than {MAX_LINE:,} bytes, which no JSON file read here is.")
+    return parse_object(content, str(path))
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """Return the JSON object that a line or file holds.
 
     Raises:
@@ -194,6 +204,10 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}).") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON (byte {error.start + 1} is not UTF-8).") from error
+    except ValueError as error:  # Python's limit on whole numbers
+        raise ValueError(f"{where}: not valid JSON (a number of more than 4,300 digits).") from error
     except RecursionError as error:
         raise ValueError(f"{where}: not valid JSON (nested too deeply).") from error
     if not isinstance(record, dict):

@@ -17,6 +17,7 @@ import torch
 
 from ..files.durable import write_whole
 from ..files.hashes import hash_file
+from ..files.lines import parse_object
 
 TYPES = {
     torch.int64: "I64",
@@ -136,7 +137,7 @@ class ShardFile:
         self._start = 8 + length
         self.header_sha256 = hashlib.sha256(packed).hexdigest()
         try:
-            header = json.loads(packed)
+            header = parse_object(packed, str(path))
             self.metadata: dict[str, str] = header.pop("__metadata__")
             self._places: dict[str, Place] = {
                 name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.runs import write_run
 from ..evaluation.small_task import SmallTask
+from ..files.lines import read_object
 from .mean_pooling import MEAN_NAMES, as_diffembed
 from .run_record import RUN_FILE
 
@@ -42,7 +42,7 @@ def recorded_length(adapter: Path) -> int:
     file = adapter / RUN_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there; expected the output folder of `diffretriever train`")
-    recipe = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+    recipe = read_object(file)["recipe"]
     if recipe["pooling"] != "mean":
         raise ValueError(
             f"{adapter} was trained with pooling: {recipe['pooling']}; build a release of it with publish.py instead"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
 from ..data.pair_files import PairFiles
 from ..files.durable import write_json
+from ..files.lines import read_object
 from .adapter_recipe import AdapterRecipe
 
 RUN_FILE = "run.json"
@@ -62,7 +62,7 @@ def check_resumable(folder: Path, record: dict[str, Any]) -> None:
     if not file.is_file():
         write_json(file, record)
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_object(file)
     advice = "Choose another --out, or remove the folder to start anew."
     for key, value in record["recipe"].items():
         old = before["recipe"].get(key)
