@@ -303,6 +303,7 @@ class FramedTokenizer:
     """
 
     WORD_CACHE_SIZE = 200_000
+    LONGEST_BEGINNING = 1 << 18  # characters; of an endless word the first ids are those of so much of it
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -350,10 +351,14 @@ class FramedTokenizer:
         long = [row for row, text in enumerate(texts) if len(text) > length]
         encodings = self._plain.encode_batch([texts[row][:length] for row in long], add_special_tokens=False)
         for row, encoding in zip(long, encodings, strict=True):
-            ids, words = encoding.ids, encoding.word_ids
-            if len(ids) <= count or words[count] > words[-1] - 2:  # the cut may change the last words' tokens
-                ids = self._plain_ids(texts[row])
-            rows[row] = ids[:count]
+            text, tried, longest = texts[row], length, max(self.LONGEST_BEGINNING, 16 * length)
+            while tried < min(len(text), longest):
+                words = encoding.word_ids
+                if len(words) > count and words[count] <= words[-1] - 2:  # the cut may change the last words' tokens
+                    break
+                tried = min(8 * tried, longest)
+                encoding = self._plain.encode(text[:tried], add_special_tokens=False)
+            rows[row] = encoding.ids[:count]
         return rows
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

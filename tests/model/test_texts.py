@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +109,22 @@ def test_a_text_that_just_fits_is_not_cut(model: Any) -> None:
     assert len(fitting.text_ids) == len(longer.text_ids) == room
     assert (fitting.cut, longer.cut) == (False, True)
     assert fitting.sequence == longer.sequence
+
+
+@pytest.mark.parametrize("word", ["a", " ", "日本", "a\u0301", "0"])
+def test_a_text_of_megabytes_takes_a_moment(model: Any, word: str) -> None:
+    started = time.process_time()
+    ids, _ = model.tokenize([word * (20_000_000 // len(word))], is_query=False)
+    took = time.process_time() - started
+    assert ids.shape[1] == model.tokenize(["a b " * 1000], is_query=False)[0].shape[1]
+    assert took < 5  # the whole text would take a minute and a gigabyte
+
+
+@pytest.mark.parametrize("before", ["\n" * 30_000, "x" * 20_000 + " ", "-" * 9_000 + "\n", "日本語" * 3000])
+def test_a_long_beginning_is_tokenised_as_in_the_whole(model: Any, before: str) -> None:
+    text = before + "the seasons on earth " * 2000
+    whole = model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert model.texts.first_ids([text], 200) == [whole[:200]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
