@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.bm25 import BM25
-from ..files.durable import write_whole
+from ..files.durable import publish_folder, write_whole
+from ..files.sealed import Damaged, check_seal, seal
+from ..training.checkpoints import PARTIAL
+
+NEIGHBOURS_FILE = "neighbours.npy"
 
 
 def bm25_neighbours(queries: Sequence[str], passages: Sequence[str], depth: int) -> np.ndarray:
@@ -41,15 +45,18 @@ def bm25_neighbours(queries: Sequence[str], passages: Sequence[str], depth: int)
 def cached_neighbours(
     queries: Sequence[str], passages: Sequence[str], depth: int, folder: Path, data: Iterable[str]
 ) -> np.ndarray:
-    """Return what `bm25_neighbours` does, kept in a file of `folder` that is named after the hashes of the data."""
+    """Return what `bm25_neighbours` does, kept in `folder` under the hashes of the data; what is damaged is made anew."""
     mark = hashlib.sha256(" ".join(data).encode()).hexdigest()[:16]
-    path = folder / f"neighbours-{mark}-{depth}.npy"
-    if path.is_file():
-        kept: np.ndarray = np.load(path)
-        return kept
-    found, buffer = bm25_neighbours(queries, passages, depth), io.BytesIO()
-    np.save(buffer, found)
-    write_whole(path, [buffer.getbuffer()])
+    place = folder / f"neighbours-{mark}-{depth}"
+    try:
+        check_seal(place)
+    except Damaged:
+        made, buffer = folder / PARTIAL / place.name, io.BytesIO()
+        np.save(buffer, bm25_neighbours(queries, passages, depth))
+        write_whole(made / NEIGHBOURS_FILE, [buffer.getbuffer()])
+        seal(made, {})
+        publish_folder(made, place)
+    found: np.ndarray = np.load(place / NEIGHBOURS_FILE)
     return found
 
 

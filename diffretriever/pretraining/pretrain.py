@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -20,8 +21,11 @@ import torch
 
 from ..evaluation.small_task import SmallTask, read_small_task
 from ..files.durable import write_json, write_whole
+from ..files.hashes import hash_file
 from ..model.backbone_loading import read_json
 from ..model.modeling_diffretriever import DiffRetriever
+from ..training.checkpoints import newest_whole, partial_checkpoint, publish_checkpoint, remove_partial
+from ..training.run_record import RUN_FILE, check_same_run
 from ..training.trainer import StopOnSignal
 from .backbone import new_backbone
 from .corpus import Corpus, read_corpus, read_texts
@@ -31,7 +35,11 @@ from .steps import StageSteps
 from .tokenizer import build_tokenizer, save_tokenizer
 from .warm_start import start_from_statistics
 
-CHECKPOINT_FILE, RECIPE_FILE, LOG_FILE = "pretrain.ckpt", "recipe.json", "log.jsonl"
+STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
+EARLIER_CHECKPOINT = "pretrain.ckpt"  # of versions that kept one file, without hashes
+KEEP = 2  # checkpoints; the older one is for where the newer is damaged
+# Keys that do not touch the weights: they may change between an interruption and its resumption.
+FREE_KEYS = frozenset("save_every log_every eval_every eval_passages".split())
 
 
 def pretrain(
@@ -61,9 +69,10 @@ def pretrain(
     """
     if threads:
         torch.set_num_threads(threads)
-    _check_same_backbone(recipe, out / RECIPE_FILE)
+    record = {"recipe": dataclasses.asdict(recipe), "data": [_describe(file) for file in [*pair_files, *text_files]]}
+    _begin(out, record)
     split = read_small_task(dev, "dev", recipe.eval_passages) if dev else None
-    write_json(out / RECIPE_FILE, dataclasses.asdict(recipe))
+    write_json(out / RUN_FILE, record)
     folder = out / "backbone"
     if not (folder / "config.json").is_file():
         form = FORMATS[recipe.backbone_type].tokenizer
@@ -73,22 +82,28 @@ def pretrain(
     model = new_backbone(folder, recipe.seed)
     corpus = read_corpus(recipe, pair_files, text_files, model.texts, out)
     print(f"{len(corpus.pairs)} pairs, {len(corpus.texts)} texts, {len(corpus.texts.flat)} tokens", flush=True)
-    Pretrainer(recipe, model, corpus, out, split).run()
+    record["backbone"] = {file.name: hash_file(file) for file in sorted(folder.glob("*.json"))}
+    Pretrainer(recipe, model, corpus, out, record, split).run()
     write_weights(model, recipe.backbone_type, folder)
     return folder
 
 
-def _check_same_backbone(recipe: PretrainRecipe, file: Path) -> None:
-    """Refuse a folder that was begun for another backbone."""
+def _describe(file: Path) -> dict[str, str]:
+    """Return name and hash of a data file, for the run's record."""
     if not file.is_file():
-        return
-    before, now = read_json(file), dataclasses.asdict(recipe)
-    for key in ("backbone_type", "shape"):
-        if before.get(key) != now[key]:
-            raise ValueError(
-                f"{file}: this run was started with {key} = {before.get(key)!r}, now it is {now[key]!r}. Choose "
-                "another --out, or remove the folder to start anew."
-            )
+        raise FileNotFoundError(f"{file}: no such data file; give the path of a JSONL file (also .gz, .xz, .zst)")
+    return {"file": file.name, "sha256": hash_file(file)}
+
+
+def _begin(out: Path, record: dict[str, Any]) -> None:
+    """Refuse a folder that was begun with another recipe or other data: its tokenizer would be theirs."""
+    if (out / EARLIER_CHECKPOINT).is_file():
+        raise ValueError(
+            f"{out / EARLIER_CHECKPOINT} is the checkpoint of an earlier version, from which this one cannot go on. "
+            "Choose another --out, or remove the folder to start anew."
+        )
+    file = out / RUN_FILE
+    check_same_run((file, read_json(file)) if file.is_file() else None, record, FREE_KEYS)
 
 
 def _tokenizer_texts(recipe: PretrainRecipe, text_files: Iterable[Path]) -> Iterator[str]:
@@ -105,14 +120,17 @@ class Pretrainer:
         recipe: what to do.
         model: from `new_backbone`.
         corpus: what to learn from.
-        out: folder of checkpoint and log; the checkpoint, if any, is resumed.
+        out: folder of checkpoints and log; the newest whole checkpoint, if any, is resumed.
+        record: of the run: recipe, data, the backbone's files; goes into each checkpoint.
         dev: what to evaluate on, or None.
     """
 
     def __init__(
-        self, recipe: PretrainRecipe, model: DiffRetriever, corpus: Corpus, out: Path, dev: SmallTask | None = None
-    ) -> None:
+        self, recipe: PretrainRecipe, model: DiffRetriever, corpus: Corpus, out: Path, record: dict[str, Any],
+        dev: SmallTask | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.model, self.corpus, self.out, self.dev = recipe, model, corpus, out, dev
+        self.record, self.folder = record, out / "state"
         self.stage, self.step = 0, 0
         self._started = time.monotonic()
         self._averages: dict[str, float] = {}
@@ -123,6 +141,7 @@ class Pretrainer:
         Raises:
             FloatingPointError: the loss is not finite; the last checkpoint stays.
             KeyboardInterrupt: SIGINT or SIGTERM; the checkpoint holds the step that was just taken.
+            ValueError: the checkpoint is another run's.
         """
         resumed = self._read_checkpoint()
         if resumed is None and self.recipe.start_from_statistics:
@@ -148,34 +167,47 @@ class Pretrainer:
             if self.step % recipe.log_every == 0:
                 self.log(rate=steps.optimizer.param_groups[0]["lr"])
             if stop.received:
-                self._save(steps)
-                self.log(note=f"interrupted; {self.out / CHECKPOINT_FILE} is saved")
+                self.log(note=f"interrupted; {self._save(steps)} is saved")
                 raise KeyboardInterrupt
-            if recipe.save_every and self.step % recipe.save_every == 0:
+            if self.step == total or (recipe.save_every and self.step % recipe.save_every == 0):
                 self._save(steps)
             if recipe.eval_every and self.step % recipe.eval_every == 0 and self.step < total:
                 self.log(evaluation=self.evaluate(steps))
-        self._save(steps)
         self.log(evaluation=self.evaluate(steps))
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """Read weights, stage and step; return the optimiser's state, or None at the start."""
-        file = self.out / CHECKPOINT_FILE
-        if not file.is_file():
+        kept = newest_whole(self.folder, lambda words: self.log(note=words))
+        remove_partial(self.folder)
+        if kept is None:
             return None
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.stage, self.step = state["stage"], state["step"]
+        check_same_run(kept, self.record, FREE_KEYS)
+        file = kept[0] / STATE_FILE
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.stage, self.step = state["stage"], state["step"]
+            optimizer: dict[str, Any] = state["optimizer"]
+        except (RuntimeError, KeyError, pickle.UnpicklingError) as error:  # whole, as its hash says
+            raise ValueError(
+                f"{file} was written by another version of this software or of torch, and does not fit this one "
+                f"({error}). Go on with that version, or choose another --out."
+            ) from error
         self.log(note=f"resumed at stage {self.stage}, step {self.step}")
-        optimizer: dict[str, Any] = state["optimizer"]
         return optimizer
 
-    def _save(self, steps: StageSteps) -> None:
-        """Write the checkpoint to go on from; a crash or a full disk leaves the previous one."""
+    def _save(self, steps: StageSteps) -> Path:
+        """Write the checkpoint to go on from, and return it; a crash or a full disk leaves the previous one."""
         state = {"model": self.model.state_dict(), "optimizer": steps.optimizer.state_dict()}
         buffer = io.BytesIO()
         torch.save({**state, "stage": self.stage, "step": self.step}, buffer)
-        write_whole(self.out / CHECKPOINT_FILE, [buffer.getbuffer()])
+        done = sum(stage.steps for stage in self.recipe.stages[: self.stage]) + self.step
+        try:
+            write_whole(partial_checkpoint(self.folder, done) / STATE_FILE, [buffer.getbuffer()])
+            return publish_checkpoint(self.folder, done, KEEP, self.record)
+        except OSError:
+            remove_partial(self.folder)
+            raise
 
     @torch.no_grad()
     def evaluate(self, steps: StageSteps) -> dict[str, dict[str, float]]:

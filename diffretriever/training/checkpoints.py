@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..files.durable import publish_folder
+from ..files.sealed import Damaged, check_seal, seal
 
 PARTIAL = ".partial"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -25,20 +28,57 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """Find the checkpoint to go on from; every file of it is read and compared with its hash.
+
+    Args:
+        folder: the run's.
+        say: told of each damaged checkpoint that is passed over.
+
+    Returns:
+        The checkpoint and the record of the run that it belongs to; None where none is whole.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            record = check_seal(checkpoint)
+        except Damaged as damage:
+            say(f"{checkpoint} {damage}; it is passed over")
+        else:
+            return checkpoint, record
+    if found:
+        say("no whole checkpoint is left: the run begins anew")
+    return None
+
+
+def partial_checkpoint(folder: Path, step: int) -> Path:
+    """Return where a checkpoint is filled before `publish_checkpoint`."""
+    return folder / PARTIAL / f"checkpoint-{step}"
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what a save left behind that did not end."""
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
 
 
-def publish_checkpoint(folder: Path, step: int, keep: int) -> None:
-    """Move a whole checkpoint out of the partial folder, then remove the oldest ones.
+def publish_checkpoint(folder: Path, step: int, keep: int, record: dict[str, Any]) -> Path:
+    """Seal a whole checkpoint and move it out of the partial folder, then remove those that are no longer needed.
 
     Args:
         folder: the run's.
         step: names the checkpoint.
-        keep: how many stay.
+        keep: how many stay. Later ones than this do not: they were damaged, and the run went on from before them.
+        record: of the run; kept in the checkpoint's manifest.
+
+    Returns:
+        The checkpoint.
     """
-    name = f"checkpoint-{step}"
-    publish_folder(folder / PARTIAL / name, folder / name)  # one that this run has gone on from is made again
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    made = partial_checkpoint(folder, step)
+    place = folder / made.name
+    seal(made, record)
+    publish_folder(made, place)  # one that this run has gone on from is made again
+    kept = [path for path in checkpoints(folder) if step_of(path) <= step][-keep:]
+    for old in checkpoints(folder):
+        if old not in kept:
+            shutil.rmtree(old)
+    return place

@@ -1,22 +1,31 @@
-"""What a run was: its recipe, data and software, kept beside the adapter and compared when it is resumed."""
+"""What a run was: its recipe, data and software, kept with its checkpoints and compared when it is resumed."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import platform
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..data.pair_files import PairFiles
-from ..files.durable import write_json
-from ..files.lines import read_object
+from ..store.identity import describe_model
+from ..store.manifest import flat, is_recorded_only
 from .adapter_recipe import AdapterRecipe
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 # Keys that do not touch the weights: they may change between an interruption and its resumption.
 FREE_KEYS = frozenset("save_steps keep_checkpoints log_steps eval_steps eval_passages report_to workers".split())
+# Sections of a record that must be the same when a run is resumed, and how a message begins on them.
+COMPARED = {
+    "recipe": "",
+    "base": "another backbone's name: ",
+    "data": "other data: ",
+    "release": "another release: ",
+    "backbone": "other files of the backbone: ",
+}
 
 
 def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, base: str, processes: int) -> dict[str, Any]:
@@ -48,26 +57,62 @@ def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, base: str, p
     }
 
 
-def check_resumable(folder: Path, record: dict[str, Any]) -> None:
-    """Compare a run with the one that `folder` was made by, or write the record if there is none.
+def release_identity(model: Any) -> dict[str, Any]:
+    """Describe a release by the content of its files, wherever they lie and whatever they are called.
 
     Args:
-        folder: the run's state.
-        record: from `run_record`.
+        model: as loaded, before `add_lora`.
+
+    Returns:
+        Everything that its queries' vectors depend on, as a store of them would record it.
+    """
+    settings = flat(dataclasses.asdict(describe_model(model, is_query=True, dtype="float32")))
+    return {name: value for name, value in settings.items() if name != "revision" and not is_recorded_only(name)}
+
+
+def check_same_run(
+    kept: tuple[Path, dict[str, Any]] | None, now: dict[str, Any], free: Collection[str] = FREE_KEYS
+) -> None:
+    """Compare a run with the one that is to be resumed.
+
+    Args:
+        kept: the file or folder that is resumed, and its record; None where there is nothing to resume.
+        now: this run's, or the sections of it that are known yet.
+        free: keys of the recipe that may differ.
 
     Raises:
         ValueError: another recipe, other data or another model; names the difference and both values.
     """
-    file = folder / RUN_FILE
-    if not file.is_file():
-        write_json(file, record)
-        return
-    before = read_object(file)
-    advice = "Choose another --out, or remove the folder to start anew."
-    for key, value in record["recipe"].items():
-        old = before["recipe"].get(key)
-        if key not in FREE_KEYS and old != value:
-            raise ValueError(f"{file}: this run was started with {key} = {old!r}, now it is {value!r}. {advice}")
-    for key, what in (("data", "other data"), ("model", "another model"), ("base", "another base name")):
-        if before[key] != record[key]:
-            raise ValueError(f"{file}: this run was started with {what} ({before[key]}, now {record[key]}). {advice}")
+    where, before = kept or (None, now)
+    for section, lead in COMPARED.items():
+        if section not in now:
+            continue
+        old, new = (dict(_leaves(record.get(section), section)) for record in (before, now))
+        for name in {**new, **old}:
+            key = name.removeprefix("recipe.")
+            if old.get(name) != new.get(name) and key not in free and not _is_name(name):
+                raise ValueError(
+                    f"{where}: this run was started with {lead}{key} = {old.get(name)!r:.200}, now it is "
+                    f"{new.get(name)!r:.200}. Choose another --out, or remove the folder to start anew."
+                )
+
+
+def _is_name(field: str) -> bool:
+    """Return whether a field names a data file, whose content alone is compared."""
+    return field.startswith("data[") and field.endswith("].file")
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values inside lists and objects by their place, such as "recipe.stages[0].steps".
+
+    >>> dict(_leaves({"a": [{"b": 1}, 2]}, "x"))
+    {'x.a[0].b': 1, 'x.a[1]': 2}
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}")
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _leaves(inner, f"{name}[{place}]")
+    else:
+        yield name, value

@@ -22,11 +22,11 @@ from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batches import SampledItems
 from .candidates import world
-from .checkpoints import checkpoints, remove_partial, step_of
+from .checkpoints import newest_whole, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
 from .lora import add_lora, load_lora
 from .objective import ContrastiveModel
-from .run_record import RUN_FILE, check_resumable, run_record
+from .run_record import RUN_FILE, check_same_run, release_identity, run_record
 from .trainer import RetrievalTrainer, StopOnSignal, training_arguments
 
 SAMPLED = 500  # items whose texts are measured before training
@@ -80,18 +80,22 @@ def train_adapter(
     check_data(recipe, files, processes)
     name = base or base_name(release)
     record = run_record(recipe, files, release, name, processes)
+    kept = newest_whole(state, say)
     if is_main():
-        check_resumable(state, record)
+        check_same_run(kept, record)
         remove_partial(state)
     task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
     arguments = training_arguments(recipe, len(files), state, processes)
     retriever = load_retriever(recipe, release)
+    if is_main():
+        record["release"] = release_identity(retriever)
+        check_same_run(kept, record)
     say(describe(files, recipe), *measure_texts(files, retriever.texts, recipe))
     model = prepare_model(retriever, recipe)
-    trainer = RetrievalTrainer(model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, name)
+    trainer = RetrievalTrainer(model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, record)
     if task is not None:
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
-    run(trainer, state)
+    run(trainer, kept[0] if kept else None)
     if is_main():
         retriever.config.max_length = recipe.max_length
         save_adapter(retriever, recipe, out, name)
@@ -172,14 +176,12 @@ def checkpoint_layers(retriever: Any) -> None:
     (newer or retriever.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def run(trainer: RetrievalTrainer, state: Path) -> None:
-    """Train from the last checkpoint, if there is one, to the end.
+def run(trainer: RetrievalTrainer, last: Path | None) -> None:
+    """Train from a whole checkpoint, if there is one, to the end.
 
     Raises:
         Interrupted: by SIGTERM or SIGINT.
     """
-    kept = checkpoints(state)
-    last = kept[-1] if kept else None
     if last is not None and step_of(last) >= trainer.args.max_steps:
         retriever: Any = trainer.accelerator.unwrap_model(trainer.model).retriever
         file = str(last / WEIGHTS_FILE)

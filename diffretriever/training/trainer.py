@@ -37,14 +37,14 @@ class RetrievalTrainer(Trainer):
         items: the data.
         recipe: what to do.
         arguments: from `training_arguments`.
-        base: the backbone's name for adapter_config.json.
+        record: of the run, from `run_record`; goes into each checkpoint.
     """
 
     def __init__(
         self, model: ContrastiveModel, items: SampledItems, recipe: AdapterRecipe, arguments: TrainingArguments,
-        base: str,
+        record: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.recipe, self.base, self.items = recipe, base, items
+        self.recipe, self.record, self.items = recipe, record, items
         self.folder = Path(str(arguments.output_dir))
         self.seen = {"tokens": 0, "cut": 0}  # since the last line of the log
         self.figures: dict[str, list[torch.Tensor]] = {}
@@ -129,22 +129,23 @@ class RetrievalTrainer(Trainer):
         """
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # other processes write their part, too
+            if self.args.should_save:
+                step, keep = self.state.global_step, self.recipe.keep_checkpoints
+                publish_checkpoint(self.folder, step, keep, self.record)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             remove_partial(self.folder)
             kept = checkpoints(self.folder)
             last = f"the previous one, {kept[-1]}, is whole" if kept else "there is no earlier one"
             number = getattr(error, "errno", None) or errno.EIO
             raise OSError(number, f"the checkpoint could not be saved ({error}); {last}", str(self.folder)) from error
-        self.accelerator.wait_for_everyone()  # other processes write their part, too
-        if self.args.should_save:
-            publish_checkpoint(self.folder, self.state.global_step, self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter in the method's layout."""
         retriever = self.accelerator.unwrap_model(self.model).retriever
         if self.args.should_save:
-            save_adapter(retriever, self.recipe, Path(output_dir or self.folder), self.base)
+            save_adapter(retriever, self.recipe, Path(output_dir or self.folder), self.record["base"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read the adapter back."""
