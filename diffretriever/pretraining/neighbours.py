@@ -14,7 +14,7 @@ import numpy as np
 from ..evaluation.bm25 import BM25
 from ..files.durable import publish_folder, write_whole
 from ..files.sealed import Damaged, check_seal, seal
-from ..training.checkpoints import PARTIAL
+from ..training.checkpoints import PARTIAL, remove_partial
 
 NEIGHBOURS_FILE = "neighbours.npy"
 
@@ -45,12 +45,13 @@ def bm25_neighbours(queries: Sequence[str], passages: Sequence[str], depth: int)
 def cached_neighbours(
     queries: Sequence[str], passages: Sequence[str], depth: int, folder: Path, data: Iterable[str]
 ) -> np.ndarray:
-    """Return what `bm25_neighbours` does, kept in `folder` under the hashes of the data; what is damaged is made anew."""
+    """Return what `bm25_neighbours` does, kept in `folder` under the data's hashes; what is damaged is made anew."""
     mark = hashlib.sha256(" ".join(data).encode()).hexdigest()[:16]
     place = folder / f"neighbours-{mark}-{depth}"
     try:
         check_seal(place)
     except Damaged:
+        remove_partial(folder)
         made, buffer = folder / PARTIAL / place.name, io.BytesIO()
         np.save(buffer, bm25_neighbours(queries, passages, depth))
         write_whole(made / NEIGHBOURS_FILE, [buffer.getbuffer()])

@@ -92,7 +92,9 @@ def train_adapter(
         check_same_run(kept, record)
     say(describe(files, recipe), *measure_texts(files, retriever.texts, recipe))
     model = prepare_model(retriever, recipe)
-    trainer = RetrievalTrainer(model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, record)
+    trainer = RetrievalTrainer(
+        model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, record
+    )
     if task is not None:
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
     run(trainer, kept[0] if kept else None)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import publish
 from diffretriever.cli.main import main
+from diffretriever.files.sealed import check_seal, seal
 from diffretriever.model.backbone_loading import load_tokenizer
 from diffretriever.model.configuration_diffretriever import paper_prompt
 from diffretriever.model.tokenization_helpers import render_prompt
@@ -29,11 +31,12 @@ from diffretriever.pretraining.denoising import Denoiser
 from diffretriever.pretraining.pretrain import Pretrainer
 from diffretriever.pretraining.recipe import PretrainRecipe, read_pretrain_recipe
 from diffretriever.pretraining.steps import StageSteps
+from diffretriever.training.checkpoints import checkpoints
 
 TEXTS = ["Network printer", "", "File-server mail 42; the KERNEL's window", "a <|mask|> <|mdm_mask|> <|im_end|>?"]
 PARITY = Path(__file__).parents[1] / "parity"
 WORDS = "file network image sound text package kernel window game music server client mail printer disk".split()
-PRETRAIN = {
+PRETRAIN: dict[str, Any] = {
     "shape": {"vocab_size": 640, "d_model": 32, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 48},
     "bf16": False,
     "save_every": 2,
@@ -82,6 +85,11 @@ def pretrained(kind: str, data: dict[str, Path], tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("training-pretrained")
     assert command(kind, data, out, "--dev", str(data["bench"])) == 0
     return out
+
+
+def newest(out: Path) -> Path:
+    """Return the state in a run's last checkpoint."""
+    return checkpoints(out / "state")[-1] / "state.pt"
 
 
 def command(kind: str, data: dict[str, Path], out: Path, *more: str) -> int:
@@ -160,7 +168,7 @@ def test_an_interrupted_run_says_so_and_ends_with_the_same_weights(
         assert "The same command goes on" in said.err
         last = json.loads(said.out.splitlines()[-1])
         assert (last["stage"], last["step"]) == place
-        assert last["note"] == f"interrupted; {tmp_path / 'pretrain.ckpt'} is saved"
+        assert last["note"] == f"interrupted; {newest(tmp_path).parent} is saved"
         assert not (tmp_path / "backbone" / "model.safetensors").exists()
     monkeypatch.setattr(Pretrainer, "log", log)
     assert command(kind, data, tmp_path) == 0
@@ -176,7 +184,7 @@ def test_the_run_measures_the_formats_own_objective(
     logged = json.loads((pretrained / "log.jsonl").read_text().splitlines()[-1])["evaluation"]["denoise"]
     model = new_backbone(pretrained / "backbone", seed=9)
     corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], model.texts, tmp_path)
-    model.load_state_dict(torch.load(pretrained / "pretrain.ckpt", weights_only=True)["model"])  # float32
+    model.load_state_dict(torch.load(newest(pretrained), weights_only=True)["model"])  # float32
     found = [
         Denoiser(corpus.texts, model.texts, 128, 2048, 0, shift).held_out(model, corpus.held_out) for shift in (0, 1)
     ]
@@ -185,26 +193,104 @@ def test_the_run_measures_the_formats_own_objective(
     assert found[1 - right] != pytest.approx(logged, abs=5e-3)
 
 
-@pytest.mark.parametrize(("key", "value"), [("backbone_type", None), ("shape", {"n_layers": 3})])
-def test_a_folder_that_holds_another_backbone_is_refused(
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(out / "backbone" / "model.safetensors"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    kind: str, pretrained: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest cut off, then both altered: the run goes on from the one before, then from the start."""
+    out = tmp_path / "out"
+    shutil.copytree(pretrained, out)
+    state = newest(out)
+    state.write_bytes(state.read_bytes()[:-100])
+    assert command(kind, data, out) == 0
+    said = capsys.readouterr().out
+    assert f"{out / 'state' / 'checkpoint-7'} holds state.pt with " in said
+    assert "resumed at stage 1, step 2" in said
+    for checkpoint in checkpoints(out / "state"):
+        content = bytearray((checkpoint / "state.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (checkpoint / "state.pt").write_bytes(content)
+    assert command(kind, data, out) == 0
+    assert "no whole checkpoint is left: the run begins anew" in capsys.readouterr().out
+    for name, value in weights_of(pretrained).items():
+        assert torch.equal(value, weights_of(out)[name]), name
+
+
+def other_recipe(folder: Path, kind: str, **changes: Any) -> None:
+    (folder / f"{kind}.yaml").write_text(yaml.safe_dump({**PRETRAIN, "backbone_type": kind, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backbone_type": None}, "backbone_type = "),
+        ({"shape": {**PRETRAIN["shape"], "n_layers": 3}}, "shape.n_layers = 2, now it is 3"),
+        (
+            {"stages": [PRETRAIN["stages"][0], {**PRETRAIN["stages"][1], "steps": 9}]},
+            "stages[1].steps = 4, now it is 9",
+        ),
+        ({"seed": 7}, "seed = 42, now it is 7"),
+    ],
+)
+def test_another_recipe_is_refused(
     kind: str,
-    recipe: PretrainRecipe,
     pretrained: Path,
     data: dict[str, Path],
     tmp_path: Path,
-    key: str,
-    value: Any,
+    changes: dict[str, Any],
+    words: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = {"llada": "dream", "dream": "llada"}[kind]
-    changed = dataclasses.asdict(recipe) | {key: value or other}
-    (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(changed))
-    before = (pretrained / "recipe.json").read_bytes()
+    other_recipe(tmp_path, kind, **{key: value or other for key, value in changes.items()})
+    before = (pretrained / "run.json").read_bytes()
     assert command(kind, {**data, "folder": tmp_path}, pretrained) == 2
     said = capsys.readouterr().err
-    assert f"{pretrained / 'recipe.json'}: this run was started with {key} = " in said
+    assert f"{pretrained / 'run.json'}: this run was started with {words}" in said
     assert "Choose another --out" in said
-    assert (pretrained / "recipe.json").read_bytes() == before
+    assert (pretrained / "run.json").read_bytes() == before
+
+
+def test_other_data_another_tokenizer_and_an_earlier_version_are_refused(
+    kind: str, pretrained: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
+    shutil.copytree(pretrained, out)
+    pairs.write_bytes(data["pairs"].read_bytes().replace(b"kernel", b"colonel"))
+    assert command(kind, {**data, "pairs": pairs}, out) == 2
+    assert "run.json: this run was started with other data: data[0].sha256 = '" in capsys.readouterr().err
+    (out / "run.json").unlink()
+    assert command(kind, {**data, "pairs": pairs}, out) == 2
+    assert "checkpoint-7: this run was started with other data: data[0].sha256 = '" in capsys.readouterr().err
+    tokenizer = out / "backbone" / "tokenizer.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text())))
+    (out / "run.json").unlink()
+    assert command(kind, data, out) == 2
+    found = capsys.readouterr().err
+    assert "this run was started with other files of the backbone: backbone.tokenizer.json = '" in found
+    (out / "pretrain.ckpt").touch()
+    assert command(kind, data, out) == 2
+    assert "pretrain.ckpt is the checkpoint of an earlier version, from which this one cannot go on" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_checkpoint_that_this_version_cannot_hold_is_told(
+    kind: str, pretrained: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pretrained, out)
+    checkpoint = newest(out).parent
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    state["model"]["another.name"] = state["model"].popitem()[1]
+    torch.save(state, checkpoint / "state.pt")
+    seal(checkpoint, check_seal(pretrained / "state" / checkpoint.name))
+    assert command(kind, data, out) == 2
+    said = capsys.readouterr().err
+    assert f"{checkpoint / 'state.pt'} was written by another version of this software or of torch" in said
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(
@@ -213,10 +299,10 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(
     model = new_backbone(pretrained / "backbone", seed=9)
     corpus = read_corpus(recipe, [data["pairs"]], [data["texts"]], model.texts, tmp_path)
     hot = dataclasses.replace(recipe.stages[0], learning_rate=1e30, steps=9)  # the second step's loss overflows
-    trainer = Pretrainer(dataclasses.replace(recipe, stages=[hot], save_every=1), model, corpus, tmp_path)
+    trainer = Pretrainer(dataclasses.replace(recipe, stages=[hot], save_every=1), model, corpus, tmp_path, {})
     with pytest.raises(FloatingPointError, match=r"the loss is nan at stage 0, step 1 \(denoise\); lower"):
         trainer.run()
-    state = torch.load(tmp_path / "pretrain.ckpt", weights_only=True)
+    state = torch.load(newest(tmp_path), weights_only=True)
     assert state["step"] == 1
     for name, value in model.state_dict().items():
         assert torch.equal(value, state["model"][name]), name
@@ -260,7 +346,7 @@ def test_training_makes_the_sequences_of_the_release(
 def test_the_release_gives_the_states_of_training(pretrained: Path, release: Any, is_query: bool) -> None:
     """At the masks, unshifted, in Dream as in LLaDA; the backbone's bfloat16 is all that lies between."""
     model = new_backbone(pretrained / "backbone", seed=9)
-    model.load_state_dict(torch.load(pretrained / "pretrain.ckpt", weights_only=True)["model"])
+    model.load_state_dict(torch.load(newest(pretrained), weights_only=True)["model"])
     for weight in model.parameters():
         weight.copy_(weight.bfloat16())
     ids, mask = release.tokenize(TEXTS, is_query=is_query)

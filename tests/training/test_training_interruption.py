@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import PARITY, edit_weights
 from training_runs import arguments, assert_same_weights, fork_train, wait, wait_for, write_pairs, write_recipe
 
 from diffretriever.cli.main import main
+from diffretriever.publishing import build as building
 from diffretriever.training import checkpoints, trainer
 from diffretriever.training.adapter_output import save_adapter
 
@@ -184,6 +187,63 @@ def test_weights_that_are_not_numbers_are_not_saved(whole: dict[str, Path], tmp_
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
+def flip_bit(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("harm", "name", "words"),
+    [
+        (Path.unlink, "optimizer.pt", "lacks optimizer.pt"),
+        (Path.unlink, "scheduler.pt", "lacks scheduler.pt"),
+        (Path.unlink, "manifest.json", "has no manifest.json: it was not written to its end, or by an earlier version"),
+        (flip_bit, "optimizer.pt", "holds optimizer.pt with other content than was written"),
+        (flip_bit, "adapter_model.safetensors", "holds adapter_model.safetensors with other content than was written"),
+        (flip_bit, "manifest.json", "holds a"),  # damaged or altered: it may still be JSON
+        (cut_off, "optimizer.pt", "holds optimizer.pt with "),
+        (cut_off, "rng_state.pth", "holds rng_state.pth with "),
+        (cut_off, "trainer_state.json", "holds trainer_state.json with "),
+        (cut_off, "manifest.json", "holds a damaged file, manifest.json: not valid JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    whole: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path], None],
+    name: str,
+    words: str,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole["out"], out)
+    harm(out / "state" / "checkpoint-8" / name)
+    resume(whole, out)
+    said = capsys.readouterr().out
+    assert f"{out / 'state' / 'checkpoint-8'} {words}" in said
+    assert "; it is passed over\n" in said
+    assert f"going on from {out / 'state' / 'checkpoint-6'}" in said
+
+
+def test_without_a_whole_checkpoint_the_run_begins_anew(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole["out"], out)
+    for checkpoint in checkpoints.checkpoints(out / "state"):
+        flip_bit(checkpoint / "optimizer.pt")
+    assert main([*command(whole, out), "--set", "save_steps=4"]) == 0
+    assert "no whole checkpoint is left: the run begins anew" in capsys.readouterr().out
+    assert_same_weights(out, whole["out"])
+    assert [path.name for path in checkpoints.checkpoints(out / "state")] == ["checkpoint-4", "checkpoint-8"]
+
+
 def test_another_recipe_or_other_data_is_no_resumption(
     whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +251,25 @@ def test_another_recipe_or_other_data_is_no_resumption(
     assert (
         "this run was started with temperature = 0.05, now it is 0.5. Choose another --out" in capsys.readouterr().err
     )
-    other = write_pairs(tmp_path / "pairs.jsonl", count=25)
+    other = tmp_path / "pairs.jsonl"
+    other.write_bytes(whole["pairs"].read_bytes().replace(b"river", b"brook"))
     assert main(arguments(whole["recipe"], whole["release"], other, whole["out"])) == 2
-    assert "this run was started with other data" in capsys.readouterr().err
-    assert main([*command(whole, whole["out"]), "--set", "log_steps=3"]) == 0  # all steps were done before
+    assert "this run was started with other data: data[0].sha256 = '" in capsys.readouterr().err
+    moved = tmp_path / "of-another-name.jsonl"
+    moved.write_bytes(whole["pairs"].read_bytes())
+    free = ["--set", "log_steps=3"]
+    assert main([*arguments(whole["recipe"], whole["release"], moved, whole["out"]), *free]) == 0  # all was done before
+
+
+def test_another_release_in_a_folder_of_the_same_name_is_no_resumption(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = tmp_path / "tiny-llada"
+    shutil.copytree(PARITY / "backbones" / "tiny-llada", backbone)
+    edit_weights(backbone / "model.safetensors", lambda tensors: next(iter(tensors.values())).mul_(1.5))
+    release = tmp_path / whole["release"].name
+    building.build(str(backbone), release)
+    assert main(arguments(whole["recipe"], release, whole["pairs"], whole["out"])) == 2
+    said = capsys.readouterr().err
+    assert f"{whole['out'] / 'state' / 'checkpoint-8'}: this run was started with another release: " in said
+    assert "release.weights_sha256 = '" in said
