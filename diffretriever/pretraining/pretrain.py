@@ -22,7 +22,7 @@ import torch
 from ..evaluation.small_task import SmallTask, read_small_task
 from ..files.durable import write_json, write_whole
 from ..files.hashes import hash_file
-from ..model.backbone_loading import read_json
+from ..files.lines import read_object
 from ..model.modeling_diffretriever import DiffRetriever
 from ..training.checkpoints import newest_whole, partial_checkpoint, publish_checkpoint, remove_partial
 from ..training.run_record import RUN_FILE, check_same_run
@@ -103,7 +103,7 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
             "Choose another --out, or remove the folder to start anew."
         )
     file = out / RUN_FILE
-    check_same_run((file, read_json(file)) if file.is_file() else None, record, FREE_KEYS)
+    check_same_run((file, read_object(file)) if file.is_file() else None, record, FREE_KEYS)
 
 
 def _tokenizer_texts(recipe: PretrainRecipe, text_files: Iterable[Path]) -> Iterator[str]:

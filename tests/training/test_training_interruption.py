@@ -210,7 +210,7 @@ def cut_off(file: Path) -> None:
         (cut_off, "optimizer.pt", "holds optimizer.pt with "),
         (cut_off, "rng_state.pth", "holds rng_state.pth with "),
         (cut_off, "trainer_state.json", "holds trainer_state.json with "),
-        (cut_off, "manifest.json", "holds a damaged file, manifest.json: not valid JSON"),
+        (cut_off, "manifest.json", "holds a damaged file, "),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
