@@ -11,7 +11,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.benchmark import Benchmark
-from ..search.modes import FUSED
 from ..search.searcher import Rankings, Searcher
 from .runs import Run, cut, without_own_id
 
@@ -60,7 +59,7 @@ def ranked_windows(
     Yields:
         The queries' ids, and their rankings, deep enough for `depth` passages after own ids are left out.
     """
-    sparse = any(map(_needs_sparse, modes))
+    sparse = any("sparse" in mode for mode in modes)
     entries = iter(benchmark.queries.items())
     with tqdm(total=len(benchmark.queries), disable=not progress, unit="query", desc="search") as bar:
         while window := dict(islice(entries, QUERY_WINDOW)):
@@ -77,10 +76,6 @@ def reach(benchmark: Benchmark, depth: int) -> int:
 def judged_part(run: Run, benchmark: Benchmark, depth: int) -> Run:
     """Return what of a run is evaluated: without own ids where the benchmark says so, `depth` passages a query."""
     return cut(run if benchmark.own_ids_count else without_own_id(run), depth)
-
-
-def _needs_sparse(mode: str) -> bool:
-    return mode == "sparse_max" or mode in FUSED
 
 
 def query_latency(
@@ -101,7 +96,7 @@ def query_latency(
 
     def timed(mode: str) -> float:
         def work(text: str) -> None:
-            vectors = model.encode_texts([text], is_query=True, compute_sparse=_needs_sparse(mode))
+            vectors = model.encode_texts([text], is_query=True, compute_sparse="sparse" in mode)
             searcher.search(vectors, mode, depth, candidates=depth)
 
         return median_ms(work, spread(queries, count))
