@@ -23,7 +23,7 @@ BLOCK_NUMBERS = 64 * 1024 * 1024
 CPU_BLOCK_NUMBERS, CPU_FEW, CPU_FEW_BLOCK_NUMBERS = 384 * 1024, 32, 1024 * 1024
 MOST_THREADS = 16  # of which a block takes account; memory stays bounded
 MAX_COLUMNS = 256  # query vectors multiplied with a block at once
-FEW = 64  # up to so many passages for each chosen one, the inverted index of all is faster than one of the chosen
+FEW = 64  # up to so many passages for each chosen one, the index that is there is faster than one of the chosen
 
 
 class ExactEngine:
@@ -98,7 +98,7 @@ class ExactEngine:
         return torch.cat([positions for positions, _ in results]), torch.cat([scores for _, scores in results])
 
     def scores_at(self, queries: QueryVectors, kind: str, positions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """See `Engine.scores_at`; nothing but the chosen passages is read."""
+        """See `Engine.scores_at`; the vectors of the chosen passages alone are read."""
         scores_of = self._sparse_scores if kind == "sparse_max" else partial(self._dense_scores, kind)
         pairs = zip(queries.batches(1), positions, strict=True)
         return [scores_of(query, wanted) if len(wanted) else torch.empty(0) for query, wanted in pairs]
