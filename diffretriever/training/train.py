@@ -78,13 +78,13 @@ def train_adapter(
     files = PairFiles(pair_files, state)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_data(recipe, files, processes)
+    task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
     name = base or base_name(release)
     record = run_record(recipe, files, release, name, processes)
     kept = newest_whole(state, say)
     if is_main():
         check_same_run(kept, record)
         remove_partial(state)
-    task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
     arguments = training_arguments(recipe, len(files), state, processes)
     retriever = load_retriever(recipe, release)
     if is_main():
