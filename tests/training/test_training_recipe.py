@@ -153,7 +153,9 @@ def said(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_errors_come_before_the_model_is_loaded(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nowhere = tmp_path / "no-release"
+    nowhere = tmp_path / "no-release"  # nothing but what says that it is one
+    nowhere.mkdir()
+    (nowhere / "config.json").write_text('{"model_type": "diffretriever"}')
     (tmp_path / "bad.jsonl").write_text('{"query": "q", "positive": "p"}\n{"query": 3}\n')
     assert "unknown key 'speed'" in said([*command(nowhere), "--set", "speed=9"], capsys)
     assert "bad.jsonl, line 2: 'query' must be a text" in said(command(nowhere, tmp_path / "bad.jsonl"), capsys)
