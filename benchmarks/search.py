@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from hardware import describe
 
-from diffretriever.data.corpus import read_qrels
+from diffretriever.data.qrels import read_qrels
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
 from diffretriever.search import MODES, QdrantEngine, Results, Searcher, compress, open_store, upload
 

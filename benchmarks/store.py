@@ -28,7 +28,8 @@ import torch  # noqa: E402
 from hardware import describe  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
-from diffretriever.data.corpus import read_corpus, read_qrels  # noqa: E402
+from diffretriever.data.corpus import read_corpus  # noqa: E402
+from diffretriever.data.qrels import read_qrels  # noqa: E402
 from diffretriever.encode.encode_store import encode_store  # noqa: E402
 from diffretriever.store.manifest import STORE_DTYPES  # noqa: E402
 from diffretriever.store.store import Shard, ShardContents, Store, write_store  # noqa: E402

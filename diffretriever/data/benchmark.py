@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files.lines import COMPRESSIONS
-from .corpus import read_qrels, read_queries
+from .corpus import read_queries
+from .qrels import read_qrels
 
 # MS MARCO passage ranking as it is distributed: split -> (queries, qrels); papers report the small dev set
 MS_MARCO = {
@@ -78,7 +79,13 @@ def read_benchmark(folder: str | Path, split: str, relevance_level: int | None =
     level = relevance_level or RELEVANCE_LEVELS.get(split, 1)
     kept = {query: grades for query, grades in qrels.items() if query in texts}
     queries = {query: texts[query] for query in kept}
-    return Benchmark(folder, split, queries, kept, level, not is_beir, _notes(qrels, kept, unjudged, level))
+    notes = _notes(qrels, kept, unjudged, level)
+    if is_beir and (own := [query for query, grades in kept.items() if grades.get(query, 0) >= level]):
+        notes.append(
+            f"{len(own):,} queries are judged to be answered by the passage with their own id, e.g. {own[0]!r}: as in "
+            "BEIR, it is left out of their rankings and counts as not found."
+        )
+    return Benchmark(folder, split, queries, kept, level, not is_beir, notes)
 
 
 def _files(folder: Path, split: str) -> tuple[Path, Path, bool]:

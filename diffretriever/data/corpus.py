@@ -1,21 +1,25 @@
-"""Corpora, queries and relevance judgements, read one record at a time from the formats of the field."""
+"""Corpora and queries, read one record at a time from the formats of the field."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files.lines import COMPRESSIONS, read_lines, read_objects
+from ..files.lines import COMPRESSIONS, read_objects
 from ..model.tokenization_helpers import without_lone_surrogates
 from .datasets_reader import read_dataset, read_parquet
 from .texts import join_title
+from .tsv import read_tsv
 
 ID_FIELDS = ("_id", "id", "docid", "doc_id", "pid", "corpus-id", "query-id", "query_id", "qid")
 TEXT_FIELDS = ("text", "contents", "passage", "body", "query")
 TITLE_FIELDS = ("title",)
-FORMATS = "a BEIR folder, .jsonl or .tsv (also .gz, .xz, .zst), .parquet, or hf:NAME[:SPLIT]"
+LINE_FORMATS = (".jsonl", ".ndjson", ".tsv")
+KINDS = {"corpus": ("corpus", "collection"), "queries": ("queries",), "qrels": ("qrels",)}  # what files are called
+FORMATS = "a BEIR folder, .jsonl or .tsv (also .gz, .xz, .zst), .parquet, a folder of such parts, or hf:NAME[:SPLIT]"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ def read_corpus(source: str | Path) -> Iterator[Passage]:
 
     Args:
         source: a BEIR folder (its `corpus` file), a .jsonl or .tsv file (also .gz, .xz, .zst), a .parquet file, a
-            folder of .parquet parts, or a Hugging Face dataset, `hf:NAME[:SPLIT]` or `hf:NAME:CONFIG:SPLIT`.
+            folder of such parts (`part0.jsonl` …), or a Hugging Face dataset, `hf:NAME[:SPLIT]` or
+            `hf:NAME:CONFIG:SPLIT`.
 
     Yields:
         Passages; ids are kept exactly, numbers become their decimal digits.
@@ -63,51 +68,9 @@ def read_queries(source: str | Path) -> Iterator[Query]:
     for where, record in _records(source, "queries"):
         query = Query(_id_of(record, where), _text_of(record, where))
         if query.id in seen:
-            raise ValueError(f"{where}: the id {query.id!r} is already that of {seen[query.id]}; ids must differ.")
+            raise ValueError(f"{where}: the id {query.id!r:.80} is already that of {seen[query.id]}; ids must differ.")
         seen[query.id] = where
         yield query
-
-
-def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """Read relevance judgements: BEIR's TSV with a header line, or TREC's four columns.
-
-    Args:
-        path: the file, plain or compressed.
-
-    Returns:
-        {query id: {passage id: grade}}
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a malformed line, no judgement at all, or one pair with two grades; names file and line.
-    """
-    qrels: dict[str, dict[str, int]] = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        fields = line.split("\t") if "\t" in line else line.split()
-        if number == 1 and len(fields) == 3 and not _is_whole(fields[2]):
-            continue  # BEIR's header
-        query, passage, grade = _judgement(fields, where)
-        if qrels.setdefault(query, {}).setdefault(passage, grade) != grade:
-            raise ValueError(f"{where}: query {query!r} and passage {passage!r} were judged before, otherwise.")
-    if not qrels:
-        raise ValueError(f"{path}: no judgements; expected lines of query id, passage id and grade.")
-    return qrels
-
-
-def _judgement(fields: list[str], where: str) -> tuple[str, str, int]:
-    if len(fields) not in (3, 4) or not _is_whole(fields[-1]):
-        raise ValueError(
-            f"{where}: expected query id, passage id and a whole-number grade (BEIR), or query id, 0, passage id and "
-            f"grade (TREC); got {len(fields)} columns: {fields!r:.120}."
-        )
-    return fields[0], fields[-2], int(fields[-1])
-
-
-def _is_whole(text: str) -> bool:
-    return text.strip().removeprefix("-").isdecimal()
 
 
 def _records(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -116,17 +79,24 @@ def _records(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, 
         yield from read_dataset(str(source), kind)
         return
     for file in source_files(source, kind):
-        name = file.name
-        for suffix in COMPRESSIONS:
-            name = name.removesuffix(suffix)
-        if name.endswith((".jsonl", ".ndjson")):
+        ending = _format(file.name)
+        if ending in (".jsonl", ".ndjson"):
             yield from ((f"{file}, line {number}", record) for number, record in read_objects(file))
-        elif name.endswith(".tsv"):
-            yield from _read_tsv(file)
-        elif name.endswith(".parquet"):
+        elif ending == ".tsv":
+            yield from read_tsv(file, ID_FIELDS, TEXT_FIELDS)
+        elif ending == ".parquet":
             yield from read_parquet(file, {*ID_FIELDS, *TEXT_FIELDS, *TITLE_FIELDS})
         else:
             raise ValueError(f"{file}: not a format that can be read; expected {FORMATS}.")
+
+
+def _format(name: str) -> str | None:
+    """Return the ending of a file's name that says its format."""
+    if name.endswith(".parquet"):
+        return ".parquet"
+    for suffix in COMPRESSIONS:
+        name = name.removesuffix(suffix)
+    return next((ending for ending in LINE_FORMATS if name.endswith(ending)), None)
 
 
 def source_files(source: str | Path, kind: str = "corpus") -> list[Path]:
@@ -138,40 +108,53 @@ def source_files(source: str | Path, kind: str = "corpus") -> list[Path]:
 
     Raises:
         FileNotFoundError: nothing there to read.
+        ValueError: a folder of several things, or one that lacks parts.
     """
     path = Path(source)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder; expected {FORMATS}.")
-    names = [kind, "collection"] if kind == "corpus" else [kind]
-    endings = [kind_of + end for kind_of in (".jsonl", ".tsv") for end in ("", *COMPRESSIONS)]
-    for name in names:
-        for ending in (*endings, ".parquet"):
+    compressed = [ending + packed for ending in LINE_FORMATS for packed in ("", *COMPRESSIONS)]
+    for name in KINDS[kind]:
+        for ending in (*compressed, ".parquet"):
             if (path / f"{name}{ending}").is_file():
                 return [path / f"{name}{ending}"]
-    for folder in (path / kind, path):
-        if parts := sorted(folder.glob("*.parquet")):
-            return parts
-    raise FileNotFoundError(f"{path}: the folder holds no {kind} file; expected {kind}.jsonl, .tsv or .parquet.")
+    if parts := _parts(path / kind, kind) or _parts(path, kind):
+        return parts
+    raise FileNotFoundError(
+        f"{path}: the folder holds no {kind} file; expected {kind}.jsonl, .tsv or .parquet, or parts such as "
+        f"part0.jsonl, part1.jsonl."
+    )
 
 
-def _read_tsv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the records of a TSV file: MS MARCO's id and text, or id, title and text, or columns as its header says."""
-    columns: list[str] | None = None
-    for number, line in read_lines(file):
-        if not line:
-            continue
-        fields = line.split("\t")
-        if columns is None:
-            if fields[0] in ID_FIELDS and set(fields[1:]) & {*TEXT_FIELDS}:
-                columns = fields
-                continue
-            columns = {2: ["id", "text"], 3: ["id", "title", "text"]}.get(len(fields), [])
-        if len(fields) != len(columns):
-            expected = f"{len(columns)} columns" if columns else "2 columns (id, text) or 3 (id, title, text)"
-            raise ValueError(f"{file}, line {number}: expected {expected} between tabs, got {len(fields)}.")
-        yield f"{file}, line {number}", dict(zip(columns, fields, strict=True))
+def _parts(folder: Path, kind: str) -> list[Path]:
+    """Return the parts that a folder holds, in the order of their numbers; [] where it holds none."""
+    groups: dict[str, list[Path]] = {}
+    for file in folder.iterdir() if folder.is_dir() else ():
+        ending = _format(file.name)
+        if ending is not None and file.is_file() and not file.name.startswith((".", "_")):
+            # parts' names have all but their numbers in common; a folder `corpus` may hold any names
+            groups.setdefault(ending if folder.name == kind else re.sub("[0-9]+", "#", file.name), []).append(file)
+    named = {name: files for name, files in groups.items() if folder.name == kind or name.startswith(KINDS[kind])}
+    if not named and not (kind == "queries" and (folder / "qrels").is_dir()):  # a benchmark's parts are its corpus
+        others = tuple(name for names in KINDS.values() for name in names)
+        named = {name: files for name, files in groups.items() if not name.startswith(others)}
+    if len(named) > 1:
+        some = ", ".join(sorted(files[0].name for files in named.values())[:4])
+        raise ValueError(
+            f"{folder}: which files are the {kind}? There are {some}; keep the parts in a folder of their own."
+        )
+    parts = sorted((file for files in named.values() for file in files), key=_by_numbers)
+    of = {int(found[1]) for file in parts if (found := re.search(r"-of-([0-9]+)", file.name))}
+    if of and of != {len(parts)}:
+        raise ValueError(f"{folder}: {len(parts)} parts, which are called {parts[0].name}; some are missing.")
+    return parts
+
+
+def _by_numbers(file: Path) -> list[tuple[int, str]]:
+    """Sort part10 after part2."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split("([0-9]+)", file.name)]
 
 
 def _field(record: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
@@ -189,7 +172,7 @@ def _id_of(record: Mapping[str, Any], where: str) -> str:
         shown = ", ".join(ID_FIELDS[:3])
         raise ValueError(f"{where}: the id is missing, empty or no text ({name!r}: {value!r:.80}); looked for {shown}.")
     if without_lone_surrogates(value) != value:
-        raise ValueError(f"{where}: the id {value!r} holds half a surrogate pair, which UTF-8 cannot keep exactly.")
+        raise ValueError(f"{where}: the id {value!r:.80} holds half a surrogate pair, which UTF-8 cannot keep exactly.")
     return value
 
 

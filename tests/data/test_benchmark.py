@@ -77,7 +77,7 @@ def test_empty_qrels_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_malformed_judgement_is_refused_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"test\.tsv, line 3: expected query id, passage id and a whole-number grade"):
+    with pytest.raises(ValueError, match=r"test\.tsv, line 3: the grade must be a whole number"):
         read_benchmark(write_beir(tmp_path, "q0\ta\t1\nq1\ta\tyes\n"), "test")
 
 
@@ -112,3 +112,11 @@ def test_judged_passages_that_the_corpus_lacks_are_counted(tmp_path: Path) -> No
 def test_a_level_below_1_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="relevance level must be at least 1, got 0"):
         read_benchmark(write_beir(tmp_path, "q0\ta\t1\n"), "test", relevance_level=0)
+
+
+def test_a_judged_passage_with_the_querys_own_id_is_said(tmp_path: Path) -> None:
+    benchmark = read_benchmark(write_beir(tmp_path, "q0\tq0\t1\nq1\tq1\t0\nq2\ta\t1\n"), "test")
+    assert [note for note in benchmark.notes if "own id" in note] == [
+        "1 queries are judged to be answered by the passage with their own id, e.g. 'q0': as in BEIR, it is left "
+        "out of their rankings and counts as not found."
+    ]

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store_helpers import write_jsonl
 
-from diffretriever.data.corpus import Passage, Query, read_corpus, read_qrels, read_queries
+from diffretriever.data.corpus import Passage, Query, read_corpus, read_queries
 
 RECORDS: list[dict[str, Any]] = [
     {"_id": "doc 1", "title": "Tilt", "text": "The axis tilts\nby 23.4 degrees."},
@@ -86,7 +86,7 @@ def test_tsv_of_two_and_three_columns_and_with_a_header(tmp_path: Path) -> None:
     file.write_bytes("0\tThe first\u2028passage \r\n1\t\n".encode())
     assert list(read_corpus(file)) == [Passage("0", "The first\u2028passage "), Passage("1", "")]
     assert list(read_corpus(tmp_path)) == list(read_corpus(file))
-    file.write_text("7\tTitle\tbody\n8\t\tbody\n")
+    file.write_text("id\ttitle\ttext\n7\tTitle\tbody\n8\t\tbody\n")
     assert list(read_corpus(file)) == [Passage("7", "Title. body"), Passage("8", "body")]
     file.write_text("id\ttext\ttitle\n7\tbody\tTitle\n")
     assert list(read_corpus(file)) == [Passage("7", "Title. body")]
@@ -142,9 +142,11 @@ def test_a_malformed_line_is_named(tmp_path: Path, content: bytes, message: str)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("1\ta\n2\n", "line 2: expected 2 columns between tabs, got 1"),
-        ("1\ta\n2\ta\tb\n", "line 2: expected 2 columns between tabs, got 3"),
-        ("1\n", r"line 1: expected 2 columns \(id, text\) or 3 \(id, title, text\) between tabs, got 1"),
+        ("1\ta\n2\n", "line 2: expected 2 columns between tabs, id and text, got 1"),
+        ("1\ta\n2\ta\tb\n", "line 2: expected 2 columns between tabs, id and text, got 3"),
+        ("1\n", "line 1: expected 2 columns between tabs, id and text, got 1"),
+        ("7\tpassage\ttitle\n", "line 1: expected 2 columns .*, got 3. Other columns need names: begin the file with"),
+        ("id\ttext\ttext\n1\ta\tb\n", "line 1: two columns have one name"),
         ("\ta\n", "line 1: the id is missing, empty"),
     ],
 )
@@ -214,30 +216,42 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, suffix: str) -> No
     assert peaks[1] < peaks[0] + 300_000  # the larger file holds 3 MB
 
 
-def test_qrels_of_beir_and_of_trec(tmp_path: Path) -> None:
-    expected = {"q 1": {"d1": 1, "d2": 0}, "q2": {"d1": -1}}
-    beir = tmp_path / "test.tsv"
-    beir.write_text("query-id\tcorpus-id\tscore\nq 1\td1\t1\nq 1\td2\t0\n\nq2\td1\t-1\nq2\td1\t-1\n")
-    assert read_qrels(beir) == expected
-    (tmp_path / "headless.tsv").write_text("q 1\td1\t1\nq 1\td2\t0\nq2\td1\t-1\n")
-    assert read_qrels(tmp_path / "headless.tsv") == expected
-    with gzip.open(tmp_path / "trec.txt.gz", "wt") as stream:
-        stream.write("q1 0 d1 3\nq1\t0\td2\t0\n")
-    assert read_qrels(tmp_path / "trec.txt.gz") == {"q1": {"d1": 3, "d2": 0}}
+def test_a_folder_of_numbered_parts_is_read_in_their_order(tmp_path: Path) -> None:
+    passages = [(str(number), f"text {number}") for number in range(12)]
+    names = {
+        "plain": "part{}.jsonl",
+        "named": "corpus-{:05d}-of-00012.tsv",
+        "corpus": "{}.jsonl",
+        "zst": "p{}.jsonl.zst",
+    }
+    for folder in (tmp_path / "plain", tmp_path / "named", tmp_path / "kinds" / "corpus", tmp_path / "zst"):
+        folder.mkdir(parents=True)
+        for number, passage in enumerate(passages):
+            file = folder / names[folder.name].format(number)
+            content = "{}\t{}\n".format(*passage).encode()
+            if ".jsonl" in file.name:
+                content = as_jsonl([{"_id": passage[0], "text": passage[1]}])
+            file.write_bytes(zstandard.compress(content) if file.suffix == ".zst" else content)
+    (tmp_path / "named" / "queries-00000-of-00001.tsv").write_text("q\twhy\n")
+    write_jsonl(tmp_path / "plain" / "queries.jsonl", [("q", "why")])
+    (tmp_path / "plain" / "_SUCCESS").touch()
+    (tmp_path / "plain" / ".part0.jsonl.crc").touch()
+    for folder in (tmp_path / "plain", tmp_path / "named", tmp_path / "kinds", tmp_path / "zst"):
+        assert [(passage.id, passage.text) for passage in read_corpus(folder)] == passages
+    for folder in (tmp_path / "plain", tmp_path / "named"):
+        assert list(read_queries(folder)) == [Query("q", "why")]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("query-id\tcorpus-id\tscore\nq\td\n", "line 2: expected query id, passage id and a whole-number grade"),
-        ("q 0 d 1.5\n", r"line 1: expected query id.*got 4 columns"),
-        ("q\td\t1\nq\td\t2\n", "line 2: query 'q' and passage 'd' were judged before, otherwise"),
-        ("query-id\tcorpus-id\tscore\n", "no judgements"),
-        ("", "no judgements"),
-    ],
-)
-def test_bad_qrels(tmp_path: Path, content: str, message: str) -> None:
-    file = tmp_path / "qrels.tsv"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_qrels(file)
+def test_a_folder_of_several_things_or_without_a_part_is_refused(tmp_path: Path) -> None:
+    for name in ("a0.jsonl", "a1.jsonl", "b0.jsonl"):
+        write_jsonl(tmp_path / name, [(name, "x")])
+    with pytest.raises(ValueError, match=r"which files are the corpus\? There are a[01]\.jsonl, b0\.jsonl"):
+        list(read_corpus(tmp_path))
+    (tmp_path / "b0.jsonl").rename(tmp_path / "a-00000-of-00003.jsonl")
+    (tmp_path / "a0.jsonl").unlink()
+    (tmp_path / "a1.jsonl").rename(tmp_path / "a-00002-of-00003.jsonl")
+    with pytest.raises(ValueError, match=r"2 parts, which are called a-00000-of-00003\.jsonl; some are missing"):
+        list(read_corpus(tmp_path))
+    (tmp_path / "qrels").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no queries file"):  # a benchmark's parts are its corpus
+        list(read_queries(tmp_path))
