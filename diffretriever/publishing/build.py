@@ -21,12 +21,15 @@ from ..model.modeling_diffretriever import ADAPTER_FILES, AUTO_MAP
 from ..model.tokenization_helpers import RetrievalTokenizer, read_retriever_config
 from . import card, probe, record
 from .hub import find_folder
-from .releases import BACKBONE_FOLDER, CODE_FILES, RELEASES, SENTENCE_TRANSFORMERS_FILE, check_name
+from .releases import BACKBONE_FOLDER, CODE_FILES, RELEASES, SENTENCE_TRANSFORMERS_FILE, check_name, check_repo_id
 from .sentence_transformers import sentence_transformers_files
 
 SOURCE = Path(configuration_diffretriever.__file__).resolve().parent  # of the code: the tree, or a wheel's folder
 FIGURES = SOURCE / "checkpoints" / "figures.json"  # what was measured of our own releases
 SETTINGS_FILES = ["*.json", "*.jinja", "merges.txt"]  # of a backbone on the Hub, its weights are not needed to build
+# Of a backbone that a release brings along; no other JSON file beside it is copied.
+BACKBONE_SETTINGS = """config.json generation_config.json model.safetensors.index.json tokenizer.json
+    tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
 SETTINGS = ("num_query_masks", "num_passage_masks", "max_length")
 
 
@@ -208,13 +211,20 @@ def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
     if parts.adapter is not None:
         _copy_files(parts.adapter, made / "adapter", [CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE])
     if with_backbone:
-        _copy_files(parts.backbone, made / BACKBONE_FOLDER, backbones.BACKBONE_FILES)
+        _copy_files(parts.backbone, made / BACKBONE_FOLDER, _backbone_files(parts.backbone))
 
 
-def _copy_files(source: Path, folder: Path, patterns: list[str]) -> None:
+def _backbone_files(backbone: Path) -> list[str]:
+    """Name what belongs to a backbone: its settings by name and its weights by the index, whatever lies beside them."""
+    weights = {file.name for file, _ in backbones.read_headers(backbone).values()}
+    return [*BACKBONE_SETTINGS, *sorted(weights)]
+
+
+def _copy_files(source: Path, folder: Path, names: list[str]) -> None:
     folder.mkdir()
-    for file in (file for pattern in patterns for file in source.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _link_code(made: Path, out: Path) -> None:
@@ -228,6 +238,7 @@ def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> 
     """Write the card and release.json of a release that is otherwise finished."""
     config, name = parts.config, str(parts.config.release_name)
     repo_id = recording.repo_id or name
+    check_repo_id("--repo-id", repo_id)
     weights = made / "adapter" / WEIGHTS_FILE
     adapter_sha256 = hash_file(weights) if weights.is_file() else None
     prompt = RetrievalTokenizer(parts.tokenizer, config).layouts[True]

@@ -15,6 +15,7 @@ from .releases import BACKBONE_FOLDER, RELEASES
 HERE = Path(__file__).resolve().parent
 MODES = ("dense", "sparse", "hybrid")  # the columns of figures.yaml
 REQUIRED = ("license", "library_name", "pipeline_tag", "language", "tags")
+LORA_NUMBERS = ("r", "lora_alpha")  # of adapter_config.json, on the card
 PAPER_DATASETS = ["Tevatron/msmarco-passage-aug"]
 
 
@@ -98,15 +99,55 @@ def render_card(config: Any, facts: CardFacts, measured: dict[str, Any] | None =
     """
     import jinja2
 
+    body = _template(jinja2.StrictUndefined).render(_template_fields(config, facts, measured))
+    return f"---\n{_metadata(config, facts, measured)}\n---\n\n{_squeeze(body)}\n"
+
+
+def example_blocks(repo_id: str, single: bool) -> list[str]:
+    """Return the Python blocks of a card, the only code that a check of it runs.
+
+    Args:
+        repo_id: the Hub id or folder name that they load; `check_repo_id` has seen it.
+        single: whether K_q = K_p = 1.
+    """
+    import jinja2
+
+    fields = {"repo_id": repo_id, "single": single, "fusion": _fusion(single)}  # all that the blocks depend on
+    card = _squeeze(_template(jinja2.ChainableUndefined).render(fields))
+    return [source for _, source in code_blocks(card)]
+
+
+def _template(undefined: Any) -> Any:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
-        undefined=jinja2.StrictUndefined,
+        undefined=undefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # Markdown, of our own making
+        autoescape=False,  # Markdown: what others chose goes through `_plain` and `_number`
     )
-    body = environment.get_template("card.md.jinja").render(_template_fields(config, facts, measured))
-    return f"---\n{_metadata(config, facts, measured)}\n---\n\n{_squeeze(body)}\n"
+    return environment.get_template("card.md.jinja")
+
+
+def _fusion(single: bool) -> str:
+    return f"fusion_{'single' if single else 'multi'}_sparse_max"
+
+
+def _plain(name: str) -> str:
+    """Return a folder's name without what Markdown or HTML would act on.
+
+    >>> _plain("tiny](http://x)<script>`")
+    'tiny__http://x__script__'
+    """
+    return re.sub(r"[^\w .:/@+~-]", "_", name)
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a number of adapter_config.json, which may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"adapter_config.json: `{name}` must be a number, got {value!r:.80}.")
+    return value
 
 
 def _squeeze(text: str) -> str:
@@ -125,9 +166,9 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "name": config.release_name,
         "repo_id": facts.repo_id,
         "adapter": has_adapter,
-        "lora": facts.lora,
+        "lora": None if facts.lora is None else {name: _number(name, facts.lora.get(name)) for name in LORA_NUMBERS},
         "backbone": base,
-        "backbone_name": base if on_hub else facts.backbone_name,
+        "backbone_name": base if on_hub else _plain(facts.backbone_name),
         "backbone_on_hub": on_hub,
         "backbone_inside": base == BACKBONE_FOLDER,
         "backbone_revision": config.base_model_revision,
@@ -143,7 +184,7 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "max_length": config.max_length,
         "prompt_tokens": facts.prompt_tokens,
         "recommended": (known and known.recommended) or ("single_dense" if single else "multi_dense"),
-        "fusion": f"fusion_{'single' if single else 'multi'}_sparse_max",
+        "fusion": _fusion(single),
         "dense_words": "`single_dense`" if single else "MaxSim (`multi_dense`)",
         "paper": paper,
         "measured": measured,

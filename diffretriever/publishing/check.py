@@ -19,6 +19,7 @@ from .releases import BACKBONE_FOLDER, BRANCHES, library_versions
 from .sentence_transformers import sentence_transformers_files
 
 PROBE = Path(__file__).with_name("probe.py")
+SECRET = re.compile("token|secret|passw|credential|api_?key|access_key", re.IGNORECASE)  # in a variable's name
 OPTIONAL = ("sentence_transformers",)  # what a card's code may import that need not be installed
 
 
@@ -132,8 +133,9 @@ def _check_loaded(
 ) -> None:
     """Load the release in a fresh process, compare its vectors, run the card's code."""
     blocks = card.code_blocks(text)
-    if not any(f'"{made["repo_id"]}"' in source for _, source in blocks):
-        report.problems.append(f'README.md: no Python block loads "{made["repo_id"]}"; build the release again')
+    single = config.get("num_query_masks") == config.get("num_passage_masks") == 1
+    if strange := _strange_block(blocks, card.example_blocks(made["repo_id"], single)):
+        report.problems.append(f"{strange}; nothing of the card was run. Build the release again")
         return
     with tempfile.TemporaryDirectory(prefix="check-") as scratch:
         places = {"main": str(folder)} | {
@@ -158,6 +160,14 @@ def _check_loaded(
     if error:
         failed = order["names"][min(len(answers) - 1, len(blocks) - 1)]
         report.problems.append(f"{failed}: the card's code fails: {error}")
+
+
+def _strange_block(blocks: list[tuple[str, str]], ours: list[str]) -> str | None:
+    """Say which of a card's Python blocks are not the template's: a stranger's code is never run."""
+    strange = [name for name, source in blocks if source not in ours]
+    if strange:
+        return f"{strange[0]}: this Python block is not what a build writes"
+    return None if len(blocks) == len(ours) else f"README.md: {len(blocks)} Python blocks, a build writes {len(ours)}"
 
 
 def _judge_block(answer: dict[str, Any], report: Report) -> None:
@@ -200,7 +210,11 @@ def run_fresh(order: dict[str, Any], scratch: Path) -> tuple[list[dict[str, Any]
         process or None.
     """
     answers = scratch / "answers.jsonl"
-    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    environment |= {"HF_MODULES_CACHE": str(scratch / "modules"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["HF_TOKEN_PATH"] = str(
+        scratch / "no-token"
+    )  # a release's code is somebody's: no secret is in its reach
     done = subprocess.run(
         [sys.executable, "-c", PROBE.read_text(encoding="utf-8")],
         input=json.dumps({**order, "answers": str(answers)}),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files.hashes import hash_file
 from ..model.backbone_loading import read_json
-from .releases import library_versions
+from .releases import check_repo_id, library_versions
 
 RECORD_FILE = "release.json"
 CARD_FILE = "README.md"
@@ -105,6 +105,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     fingerprint = record["fingerprint"]
     if not (fingerprint is None or (isinstance(fingerprint, dict) and {"dtype", "texts"} <= fingerprint.keys())):
         raise ValueError(f"{file}: `fingerprint` must be null or hold dtype and texts; build the release again.")
+    check_repo_id(f"{file}: `repo_id`", str(record["repo_id"]))
     return record
 
 

@@ -91,6 +91,16 @@ def check_name(what: str, value: str) -> None:
         raise ValueError(f"{what}: {value!r} may hold only letters, digits, - and _ (a dot breaks transformers 4.54).")
 
 
+def check_repo_id(what: str, value: str) -> None:
+    """Refuse a name that could not stand in a card's code: a Hub id or a folder's name is letters, digits, . _ and -.
+
+    Raises:
+        ValueError: another character, or more than one slash.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?", value):
+        raise ValueError(f"{what}: {value!r:.100} must be ORG/NAME, of letters, digits, . _ and -.")
+
+
 def library_versions() -> dict[str, str]:
     """Return the installed version of each library that a release depends on.
 

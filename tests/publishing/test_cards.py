@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,40 @@ def test_hub_ids_in_code() -> None:
     assert card.with_folders(block, "lab/x", folders) == (
         "A('/m', trust=True)\nB('/s', trust=True)\nC('/m',\n  revision=\"other\")\n"
     )
+
+
+# --------------------------------------------------------------------------------------- what others chose
+
+
+def test_a_folders_name_is_only_a_name(tmp_path: Path) -> None:
+    backbone = Path(shutil.copytree(LLADA, tmp_path / "tiny](javascript:x)<script>`|"))
+    building.build(str(backbone), tmp_path / "odd", SINGLE)
+    card = (tmp_path / "odd" / "README.md").read_text()
+    assert "`tiny__javascript:x__script___`" in card
+    assert "<script>" not in card
+
+
+@pytest.mark.parametrize("value", ["16 |\n\n```python\nprint('ran')\n```", True, None, [16]])
+@pytest.mark.parametrize("field", ["lora_alpha", "r"])
+def test_an_adapters_numbers_are_numbers(field: str, value: Any) -> None:
+    lora = {"r": 16, "lora_alpha": 64, field: value}
+    with pytest.raises(ValueError, match=f"adapter_config.json: `{field}` must be a number"):
+        card.render_card(building.default_config(), card.CardFacts("lab/x", None, "x", 64, 30, lora, "0" * 64))
+
+
+def test_blocks_of_a_card_are_the_templates(tmp_path: Path) -> None:
+    for single in (True, False):
+        config = building.default_config()
+        config.num_query_masks = config.num_passage_masks = 1 if single else 4
+        text = card.render_card(config, card.CardFacts("lab/x", None, "x", 64, 30, None, None))
+        assert [source for _, source in card.code_blocks(text)] == card.example_blocks("lab/x", single)
+
+
+def test_with_backbone_takes_the_backbone_alone(tmp_path: Path) -> None:
+    backbone = Path(shutil.copytree(LLADA, tmp_path / "tiny-llada"))
+    for stray in ("client_secret.json", "other.safetensors", "notes.jinja"):
+        (backbone / stray).write_text("{}")
+    building.build(str(backbone), tmp_path / "whole", SINGLE, with_backbone=True)
+    copied = {file.name for file in (tmp_path / "whole" / "backbone").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= copied
+    assert not copied & {"client_secret.json", "other.safetensors", "notes.jinja"}
