@@ -79,6 +79,7 @@ def check_rows(model: Any, texts: list[str], is_query: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("is_query", [True, False])
 def test_100_000_texts_tokenise(model: Any, is_query: bool) -> None:
     number, step = 25_000, 1000  # for two sides and two backbones

@@ -19,6 +19,8 @@ from diffretriever.model.tokenization_helpers import (
     split_words,
 )
 
+pytestmark = pytest.mark.once
+
 PUNKT, TREEBANK = PunktSentenceTokenizer(), NLTKWordTokenizer()
 
 SENTENCES = [
