@@ -62,6 +62,16 @@ def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.cpu(), mask.cpu()
 
 
+def find_masks(ids: torch.Tensor, mask_id: int, num_masks: int) -> torch.Tensor:
+    """Return the positions of each row's [MASK] tokens, int64 [B, K]; raise ValueError unless every row has K."""
+    is_mask = ids == mask_id
+    counts = is_mask.sum(dim=1)
+    if not bool((counts == num_masks).all()):
+        row = int((counts != num_masks).nonzero()[0])
+        raise ValueError(f"ids row {row} holds {int(counts[row])} [MASK] tokens (id {mask_id}), not {num_masks}.")
+    return is_mask.nonzero()[:, 1].view(len(ids), num_masks)
+
+
 def batches_by_length(
     lengths: Sequence[int], tokens_per_batch: int, batch_size: int | None = None
 ) -> Iterator[list[int]]:

@@ -34,7 +34,7 @@ from .backbone_loading import (
     resolve_folder,
     save_tokenizer,
 )
-from .batching import check_count, check_ids, check_texts, count_workers, encode_in_order, run_side_by_side
+from .batching import check_count, check_ids, check_texts, count_workers, encode_in_order, find_masks, run_side_by_side
 from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes, run_layers
 from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
 from .scoring import score
@@ -42,7 +42,6 @@ from .sparse_head import confidence_of, sparse_vectors
 from .tokenization_helpers import (
     PreparedText,
     RetrievalTokenizer,
-    find_masks,
     read_retriever_config,
 )
 

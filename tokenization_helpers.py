@@ -143,16 +143,6 @@ def content_words(text: str) -> list[str]:
     return [word for word in split_words(text.lower()) if word not in STOPWORDS and word not in PUNCTUATION]
 
 
-def find_masks(ids: torch.Tensor, mask_id: int, num_masks: int) -> torch.Tensor:
-    """Return the positions of each row's [MASK] tokens, int64 [B, K]; raise ValueError unless every row has K."""
-    is_mask = ids == mask_id
-    counts = is_mask.sum(dim=1)
-    if not bool((counts == num_masks).all()):
-        row = int((counts != num_masks).nonzero()[0])
-        raise ValueError(f"ids row {row} holds {int(counts[row])} [MASK] tokens (id {mask_id}), not {num_masks}.")
-    return is_mask.nonzero()[:, 1].view(len(ids), num_masks)
-
-
 def without_lone_surrogates(text: str) -> str:
     """Replace what UTF-8 cannot hold by U+FFFD; surrogate pairs become their character."""
     try:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ..model.batching import find_masks
 from ..model.configuration_diffretriever import DiffRetrieverConfig
 from ..model.modeling_diffretriever import DiffRetriever
-from ..model.tokenization_helpers import RetrievalTokenizer, find_masks
+from ..model.tokenization_helpers import RetrievalTokenizer
 from ..training.batches import padded_ids
 from ..training.objective import Side
 from .corpus import Corpus, drop_tokens

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffretriever.model.batching import check_texts
+from diffretriever.model.batching import check_texts, find_masks
 from diffretriever.model.tokenization_helpers import (
     RetrievalTokenizer,
-    find_masks,
     read_prompt,
     without_lone_surrogates,
 )
