@@ -1,1 +1,3 @@
-"""Tools around the DiffRetriever model: training now, indexing and evaluation later."""
+"""Diffusion language models as retrievers: data, stores, search, evaluation, training and releases."""
+
+__version__ = "0.1.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .exit_status import IN_WORDS
@@ -63,3 +64,34 @@ def count(text: str, least: int = 1) -> int:
 def count_or_none(text: str) -> int:
     """Return the whole number that an argument is, 0 included."""
     return count(text, least=0)
+
+
+def add_recipe_option(parser: Any, part: str) -> None:
+    """Add --recipe.
+
+    Args:
+        parser: of a command.
+        part: whose recipes come with the package, "training" or "pretraining".
+    """
+    names = ", ".join(path.stem for path in _packaged_recipes(part))
+    parser.add_argument("--recipe", required=True, help=f"YAML file, or the name of one of ours: {names}")
+
+
+def find_recipe(given: str, part: str) -> Path:
+    """Return the file that --recipe names: a path, or the name of a recipe that comes with the package.
+
+    Raises:
+        FileNotFoundError: neither; the message has the names.
+    """
+    if Path(given).is_file():
+        return Path(given)
+    packaged = {path.stem: path for path in _packaged_recipes(part)}
+    if given not in packaged:
+        raise FileNotFoundError(
+            f"--recipe: {given}: no such recipe; expected a YAML file or one of {', '.join(packaged)}."
+        )
+    return packaged[given]
+
+
+def _packaged_recipes(part: str) -> list[Path]:
+    return sorted((Path(__file__).parents[1] / part / "recipes").glob("*.yaml"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from . import (
     compress,
     encode,
@@ -21,7 +23,7 @@ from . import (
     select_budget,
     train,
 )
-from .exit_status import EXPECTED, TRY_AGAIN, is_failing_storage, status_of
+from .exit_status import DONE, EXPECTED, TRY_AGAIN, is_failing_storage, status_of
 
 # Each has `register`, which adds its sub-command; that sets `run`, which takes the parsed arguments.
 COMMANDS = (
@@ -44,6 +46,7 @@ COMMANDS = (
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every sub-command."""
     parser = argparse.ArgumentParser(prog="diffretriever", description="Diffusion language models as retrievers.")
+    parser.add_argument("--version", action="version", version=f"diffretriever {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.register(commands)
@@ -67,9 +70,13 @@ def run(options: argparse.Namespace, program: str) -> int:
     """Run a parsed command; print what stops it to stderr and return the exit status."""
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted. {options.again}", file=sys.stderr)
         return TRY_AGAIN
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except EXPECTED as error:
         print(f"{program}: {error}{f'. {options.again}' if is_failing_storage(error) else ''}", file=sys.stderr)
         return status_of(error)

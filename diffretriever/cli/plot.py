@@ -6,10 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.plots.budget import plot_budget, read_grid
-from ..evaluation.plots.quality import plot_quality, read_evaluations
-from ..evaluation.plots.scaling import plot_scaling, read_points
-from ..evaluation.plots.style import save
 from .arguments import add_command
 from .exit_status import DONE
 
@@ -42,6 +38,9 @@ def _kind(kinds: Any, name: str, text: str, run: Any, several: bool = False) -> 
 
 def run_quality(options: argparse.Namespace) -> int:
     """Run `diffretriever plot quality`."""
+    from ..evaluation.plots.quality import plot_quality, read_evaluations
+    from ..evaluation.plots.style import save
+
     points = read_evaluations(options.input, options.metric)
     save(plot_quality(points, options.metric, options.title), options.output)
     return DONE
@@ -49,6 +48,9 @@ def run_quality(options: argparse.Namespace) -> int:
 
 def run_scaling(options: argparse.Namespace) -> int:
     """Run `diffretriever plot scaling`."""
+    from ..evaluation.plots.scaling import plot_scaling, read_points
+    from ..evaluation.plots.style import save
+
     points, hardware = read_points(options.input)
     save(plot_scaling(points, hardware, options.title), options.output)
     return DONE
@@ -56,6 +58,9 @@ def run_scaling(options: argparse.Namespace) -> int:
 
 def run_budget(options: argparse.Namespace) -> int:
     """Run `diffretriever plot budget`."""
+    from ..evaluation.plots.budget import plot_budget, read_grid
+    from ..evaluation.plots.style import save
+
     grid, score = read_grid(options.input, options.score)
     save(plot_budget(grid, score, options.title), options.output)
     return DONE

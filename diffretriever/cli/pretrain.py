@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import RESUMED, add_command
+from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
 from .exit_status import DONE
 
 
@@ -14,7 +14,7 @@ def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
     what = "train a small backbone in LLaDA's or Dream's format from random weights"
     parser = add_command(commands, "pretrain", what, run_pretrain, again=RESUMED)
-    parser.add_argument("--recipe", type=Path, required=True, help="YAML file; see diffretriever/pretraining/recipes")
+    add_recipe_option(parser, "pretraining")
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL files of {query, positive} lines")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="JSONL files of {text} lines")
     parser.add_argument("--out", type=Path, required=True, help="output folder; run again to resume")
@@ -28,6 +28,6 @@ def run_pretrain(options: argparse.Namespace) -> int:
     from ..pretraining.pretrain import pretrain
     from ..pretraining.recipe import read_pretrain_recipe
 
-    recipe = read_pretrain_recipe(options.recipe, seed=options.seed)
+    recipe = read_pretrain_recipe(find_recipe(options.recipe, "pretraining"), seed=options.seed)
     pretrain(recipe, options.pairs, options.texts, options.out, options.dev, options.threads)
     return DONE

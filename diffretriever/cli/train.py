@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .arguments import RESUMED, add_command
+from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
 from .exit_status import DONE
 from .load_model import check_release
 
@@ -16,7 +16,7 @@ def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
     what = "train a LoRA adapter for retrieval on a frozen backbone"
     parser = add_command(commands, "train", what, run_train, again=RESUMED)
-    parser.add_argument("--recipe", type=Path, required=True, help="YAML file; see diffretriever/training/recipes")
+    add_recipe_option(parser, "training")
     parser.add_argument("--model", required=True, help="a release without an adapter (publish.py build): folder or id")
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
     parser.add_argument("--out", type=Path, required=True, help="output folder; run again to resume")
@@ -35,7 +35,7 @@ def run_train(options: argparse.Namespace) -> int:
     from ..training.train import Interrupted, train_adapter
 
     check_release(options.model)
-    recipe = read_adapter_recipe(options.recipe, options.set, seed=options.seed)
+    recipe = read_adapter_recipe(find_recipe(options.recipe, "training"), options.set, seed=options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

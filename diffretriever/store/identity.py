@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from .. import __version__
 from ..files.hashes import hash_file
 from .manifest import Settings
 
@@ -65,7 +65,7 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
         library_versions={
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "diffretriever": _own_version(),
+            "diffretriever": __version__,
         },
     )
 
@@ -129,10 +129,3 @@ def _hash_once(file: Path, size: int, changed: int) -> str:
 def _commit(folder: Path) -> str | None:
     """Return the commit on the Hub whose files a folder of the Hub's cache holds; None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("diffretriever")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "source"
