@@ -109,7 +109,7 @@ def _passages(value: Any, where: str, name: str) -> list[str]:
 
 
 class PairFiles:
-    """Training items by number, read from disk when asked for; memory holds 24 bytes an item.
+    """Training items by number, read from disk when asked for; memory holds 32 bytes an item.
 
     Args:
         paths: JSONL files; .gz, .xz and .zst are unpacked into `scratch` first.
@@ -124,7 +124,7 @@ class PairFiles:
         self.names = [str(path) for path in paths]
         self.paths = [_plain_file(Path(path), number, scratch) for number, path in enumerate(paths)]
         self.report = DataReport()
-        self._offsets, self._lines, self.lengths = array("q"), array("q"), array("q")
+        self._offsets, self._lines, self._hashes, self.lengths = (array("q") for _ in range(4))
         for number in range(len(self.paths)):
             self._scan(number)
         if not self.report.items:
@@ -144,6 +144,7 @@ class PairFiles:
                 item = read_item(line, where)
                 self._offsets.append(offset)
                 self._lines.append(line_number)
+                self._hashes.append(hash64(raw.removesuffix(b"\n")))
                 self.lengths.append(len(item.positives[0]))
                 identities.append(hash64(item.identity) if item.identity is not None else -line_number)
                 self._count(item)
@@ -174,15 +175,25 @@ class PairFiles:
         return len(self._offsets)
 
     def __getitem__(self, number: int) -> TrainingItem:
-        """Read item `number`, from 0."""
+        """Read item `number`, from 0.
+
+        Raises:
+            ValueError: its line is no longer what it was when the files were opened.
+        """
         if not 0 <= number < len(self):
             raise IndexError(f"item {number} of {len(self)}")
         file = int(np.searchsorted(self._starts, number, side="right")) - 1
         last = number + 1 == self._starts[file + 1]
         end = os.path.getsize(self.paths[file]) if last else self._offsets[number + 1]
-        raw = os.pread(self._descriptor(file), end - self._offsets[number], self._offsets[number])
+        raw = os.pread(self._descriptor(file), max(end - self._offsets[number], 0), self._offsets[number])
         where = f"{self.names[file]}, line {self._lines[number]}"
-        return read_item(decode_line(raw.split(b"\n", 1)[0], self._lines[number], where), where)
+        line = raw.split(b"\n", 1)[0]
+        if hash64(line) != self._hashes[number]:
+            raise ValueError(
+                f"{where}: the file was changed since this run began to read it. Put it back, or begin anew with the "
+                "file as it is; data must stay the same during a run"
+            )
+        return read_item(decode_line(line, self._lines[number], where), where)
 
     def __iter__(self) -> Iterator[TrainingItem]:
         return (self[number] for number in range(len(self)))

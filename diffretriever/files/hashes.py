@@ -10,13 +10,14 @@ from typing import Any
 from .durable import BLOCK
 
 
-def hash64(text: str) -> int:
-    """Return a hash of a text, 63 bits, so that it fits every 64-bit integer type.
+def hash64(text: str | bytes) -> int:
+    """Return a hash of a text or of bytes, 63 bits, so that it fits every 64-bit integer type.
 
     >>> hash64("a")
     2340832890917691671
     """
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+    content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def hash_json(values: Any) -> str:

@@ -114,6 +114,9 @@ def _check_stage(stage: Stage, where: str) -> None:
     unknown = sorted(set(stage.pattern) - set(STEP_KINDS))
     if unknown:
         raise ValueError(f"{where}: unknown kind of step {unknown[0]!r}; expected one of {', '.join(STEP_KINDS)}")
+    alone = sorted(set(stage.pattern) & {"pairs", "cloze"})
+    if alone and stage.batch_size < 2:
+        raise ValueError(f"{where}: batch_size must be at least 2, or a query of {alone[0]!r} steps has no negative")
 
 
 def _check_shape(shape: Shape, where: str) -> None:

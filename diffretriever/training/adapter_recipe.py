@@ -166,6 +166,13 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
     for name, allowed in (("pooling", POOLINGS), ("backbone_dtype", DTYPES), ("report_to", REPORTS)):
         if getattr(recipe, name) not in allowed:
             raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {getattr(recipe, name)!r}")
+    least = 2 * recipe.accumulation_steps  # two queries a micro-batch: each is the other's negative
+    if not recipe.hard_negatives and recipe.global_batch_size < least:
+        raise ValueError(
+            f"{where}: a query alone in its micro-batch has no negative and learns nothing: with hard_negatives 0 and "
+            f"accumulation_steps {recipe.accumulation_steps}, global_batch_size must be at least {least}, got "
+            f"{recipe.global_batch_size}"
+        )
     _check_pooling(recipe, where)
 
 

@@ -103,12 +103,7 @@ class Collator:
         for name, is_query, rows in (("query", True, prepared[0]), ("passage", False, prepared[1])):
             batch[name] = self.chunked([row[0] for row in rows], is_query)
             batch[f"{name}_words"] = padded_ids([row[1] for row in rows])
-        query_hashes = hashes_of(queries)
-        owners = query_hashes + [-1] * len(negatives)
-        texts = hashes_of(positives + negatives)
-        batch["query_hashes"] = torch.tensor(query_hashes)
-        batch["positive_hashes"] = padded_ids([hashes_of(item.positives) for item in items])
-        batch["passage_hashes"] = torch.tensor([texts, owners]).T.contiguous()
+        batch |= candidate_hashes(drawn)
         batch["tokens"] = sum(len(row[0]) for side in prepared for row in side)
         batch["cut"] = sum(row[2] for side in prepared for row in side)
         batch["where"] = [item.where for item in items]
@@ -128,6 +123,24 @@ class Collator:
         if self.recipe.pooling == "masks":
             chunk["positions"] = self.model.texts.mask_positions(ids, is_query)
         return chunk
+
+
+def candidate_hashes(drawn: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return what `known_positives` compares, for Q items as `SampledItems` draws them.
+
+    Returns:
+        int64 "query_hashes" [Q], "positive_hashes" [Q, N] padded with -1, and "passage_hashes" [P, 2], the positives'
+        in front.
+    """
+    negatives = [text for each in drawn for text in each["negatives"]]
+    queries = hashes_of([each["item"].query for each in drawn])
+    texts = hashes_of([each["positive"] for each in drawn] + negatives)
+    owners = queries + [-1] * len(negatives)
+    return {
+        "query_hashes": torch.tensor(queries),
+        "positive_hashes": padded_ids([hashes_of(each["item"].positives) for each in drawn]),
+        "passage_hashes": torch.tensor([texts, owners]).T.contiguous(),
+    }
 
 
 def hashes_of(texts: Sequence[str]) -> list[int]:

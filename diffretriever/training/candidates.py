@@ -76,20 +76,20 @@ def _plain_gather(rows: torch.Tensor) -> list[torch.Tensor]:
 
 
 def known_positives(
-    query_hashes: torch.Tensor, positive_hashes: torch.Tensor, passages: torch.Tensor, targets: torch.Tensor
+    query_hashes: torch.Tensor, positive_hashes: torch.Tensor, passage_hashes: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """Say which candidates answer a query without being its target: they must not count as its negatives.
 
     Args:
         query_hashes: int64 [Q], of the queries' texts.
         positive_hashes: int64 [Q, N], of all passages that answer each query, padded with -1.
-        passages: int64 [P, 2], hashes of each passage's text and of the query that it is the positive of (-1: none).
+        passage_hashes: int64 [P, 2], of each passage's text and of the query that it is the positive of (-1: none).
         targets: int64 [Q], each query's own positive.
 
     Returns:
         bool [Q, P].
     """
-    same_text = (positive_hashes[:, :, None] == passages[None, None, :, 0]).any(dim=1)
-    same_query = query_hashes[:, None] == passages[None, :, 1]
+    same_text = (positive_hashes[:, :, None] == passage_hashes[None, None, :, 0]).any(dim=1)
+    same_query = query_hashes[:, None] == passage_hashes[None, :, 1]
     found = same_text | same_query
     return found.scatter(1, targets[:, None], False)

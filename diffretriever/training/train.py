@@ -17,7 +17,6 @@ from ..evaluation.small_task import read_small_task
 from ..files.durable import write_json
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.backbone_loading import save_tokenizer
-from ..model.tokenization_helpers import RetrievalTokenizer
 from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batches import SampledItems
@@ -25,11 +24,10 @@ from .candidates import world
 from .checkpoints import newest_whole, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
 from .lora import add_lora, load_lora
+from .measuring import measure_candidates, measure_texts
 from .objective import ContrastiveModel
 from .run_record import RUN_FILE, check_same_run, release_identity, run_record
 from .trainer import RetrievalTrainer, StopOnSignal, training_arguments
-
-SAMPLED = 500  # items whose texts are measured before training
 
 
 class Interrupted(Exception):
@@ -78,6 +76,8 @@ def train_adapter(
     files = PairFiles(pair_files, state)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_data(recipe, files, processes)
+    items = SampledItems(files, recipe.hard_negatives, recipe.seed)
+    alone = measure_candidates(items, recipe)
     task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
     name = base or base_name(release)
     record = run_record(recipe, files, release, name, processes)
@@ -90,11 +90,9 @@ def train_adapter(
     if is_main():
         record["release"] = release_identity(retriever)
         check_same_run(kept, record)
-    say(describe(files, recipe), *measure_texts(files, retriever.texts, recipe))
+    say(describe(files, recipe), *alone, *measure_texts(files, retriever.texts, recipe))
     model = prepare_model(retriever, recipe)
-    trainer = RetrievalTrainer(
-        model, SampledItems(files, recipe.hard_negatives, recipe.seed), recipe, arguments, record
-    )
+    trainer = RetrievalTrainer(model, items, recipe, arguments, record)
     if task is not None:
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
     run(trainer, kept[0] if kept else None)
@@ -183,6 +181,7 @@ def run(trainer: RetrievalTrainer, last: Path | None) -> None:
 
     Raises:
         Interrupted: by SIGTERM or SIGINT.
+        ValueError: the data changed meanwhile; names file and line.
     """
     if last is not None and step_of(last) >= trainer.args.max_steps:
         retriever: Any = trainer.accelerator.unwrap_model(trainer.model).retriever
@@ -194,8 +193,11 @@ def run(trainer: RetrievalTrainer, last: Path | None) -> None:
         say(f"going on from {last}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except ValueError as error:  # of a line of the data; a worker's has its traceback in front
+        raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
     if stop.received and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(stop.received, trainer.state.global_step)
 
@@ -210,39 +212,6 @@ def describe(files: PairFiles, recipe: AdapterRecipe) -> str:
         f"{len(files)} queries, {steps} steps of {recipe.global_batch_size}; {report.dropped_negatives} negatives "
         f"dropped (equal to a positive, or given twice){fewer}"
     )
-
-
-def measure_texts(files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRecipe) -> list[str]:
-    """Measure an even sample of the texts.
-
-    Args:
-        files: the data.
-        rules: the model's `texts`, which tokenise.
-        recipe: mask budgets.
-
-    Returns:
-        A line for each side: how many are cut.
-
-    Raises:
-        ValueError: K masks for texts that have fewer tokens than K, all of them.
-    """
-    numbers = range(0, len(files), max(1, len(files) // SAMPLED))
-    sampled = [files[number] for number in numbers]
-    lines = []
-    sides = (("query", True, [item.query for item in sampled]), ("passage", False, [i.positives[0] for i in sampled]))
-    for side, is_query, texts in sides:
-        prepared = rules.prepare(texts, is_query, content_filter=False)
-        longest = max(len(text.text_ids) for text in prepared)
-        masks = recipe.num_query_masks if is_query else recipe.num_passage_masks
-        plural = "queries" if is_query else "passages"
-        if masks > max(longest, 1):
-            raise ValueError(
-                f"num_{side}_masks is {masks}, but the longest of {len(texts)} sampled {plural} has {longest} tokens: "
-                f"more masks than tokens have nothing to say. Set num_{side}_masks to {longest} or less"
-            )
-        cut, room = sum(text.cut for text in prepared), rules.layouts[is_query].room
-        lines.append(f"{cut} of {len(texts)} sampled {plural} are longer than {room} tokens and are cut")
-    return lines
 
 
 def is_main() -> bool:

@@ -173,3 +173,32 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
 
 def test_a_number_is_an_id() -> None:
     assert read_item('{"query": "a", "positive": "b", "_id": 7}', "here").identity == "7"
+
+
+@pytest.mark.parametrize(
+    ("line", "change"),
+    [
+        (1, lambda content: content.replace(b"q1", b"qx")),
+        (2, lambda content: content.replace(b"p2", b"\xff\xff")),
+        (3, lambda content: content[:-4]),
+        (3, lambda content: b""),
+    ],
+    ids=["edited", "no longer UTF-8", "cut off", "emptied"],
+)
+def test_a_line_that_changed_after_it_was_counted_is_named(
+    tmp_path: Path, line: int, change: Callable[[bytes], bytes]
+) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", [{"query": f"q{n}", "positive": f"p{n}"} for n in (1, 2, 3)])
+    files = PairFiles([path])
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"pairs.jsonl, line {line}: the file was changed since this run began"):
+        files[line - 1]
+
+
+def test_data_may_grow_at_their_end(tmp_path: Path) -> None:
+    """What was counted is still there, word by word."""
+    path = write_lines(tmp_path / "pairs.jsonl", [{"query": f"q{n}", "positive": "p"} for n in range(3)])
+    files = PairFiles([path])
+    with path.open("a") as stream:
+        stream.write('{"query": "late", "positive": "p"}\n')
+    assert [item.query for item in files] == ["q0", "q1", "q2"]

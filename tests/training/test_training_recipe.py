@@ -17,6 +17,7 @@ from training_runs import arguments, write_pairs, write_recipe
 
 import diffretriever.training
 from diffretriever.cli.main import main
+from diffretriever.training import trainer
 from diffretriever.training.adapter_recipe import AdapterRecipe, read_adapter_recipe
 from diffretriever.training.trainer import training_arguments
 
@@ -72,6 +73,14 @@ def test_the_tiny_recipes_differ_in_masks_and_pooling_only(name: str, masks: tup
         ("report_to: email", r"report_to must be one of none, tensorboard, wandb, got 'email'"),
         ("pooling: mean", r"pooling: mean has one vector a text and no sparse side; set sparse_weight to 0, got 1"),
         ("bf16: 1", r"bf16 must be of type bool, got 1"),
+        (
+            "global_batch_size: 1\nhard_negatives: 0",
+            r"with hard_negatives 0 .*, global_batch_size must be at least 2, got 1",
+        ),
+        (
+            "global_batch_size: 4\naccumulation_steps: 4\nhard_negatives: 0",
+            r"a query alone in its micro-batch has no negative .* accumulation_steps 4, .* at least 8, got 4",
+        ),
         ("a: [", r"r.yaml: not valid YAML"),
         ("- 1", r"expected keys and values, got list"),
     ],
@@ -211,6 +220,58 @@ def test_counts_are_said(command: Callable[..., list[str]], tmp_path: Path, caps
     assert "(6 have none)" in found
     assert "1 of 8 sampled passages are longer than " in found
     assert "0 of 8 sampled queries are longer than " in found
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_queries_that_have_no_negative_left(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    processes: str,
+) -> None:
+    """Refused where that is so of all, whatever makes them so."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    same_query = [{"query": "river", "positive": f"a river {n}"} for n in range(8)]
+    same_passage = [{"query": f"river {n}", "positive": "a  river" if n % 2 else "a river"} for n in range(8)]
+    for records in (same_query, same_passage):
+        pairs = write_records(tmp_path / "alone.jsonl", records)
+        assert "all of 8 sampled queries have no negative in their batch" in said(command(pairs=pairs), capsys)
+    with_negatives = [{"query": "river", "positive": "a river", "negatives": ["a lake"][: n % 2]} for n in range(8)]
+    pairs = write_records(tmp_path / "alone.jsonl", with_negatives)
+    assert "all of 8" in said(command(pairs=pairs), capsys)  # hard_negatives is 0
+    alone = {"global_batch_size": 1, "hard_negatives": 1}
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(command(pairs=pairs, max_steps=1, **alone)) == 0
+    assert "4 of 8 sampled queries have no negative in their batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_change_during_the_run_stop_it(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+) -> None:
+    """An edit of the same length, after the lines were counted and before they are used."""
+    pairs = write_pairs(tmp_path / "edited.jsonl", 12)
+    original = trainer.RetrievalTrainer.train
+
+    def edit_and_train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pairs.write_bytes(pairs.read_bytes().replace(b'0"', b'9"'))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.RetrievalTrainer, "train", edit_and_train)
+    found = said(command(pairs=pairs, workers=workers), capsys)
+    assert "edited.jsonl, line " in found
+    assert "the file was changed since this run began to read it" in found
+    assert "Traceback" not in found
 
 
 def test_recipes_are_whole_yaml() -> None:
