@@ -97,13 +97,18 @@ def train_adapter(
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
     run(trainer, kept[0] if kept else None)
     if is_main():
-        retriever.config.max_length = recipe.max_length
-        save_adapter(retriever, recipe, out, name)
-        save_tokenizer(retriever.tokenizer, out)
-        write_json(out / RUN_FILE, record)
-        say(f"saved the adapter in {out}")
+        save_result(retriever, recipe, out, record)
     files.close()
     return out
+
+
+def save_result(retriever: Any, recipe: AdapterRecipe, out: Path, record: dict[str, Any]) -> None:
+    """Write the adapter, its tokenizer and the run's record."""
+    retriever.config.max_length = recipe.max_length
+    save_adapter(retriever, recipe, out, record["base"])
+    save_tokenizer(retriever.tokenizer, out)
+    write_json(out / RUN_FILE, record)
+    say(f"saved the adapter in {out}")
 
 
 def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
