@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -41,10 +42,10 @@ def check_texts(texts: Any, first: int = 0) -> list[str]:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return a whole number of at least 1, or raise ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-    return value
+    """Return a whole number of at least 1, numpy's included, or raise ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r:.80}.")
+    return int(value)
 
 
 def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:

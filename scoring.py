@@ -75,6 +75,16 @@ def check_width(queries: int, passages: int) -> None:
         raise ValueError(f"queries have {queries} dimensions, passages {passages}; they were made by different models.")
 
 
+def as_tensor(values: Any) -> Any:
+    """Return a numpy array as a tensor that shares its memory, and anything else as it is."""
+    if isinstance(values, torch.Tensor) or not hasattr(values, "__array__"):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except TypeError:  # numbers that torch does not have
+        return values
+
+
 def vectors_of(side: Mapping[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return one side's vectors, floating [N, K, H], and which of them exist, bool [N, K]; None where all do.
 
@@ -85,11 +95,11 @@ def vectors_of(side: Mapping[str, Any], name: str) -> tuple[torch.Tensor, torch.
     Raises:
         ValueError: there are none, or their shape or their mask's is another.
     """
-    vectors = side.get("repr_hidden")
+    vectors = as_tensor(side.get("repr_hidden"))
     if not isinstance(vectors, torch.Tensor) or vectors.dim() != 3 or not vectors.is_floating_point():
         found = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, torch.Tensor) else None
         raise ValueError(f"`{name}` needs `repr_hidden`, floating numbers of shape [texts, K, H]; got {found}.")
-    mask = side.get("repr_mask")
+    mask = as_tensor(side.get("repr_mask"))
     if mask is not None and mask.shape != vectors.shape[:2]:
         raise ValueError(
             f"`repr_mask` of `{name}` has shape {list(mask.shape)}; `repr_hidden` asks for {list(vectors.shape[:2])}."
@@ -102,7 +112,7 @@ def sparse_vectors_of(side: Mapping[str, Any], name: str) -> tuple[torch.Tensor,
 
     Args and errors as for `vectors_of`.
     """
-    indices, values = side.get("sparse_indices"), side.get("sparse_values")
+    indices, values = as_tensor(side.get("sparse_indices")), as_tensor(side.get("sparse_values"))
     if not isinstance(indices, torch.Tensor) or not isinstance(values, torch.Tensor):
         return None
     if indices.dim() != 2 or indices.shape != values.shape:

@@ -98,6 +98,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     benchmark = read_benchmark(options.data, options.split, options.relevance_level)
     if options.tune_split:
         read_benchmark(options.data, options.tune_split)
+    _check_places(options, benchmark)
     model = load_model(
         options,
         num_query_masks=options.num_query_masks,
@@ -108,8 +109,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         sizes = f"{len(benchmark.queries):,} queries, {len(store):,} passages"
         title = f"{options.model} on {options.data}, split {options.split}: {sizes}"
         evaluation, runs = evaluate(model, benchmark, store, how, title)
-    print(to_terminal(evaluation), end="")
-    _write(options, evaluation, runs)
+    try:
+        _write(options, evaluation, runs)
+    finally:
+        print(to_terminal(evaluation), end="")
+
+
+def _check_places(options: argparse.Namespace, benchmark: Any) -> None:
+    """Raise for files that could not be written when all is done."""
+    from ..evaluation.runs import check_run_ids
+    from ..files.durable import check_place
+
+    for place in (options.json, options.markdown, options.per_query, options.runs and options.runs / "run.trec"):
+        if place:
+            check_place(place)
+    if options.runs:
+        check_run_ids(benchmark.queries, "query")
+        check_run_ids((passage for grades in benchmark.qrels.values() for passage in grades), "passage")
 
 
 def _write(options: argparse.Namespace, evaluation: Any, runs: Mapping[str, Any]) -> None:
@@ -125,6 +141,5 @@ def _write(options: argparse.Namespace, evaluation: Any, runs: Mapping[str, Any]
     if options.markdown:
         write_text(options.markdown, to_markdown(evaluation))
     if options.runs:  # last, as ids that a run file cannot hold are an error
-        options.runs.mkdir(parents=True, exist_ok=True)
         for name, found in runs.items():
             write_run(options.runs / f"{name}.trec", found, name)

@@ -8,6 +8,8 @@ them: `train` was stopped by SIGINT or SIGTERM after saving a checkpoint.
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 from ..files.durable import FULL_DISK
 from ..publishing.hub import Conflict, Passing
@@ -32,3 +34,16 @@ def status_of(error: BaseException) -> int:
 def is_failing_storage(error: BaseException) -> bool:
     """Return whether a disk is full or does not answer."""
     return isinstance(error, OSError) and error.errno in FAILING_STORAGE
+
+
+def cache_hint(error: BaseException) -> str:
+    """Return what to do where a file in the cache of Hugging Face's libraries cannot be written; else nothing."""
+    refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+    if not isinstance(error, OSError) or error.errno not in refused or not isinstance(error.filename, str):
+        return ""
+    from huggingface_hub import constants
+
+    caches = {constants.HF_HOME, constants.HF_HUB_CACHE, os.environ.get("HF_MODULES_CACHE", constants.HF_HOME)}
+    if not any(Path(error.filename).is_relative_to(cache) for cache in caches):
+        return ""
+    return ". It is in the cache of models and their code; set HF_HOME to a folder that can be written"

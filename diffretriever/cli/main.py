@@ -23,7 +23,8 @@ from . import (
     select_budget,
     train,
 )
-from .exit_status import DONE, EXPECTED, TRY_AGAIN, is_failing_storage, status_of
+from .console import replace_what_cannot_be_shown
+from .exit_status import DONE, EXPECTED, TRY_AGAIN, cache_hint, is_failing_storage, status_of
 
 # Each has `register`, which adds its sub-command; that sets `run`, which takes the parsed arguments.
 COMMANDS = (
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see `exit_status`.
     """
+    replace_what_cannot_be_shown()  # before the parser, which may print a help
     options = build_parser().parse_args(arguments)
     return run(options, f"diffretriever {options.command}")
 
@@ -78,6 +80,7 @@ def run(options: argparse.Namespace, program: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except EXPECTED as error:
-        print(f"{program}: {error}{f'. {options.again}' if is_failing_storage(error) else ''}", file=sys.stderr)
+        again = f". {options.again}" if is_failing_storage(error) else ""
+        print(f"{program}: {error}{again}{cache_hint(error)}", file=sys.stderr)
         return status_of(error)
     return status

@@ -252,8 +252,10 @@ def _passes(job: Job, options: argparse.Namespace) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `publish.py` and return the exit status."""
+    from .console import replace_what_cannot_be_shown
     from .main import run
 
+    replace_what_cannot_be_shown()
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.")
     add_commands(parser)
     return run(parser.parse_args(arguments), PROGRAM)

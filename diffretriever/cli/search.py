@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..search.modes import CANDIDATES, MODES
 from .arguments import add_command, add_qdrant_options
+from .console import json_line
 from .display import result_lines
 from .exit_status import DONE
 from .load_model import RELEASE, add_model_options, load_model
@@ -127,7 +127,7 @@ def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Nam
     )[0]
     texts = searcher.engine.texts([hit.position for hit in hits])
     if options.json:
-        print(json.dumps(_as_json(question, options.mode, hits, texts), ensure_ascii=False), flush=True)
+        print(json_line(_as_json(question, options.mode, hits, texts)), flush=True)
         return
     columns = shutil.get_terminal_size().columns
     if len(options.question) > 1:
@@ -148,11 +148,15 @@ def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None])
 
 
 def _search_store(searcher: Searcher, options: argparse.Namespace) -> int:
-    from ..evaluation.runs import write_run
+    from ..evaluation.runs import check_run_ids, write_run
+    from ..files.durable import check_place
     from ..store.compression import open_store
 
+    check_place(options.run_file)
+    queries = open_store(options.queries)
+    check_run_ids(queries.ids(), "query")
     results = searcher.search(
-        open_store(options.queries),
+        queries,
         options.mode,
         options.top_k,
         candidates=options.candidates,

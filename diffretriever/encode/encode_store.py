@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..files.claims import LEASE, living_owners
 from ..files.durable import TEMPORARY
+from ..model.batching import check_count
 from ..store.identity import describe_model
 from ..store.manifest import MANIFEST_FILE, STORE_DTYPES, Settings
 from ..store.plan import CLAIMS_FOLDER, PLAN_FILE, Plan, survey_texts
@@ -99,9 +100,8 @@ def _check_options(dtype: str, options: dict[str, Any]) -> None:
     if dtype not in STORE_DTYPES:
         raise ValueError(f"dtype {dtype!r}: a store's is one of {', '.join(STORE_DTYPES)}.")
     for name in ("shard_size", "tokens_per_batch", "sparse_top_k"):
-        value = options[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if options[name] is not None:
+            options[name] = check_count(name, options[name])
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ passage id. So a run file gives the same figures in trec_eval as in our tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +87,16 @@ def _run_lines(query: str, scores: Mapping[str, float], tag: str) -> str:
     return "".join(lines)
 
 
+def check_run_ids(ids: Iterable[str], kind: str) -> None:
+    """Raise ValueError for an id that a run file cannot hold; `kind` is "query" or "passage"."""
+    for name in ids:
+        _check_word(name, f"the {kind} id")
+
+
 def _check_word(word: str, name: str) -> None:
     if not word or word.split() != [word]:
         raise ValueError(
-            f"{name} {word!r} cannot stand in a TREC run file, whose columns end at white space; "
+            f"{name} {word!r:.80} cannot stand in a TREC run file, whose columns end at white space; "
             "leave the run files out, or give the ids no spaces."
         )
 

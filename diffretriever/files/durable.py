@@ -71,11 +71,25 @@ def _write_all(handle: int, content: memoryview) -> None:
         content = content[os.write(handle, content[:BLOCK]) :]
 
 
+def check_place(path: Path) -> None:
+    """Make the folder of a file that is to be written later.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text as UTF-8, whole or not at all, making its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, [text.encode("utf-8")])
+    # half a surrogate pair, as in the name of a file that is no UTF-8, is written as its escape, which JSON reads
+    write_whole(path, [text.encode("utf-8", "backslashreplace")])
 
 
 def write_json(path: str | Path, content: Any) -> None:

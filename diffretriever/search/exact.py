@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..model.batching import check_count
 from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, mean_vectors
 from ..store.manifest import Settings
 from ..store.segments import QueryVectors, Segment, resident, segments_of
@@ -48,10 +49,8 @@ class ExactEngine:
         in_memory: bool = False,
         block_size: int | None = None,
     ) -> None:
-        if block_size is not None and block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
         self.device = torch.device(device or "cpu")
-        self.block_size = block_size
+        self.block_size = None if block_size is None else check_count("block_size", block_size)
         self._segments: list[Segment] = segments_of(passages, ids)
         self._offsets = torch.tensor([segment.offset for segment in self._segments])
         self.settings: Settings | None = None if isinstance(passages, Mapping) else passages.manifest

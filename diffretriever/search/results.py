@@ -70,11 +70,14 @@ class Results:
             query_ids: one a query; None takes the store's.
 
         Raises:
-            ValueError: no ids, or another number than there are queries.
+            ValueError: no ids, one given twice, or another number than there are queries.
         """
         names = self.query_ids if query_ids is None else list(query_ids)
         if names is None or len(names) != len(self):
             raise ValueError(f"there are {len(self)} queries and {len(names or [])} query ids; give one for each.")
+        if len(set(names)) < len(names):
+            repeated = next(name for number, name in enumerate(names) if name in names[:number])
+            raise ValueError(f"the query id {repeated!r:.80} is given twice; a run has one ranking for each id.")
         rows = zip(names, self.ids, self.scores.tolist(), strict=True)
         return {name: dict(zip(ids, scores, strict=False)) for name, ids, scores in rows}
 

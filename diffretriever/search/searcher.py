@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..model.batching import check_count
 from ..model.scoring import check_mode, check_weight
 from ..store.identity import check_searchable
 from ..store.segments import QueryVectors, query_vectors
@@ -121,8 +122,7 @@ class Searcher:
         """
         check_mode(mode)
         check_weight(fusion_weight)
-        _check_count("top_k", top_k)
-        _check_count("candidates", candidates)
+        top_k, candidates = check_count("top_k", top_k), _count_or_all("candidates", candidates)
         depth: int | None = top_k
         if mode in FUSED:  # every hit is a candidate, so fewer candidates than hits would cut the ranking short
             depth = None if candidates is None else max(candidates, top_k)
@@ -147,7 +147,7 @@ class Searcher:
             ValueError: as for `search`, or the mode is no fusion.
         """
         check_mode(mode)
-        _check_count("candidates", candidates)
+        candidates = _count_or_all("candidates", candidates)
         if mode not in FUSED:
             raise ValueError(f"scoring mode {mode!r} has one side; the fusion modes are {', '.join(FUSED)}.")
         return self.rank(queries, candidates).sides(mode)
@@ -162,7 +162,7 @@ class Searcher:
         Raises:
             ValueError: as for `search`.
         """
-        _check_count("depth", depth)
+        depth = _count_or_all("depth", depth)
         return Rankings(self.engine, self._vectors(queries), len(self) if depth is None else depth)
 
     def _vectors(self, queries: Any) -> QueryVectors:
@@ -174,7 +174,6 @@ class Searcher:
         return query_vectors(queries)
 
 
-def _check_count(name: str, value: int | None) -> None:
-    """Refuse what is no number of passages; None stands for all."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")
+def _count_or_all(name: str, value: int | None) -> int | None:
+    """Return a number of passages; None stands for all."""
+    return None if value is None else check_count(name, value)

@@ -97,9 +97,21 @@ def segments_of(passages: Any, ids: Sequence[str] | None = None) -> list[Segment
             raise ValueError("a store knows its passages' ids; leave `ids` out.")
         return list(passages.shards())
     vectors, mask, sparse = _tensors_of(passages, "passages")
-    if ids is not None and len(ids) != len(vectors):
-        raise ValueError(f"`ids` has {len(ids)} entries for {len(vectors)} passages.")
+    if ids is not None:
+        ids = _distinct(ids, len(vectors))
     return [TensorSegment(vectors, mask, sparse, ids=ids)]
+
+
+def _distinct(ids: Sequence[str], count: int) -> list[str]:
+    """Return ids, one a passage, as a list, whatever they came in."""
+    ids = [ids] if isinstance(ids, str) else list(ids)
+    if len(ids) != count:
+        raise ValueError(f"`ids` has {len(ids)} entries for {count} passages.")
+    first = {text_id: number for number, text_id in reversed(list(enumerate(ids)))}
+    for number, text_id in enumerate(ids):
+        if first[text_id] != number:
+            raise ValueError(f"`ids`: {text_id!r:.80} is the id of the passages {first[text_id]} and {number}.")
+    return ids
 
 
 def resident(segment: Segment, device: torch.device) -> TensorSegment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import yaml
 from checkpoint_folders import PARITY, ROOT
 
 import publish
+from diffretriever.cli.exit_status import cache_hint
 from diffretriever.cli.main import build_parser, main
 
 resource = pytest.importorskip("resource")
@@ -240,3 +242,12 @@ def test_a_hub_that_is_away_may_come_back(offline: str, status: int, tmp_path: P
     )
     assert done.returncode == status, done.stderr
     assert "lab/unknown: no such folder" in done.stderr.splitlines()[-1]
+
+
+def test_a_cache_that_cannot_be_written_is_said_with_what_to_do() -> None:
+    from huggingface_hub import constants
+
+    inside = PermissionError(errno.EACCES, "Permission denied", f"{constants.HF_HOME}/modules/x")
+    assert "set HF_HOME to a folder that can be written" in cache_hint(inside)
+    assert cache_hint(PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x")) == ""
+    assert cache_hint(OSError(errno.ENOSPC, "No space left on device", f"{constants.HF_HOME}/x")) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,8 @@ def test_another_length_of_texts(evaluate: Command, tmp_path: Path) -> None:
         (["--bm25", "--tune-split", "train"], "no split 'train'"),
         (["--baseline", "absent.json"], "absent.json"),
         (["--relevance-level", "0"], "relevance level must be at least 1"),
+        (["--json", "."], "Is a directory"),
+        (["--runs", f"{__file__}/runs"], "test_evaluate_command.py"),
     ],
 )
 def test_wrong_input_is_status_2_before_the_model_is_loaded(
@@ -109,6 +112,52 @@ def test_wrong_input_is_status_2_before_the_model_is_loaded(
     assert said.startswith("diffretriever evaluate: ")
     assert words in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("file", "kind"), [("queries.jsonl", "query"), ("qrels/test.tsv", "passage")])
+def test_judged_ids_that_a_run_file_cannot_hold_are_said_at_once(
+    evaluate: Command,
+    file: str,
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    qrels = tmp_path / "data" / "qrels" / "test.tsv"
+    header, first, *rest = qrels.read_text().splitlines()
+    query, passage, grade = first.split("\t")
+    if kind == "passage":
+        passage = f"a {passage}"
+    else:
+        queries = tmp_path / "data" / file
+        queries.write_text(queries.read_text().replace(f'"{query}"', f'"a {query}"', 1))
+        query = f"a {query}"
+    qrels.write_text("\n".join([header, f"{query}\t{passage}\t{grade}", *rest]) + "\n")
+    assert evaluate("--runs", tmp_path / "runs") == 2
+    assert f"the {kind} id 'a " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "gbk"])
+def test_files_arrive_whatever_the_console_can_show(
+    evaluate: Command, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", printed)
+    data = (tmp_path / "data").rename(tmp_path / "données 検索 😀 \udcff")
+    given = ("--modes", "single_dense", "multi_dense", "--metrics", "AP", "--markdown", tmp_path / "table.md")
+    assert evaluate(*given, "--json", tmp_path / "figures.json", data=data) == 0
+    assert json.loads((tmp_path / "figures.json").read_text()).keys() == {"single_dense", "multi_dense"}
+    assert "検索 😀" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    printed.flush()
+    assert "single_dense" in printed.buffer.getvalue().decode(encoding)
+
+
+def test_help_is_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", printed)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["evaluate", "--help"])
 
 
 def test_missing_data_and_malformed_baseline(

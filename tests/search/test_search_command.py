@@ -67,6 +67,25 @@ def test_search_prints_what_score_ranks(
     assert [hit["text"] for hit in answer["hits"]] == [TEXTS[name] for name, _ in expected]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_results_are_printed_on_any_console(
+    folder: Path, encoding: str, as_json: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", printed)
+    given = ["--model", RELEASE, "--store", folder / "store", "--top-k", 5]
+    assert run("search", *given, *(["--json"] if as_json else []), "naïve 検索 😀") == 0
+    printed.flush()
+    shown = printed.buffer.getvalue().decode(encoding)
+    if as_json:
+        answer = json.loads(shown)
+        assert answer["query"] == "naïve 検索 😀"
+        assert {hit["id"]: hit["text"] for hit in answer["hits"]} == TEXTS
+    else:
+        assert "mp3 player" in shown
+
+
 def test_readable_results_fit_the_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +134,8 @@ def test_a_run_file_from_a_store_of_queries(folder: Path, tmp_path: Path, capsys
     both = ["--queries", folder / "queries", "--run-file", tmp_path / "run.trec"]
     assert run("search", "--store", folder / "store", *both) == 2
     assert "white space" in capsys.readouterr().err  # the id "mp3 player" cannot stand in a run
+    assert run("search", "--store", folder / "store", "--queries", folder / "store", *both[2:]) == 2
+    assert "the query id 'mp3 player' cannot stand" in capsys.readouterr().err
     results = Searcher(open_store(folder / "store")).search(open_store(folder / "queries"), top_k=2)
     assert list(results.run()) == ["q1", "q2"]
     assert results[0][0].id == results.ids[0][0]

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,14 +229,50 @@ def test_an_empty_collection_and_no_queries() -> None:
     ("options", "words"),
     [
         ({"mode": "dense"}, r"'dense' is not known; the modes are single_dense, multi_dense"),
-        ({"top_k": 0}, "`top_k` must be a whole number from 1, got 0"),
-        ({"candidates": -1}, "`candidates` must be a whole number from 1, got -1"),
+        ({"top_k": 0}, "`top_k` must be a whole number of at least 1, got 0"),
+        ({"candidates": -1}, "`candidates` must be a whole number of at least 1, got -1"),
+        ({"top_k": np.float32(3)}, "`top_k` must be a whole number of at least 1, got "),
+        ({"top_k": True}, "`top_k` must be a whole number of at least 1, got True"),
         ({"fusion_weight": 1.5}, "`fusion_weight` must lie between 0 and 1, got 1.5"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Searcher(vectors(0, 4)).search(vectors(1, 2), **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_and_vectors_of_numpy(mode: str) -> None:
+    passages, queries = vectors(0, 12), vectors(1, 3, k=2)
+    expected = Searcher(passages, block_size=5).search(queries, mode, 4, candidates=6)
+    arrays, asked = ({name: tensor.numpy() for name, tensor in side.items()} for side in (passages, queries))
+    searcher = Searcher(arrays, ids=[str(row) for row in range(12)], block_size=np.int64(5))
+    found = searcher.search(asked, mode, np.int32(4), candidates=np.int64(6))
+    assert found.ids == expected.ids
+    assert torch.equal(found.scores, expected.scores)
+    arrays["repr_hidden"] = arrays["repr_hidden"].astype(np.float16)
+    assert Searcher(arrays).search(asked, mode, 4, candidates=6).scores == pytest.approx(expected.scores, abs=2e-3)
+    for name in ("repr_hidden", "repr_mask"):
+        wrong = {**arrays, name: np.array([["x"]], dtype=object)}
+        with pytest.raises(ValueError, match=name):
+            Searcher(wrong)
+
+
+def test_ids_that_are_not_one_for_each_passage() -> None:
+    passages = vectors(0, 3)
+    with pytest.raises(ValueError, match="`ids`: 'b' is the id of the passages 1 and 2"):
+        Searcher(passages, ids=["a", "b", "b"])
+    with pytest.raises(ValueError, match="`ids` has 1 entries for 3 passages"):
+        Searcher(passages, ids="abc")
+    by_row = pandas.Series(["a", "b", "c"], index=[7, 8, 9])
+    assert sorted(Searcher(passages, ids=by_row).search(vectors(1, 1), top_k=3).ids[0]) == ["a", "b", "c"]
+
+
+def test_a_run_has_one_ranking_for_each_query() -> None:
+    results = Searcher(vectors(0, 3)).search(vectors(1, 2))
+    with pytest.raises(ValueError, match="the query id 'q' is given twice"):
+        results.run(["q", "q"])
+    assert list(results.run(["q", "r"])) == ["q", "r"]
 
 
 def test_vectors_that_cannot_be_searched() -> None:
