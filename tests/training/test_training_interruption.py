@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import PARITY, edit_weights
+from checkpoint_folders import PARITY, edit_json, edit_weights
 from training_runs import arguments, assert_same_weights, fork_train, wait, wait_for, write_pairs, write_recipe
 
 from diffretriever.cli.main import main
@@ -116,9 +116,20 @@ def die_at(target: Any, name: str, call: int) -> Callable[[], None]:
         (die_at(trainer, "save_adapter", 2), 3),
         (die_at(torch, "save", 4), 3),  # optimiser, schedule and random numbers of step 3 come first
         (die_at(trainer, "publish_checkpoint", 2), 3),
+        (die_at(checkpoints, "seal", 2), 3),
+        (die_at(checkpoints, "publish_folder", 2), 3),
         (die_at(os, "replace", 13), 6),
     ],
-    ids=["first step", "fifth step", "saving the adapter", "saving the optimiser", "a whole checkpoint", "later"],
+    ids=[
+        "first step",
+        "fifth step",
+        "saving the adapter",
+        "saving the optimiser",
+        "a whole checkpoint",
+        "its seal",
+        "its name",
+        "later",
+    ],
 )
 def test_sigkill_leaves_whole_checkpoints(
     whole: dict[str, Path], tmp_path: Path, accident: Callable[[], None], left: int | None
@@ -261,15 +272,42 @@ def test_another_recipe_or_other_data_is_no_resumption(
     assert main([*arguments(whole["recipe"], whole["release"], moved, whole["out"]), *free]) == 0  # all was done before
 
 
-def test_another_release_in_a_folder_of_the_same_name_is_no_resumption(
-    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    backbone = tmp_path / "tiny-llada"
-    shutil.copytree(PARITY / "backbones" / "tiny-llada", backbone)
+def other_weights(backbone: Path, release: Path) -> None:
     edit_weights(backbone / "model.safetensors", lambda tensors: next(iter(tensors.values())).mul_(1.5))
-    release = tmp_path / whole["release"].name
+
+
+def other_rotation(backbone: Path, release: Path) -> None:
+    edit_json(backbone / "config.json", rope_theta=1234.0)
+
+
+def other_template(backbone: Path, release: Path) -> None:
+    file = release / "chat_template.jinja"
+    file.write_text(file.read_text() + "{# another #}")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (other_weights, "weights_sha256"),
+        (other_rotation, "files.config.json"),
+        (other_template, "files.chat_template.jinja"),
+    ],
+)
+def test_another_release_in_a_folder_of_the_same_name_is_no_resumption(
+    whole: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path, Path], None],
+    field: str,
+) -> None:
+    backbone, release = tmp_path / "tiny-llada", tmp_path / whole["release"].name
+    shutil.copytree(PARITY / "backbones" / "tiny-llada", backbone)
     building.build(str(backbone), release)
+    change(backbone, release)
     assert main(arguments(whole["recipe"], release, whole["pairs"], whole["out"])) == 2
     said = capsys.readouterr().err
     assert f"{whole['out'] / 'state' / 'checkpoint-8'}: this run was started with another release: " in said
-    assert "release.weights_sha256 = '" in said
+    assert f"release.{field} = '" in said
+    shutil.rmtree(release)
+    shutil.copytree(whole["release"], release)  # the same content at another place is the same
+    assert main(arguments(whole["recipe"], release, whole["pairs"], whole["out"])) == 0
