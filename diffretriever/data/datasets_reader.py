@@ -34,7 +34,7 @@ def read_parquet(file: Path, known: Collection[str]) -> Iterator[tuple[str, Mapp
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{file}, row {row}", record
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}, after row {row}: not a whole Parquet file ({error}).") from error
 
 

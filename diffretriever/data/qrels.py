@@ -49,7 +49,7 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
                 continue
         query, passage, grade = _judgement(fields, columns, where)
         if qrels.setdefault(query, {}).setdefault(passage, grade) != grade:
-            raise ValueError(f"{where}: query {query!r} and passage {passage!r} were judged before, otherwise.")
+            raise ValueError(f"{where}: query {query!r:.80} and passage {passage!r:.80} were judged before, otherwise.")
     if not qrels:
         raise ValueError(f"{path}: no judgements; expected lines of query id, passage id and grade.")
     return qrels

@@ -122,7 +122,9 @@ def read_run(path: str | Path) -> Run:
         query, passage, score = _run_columns(columns, f"{path}, line {number}")
         scores = run.setdefault(query, {})
         if passage in scores:
-            raise ValueError(f"{path}, line {number}: passage {passage!r} stands a second time under query {query!r}.")
+            raise ValueError(
+                f"{path}, line {number}: passage {passage!r:.80} stands a second time under query {query!r:.80}."
+            )
         scores[passage] = score
     if not run:
         raise ValueError(f"{path} holds no ranking; a run file has lines `query Q0 passage rank score tag`.")
@@ -137,5 +139,5 @@ def _run_columns(columns: list[str], place: str) -> tuple[str, str, float]:
     except ValueError:
         score = math.nan
     if math.isnan(score):
-        raise ValueError(f"{place}: the score {columns[4]!r} is not a number.")
+        raise ValueError(f"{place}: the score {columns[4]!r:.80} is not a number.")
     return columns[0], columns[2], score

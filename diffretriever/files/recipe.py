@@ -31,7 +31,9 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Mapping[str, An
         raise FileNotFoundError(f"{path}: no such recipe; expected a YAML file")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # also no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if isinstance(given, dict):
         given.update({key: value for key, value in (overrides or {}).items() if value is not None})

@@ -187,6 +187,10 @@ def test_what_is_not_there_or_not_a_corpus(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"a.parquet, after row 0: not a whole Parquet file"):
         list(read_corpus(tmp_path / "a.parquet"))
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"], pyarrow.binary()).buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["1"], "text": text}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, after row 0: not a whole Parquet file .*utf-8"):
+        list(read_corpus(tmp_path / "a.parquet"))
 
 
 def test_a_query_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
