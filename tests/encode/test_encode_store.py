@@ -208,7 +208,7 @@ def test_duplicate_ids_and_an_empty_corpus(tiny: Any, tmp_path: Path) -> None:
         encode(tiny, tmp_path / "empty.jsonl", tmp_path / "s")
     assert list((tmp_path / "s").iterdir()) == []
     for name in ("shard_size", "tokens_per_batch", "sparse_top_k"):
-        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1, got 0"):
             encode(tiny, tmp_path / "a.jsonl", tmp_path / "s", **{name: 0})
 
 

@@ -75,7 +75,7 @@ def test_negatives_come_from_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixt
     folder.mkdir()
     write_lines(folder / "corpus.jsonl", [{"_id": i, "title": title, "text": text} for i, title, text in passages])
     table = tmp_path / "corpus.tsv"
-    table.write_text("".join("\t".join(row) + "\n" for row in passages))
+    table.write_text("".join("\t".join(row) + "\n" for row in [("id", "title", "text"), *passages]))
     out = tmp_path / "mined.jsonl"
     command = ["mine-negatives", "--pairs", str(pairs), "--out", str(out), "--corpus"]
     for corpus in (folder, folder / "corpus.jsonl", table):
