@@ -190,7 +190,7 @@ def test_full_fusion_is_the_models_own_score(model: Any, folder: Path) -> None:
         scores = model.score(asked, passages, mode)
         for query, hits in enumerate(results):
             assert [hit.score for hit in hits] == pytest.approx(
-                [float(scores[query, hit.position]) for hit in hits], abs=1e-6
+                [float(scores[query, hit.position]) for hit in hits], rel=1e-6, abs=1e-6
             )
             best = torch.sort(scores[query], descending=True).values[: len(hits)]
-            assert [hit.score for hit in hits] == pytest.approx(best.tolist(), abs=1e-6)
+            assert [hit.score for hit in hits] == pytest.approx(best.tolist(), rel=1e-6, abs=1e-6)
