@@ -101,16 +101,27 @@ def publish_folder(made: Path, place: Path) -> None:
     """Force a folder that was filled aside to the disk and only then give it its name.
 
     Args:
-        made: the folder, on the same filesystem as `place`.
-        place: its name to be; what is there is removed.
+        made: the folder, on the same filesystem as `place`, in a folder of the caller's for what is unfinished.
+        place: its name to be; what is there is moved beside `made`, and removed once its successor has its name.
+
+    Raises:
+        OSError: the folder could not be forced to the disk, or named; what was there is there again.
     """
     for path in (*made.rglob("*"), made):
         if not path.is_symlink():  # it may point to where it leads once it is in its place
             sync(path)
-    if place.exists():
-        shutil.rmtree(place)
-    os.replace(made, place)
+    old = made.with_name(f"{made.name}.replaced") if place.exists() else None
+    if old is not None:
+        os.replace(place, old)
+    try:
+        os.replace(made, place)
+    except BaseException:
+        if old is not None:
+            os.replace(old, place)
+        raise
     sync(place.parent)
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def sync(path: Path) -> None:

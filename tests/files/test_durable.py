@@ -44,4 +44,29 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
     assert (place / "inner" / "two").read_text() == "two"
     assert not made.exists()
     assert sorted(done[:4]) == ["aside", "aside/inner", "aside/inner/two", "aside/one"]
-    assert done[4:] == ["named", "."]
+    assert done[4:] == ["named", "named", "."]  # the old one leaves its name, the new one takes it
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_what_is_replaced_stays_until_its_successor_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, place = tmp_path / "scratch" / "name", tmp_path / "name"
+    for folder, text in ((made, "new"), (place, "old")):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(text)
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(source) == made:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        publish_folder(made, place)
+    assert (place / "file").read_text() == "old"
+    monkeypatch.setattr(os, "replace", replace)
+    publish_folder(made, place)
+    assert (place / "file").read_text() == "new"
+    assert not list((tmp_path / "scratch").iterdir())
