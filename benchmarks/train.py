@@ -27,12 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from transformers import AutoModel  # noqa: E402
 
 from diffretriever.data.pair_files import TrainingItem  # noqa: E402
 from diffretriever.training.adapter_recipe import AdapterRecipe  # noqa: E402
 from diffretriever.training.batches import Collator  # noqa: E402
 from diffretriever.training.objective import ContrastiveModel, word_columns  # noqa: E402
-from diffretriever.training.train import load_retriever, prepare_model  # noqa: E402
+from diffretriever.training.train import prepare_model  # noqa: E402
 
 WORDS = "the retrieval of light from water systems index sun energy with documents and of passages moving".split()
 Product = tuple[int, int, int, int]  # batch, rows, inner, columns
@@ -152,7 +153,8 @@ def prepare(options: argparse.Namespace) -> tuple[ContrastiveModel, dict[str, An
         grad_cache_chunk=options.grad_cache_chunk, bf16=options.bf16,
         backbone_dtype="bfloat16" if options.bf16 and options.device != "cpu" else "float32",
     )  # fmt: skip
-    model = prepare_model(load_retriever(recipe, options.release), recipe).to(options.device).train()
+    retriever = AutoModel.from_pretrained(options.release, trust_remote_code=True, **recipe.model_settings())
+    model = prepare_model(retriever, recipe).to(options.device).train()
     drawn = made_up_items(options.queries, options.negatives)
     collate = Collator(model.retriever, recipe)
     start = time.perf_counter()

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+from ..files.lines import read_object
 from ..publishing.hub import find_folder
 
 RELEASE = "a release: Hub id or folder"
@@ -70,12 +71,15 @@ def check_release(release: str, revision: str | None = None) -> None:
         Passing: the Hub does not answer.
     """
     from ..model.adapter_loading import CONFIG_FILE
-    from ..model.backbone_loading import NAME_PATTERNS, read_json
+    from ..model.backbone_loading import NAME_PATTERNS
 
     folder = find_folder(release, ["config.json", CONFIG_FILE], revision)
-    if not (folder / "config.json").is_file() and (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{release} is an adapter, not a release; {_build_command(f'BACKBONE --adapter {release}')}")
-    found = read_json(folder / "config.json").get("model_type")
+    if not (folder / "config.json").is_file():
+        if (folder / CONFIG_FILE).is_file():
+            advice = _build_command(f"BACKBONE --adapter {release}")
+            raise ValueError(f"{release} is an adapter, not a release; {advice}")
+        raise ValueError(f"{release} is no release, as it holds no config.json; {_build_command('BACKBONE')}")
+    found = read_object(folder / "config.json").get("model_type")
     if str(found).lower() in NAME_PATTERNS:
         raise ValueError(f"{release} is a backbone, not a release; {_build_command(release)}")
     if found != "diffretriever":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
 from .exit_status import DONE
-from .load_model import check_release
+from .load_model import check_release, load_model
 
 
 def register(commands: Any) -> None:
@@ -25,6 +26,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.set_defaults(revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -39,7 +41,9 @@ def run_train(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        train_adapter(recipe, options.model, options.pairs, options.out, options.dev, options.base)
+        train_adapter(
+            recipe, options.model, partial(load_model, options), options.pairs, options.out, options.dev, options.base
+        )
     except Interrupted as stop:
         print(f"diffretriever train: {stop}", file=sys.stderr)
         return 128 + stop.signal

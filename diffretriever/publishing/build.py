@@ -12,6 +12,7 @@ from typing import Any
 
 from ..files.durable import publish_folder
 from ..files.hashes import hash_file
+from ..files.lines import read_object
 from ..model import backbone_loading as backbones
 from ..model import configuration_diffretriever
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE, Adapter
@@ -115,7 +116,7 @@ def _check_replaceable(out: Path, base: Path, force: bool) -> None:
     if not force:
         raise FileExistsError(f"--out: {out} is there already; choose another folder, or pass --force to replace it.")
     config = out / "config.json"
-    if out.is_symlink() or not config.is_file() or backbones.read_json(config).get("model_type") != "diffretriever":
+    if out.is_symlink() or not config.is_file() or read_object(config).get("model_type") != "diffretriever":
         raise FileExistsError(f"--out: {out} is no release folder, so --force does not replace it; remove it yourself.")
     if out.resolve() in (base.resolve(), *base.resolve().parents):
         raise FileExistsError(f"--out: {out} holds the backbone {base}, which --force would delete.")
@@ -206,7 +207,7 @@ def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
         shutil.copyfile(SOURCE / file, made / file)
     backbones.save_tokenizer(parts.tokenizer, made)
     write_config(parts.config, made / "config.json")
-    for file, text in sentence_transformers_files("dense", backbones.read_json(made / "config.json")).items():
+    for file, text in sentence_transformers_files("dense", read_object(made / "config.json")).items():
         (made / file).write_text(text, encoding="utf-8")
     if parts.adapter is not None:
         _copy_files(parts.adapter, made / "adapter", [CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE])
@@ -248,7 +249,7 @@ def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> 
         parts.backbone.name,
         backbones.read_backbone_config(parts.backbone)[1].hidden_size,
         len(prompt.prefix) + len(prompt.suffix),
-        backbones.read_json(made / "adapter" / CONFIG_FILE) if adapter_sha256 else None,
+        read_object(made / "adapter" / CONFIG_FILE) if adapter_sha256 else None,
         adapter_sha256,
     )
     measured = card.measured_figures(FIGURES, recording.known_as, adapter_sha256) if recording.known_as else None

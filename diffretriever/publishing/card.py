@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..model.backbone_loading import read_json
+from ..files.lines import read_object
 from .hub import is_hub_id
 from .releases import BACKBONE_FOLDER, RELEASES
 
@@ -69,7 +69,7 @@ def measured_figures(file: Path, name: str, adapter_sha256: str | None) -> dict[
     """
     if not file.is_file():
         return None
-    entry: dict[str, Any] | None = read_json(file).get(name)
+    entry: dict[str, Any] | None = read_object(file).get(name)
     if entry is None:
         return None
     missing = {"adapter_sha256", "source", "hardware", "results"} - entry.keys()

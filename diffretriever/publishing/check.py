@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..model.backbone_loading import read_json
+from ..files.lines import read_object
 from . import card, fingerprint, record
 from .hub import is_hub_id
 from .releases import BACKBONE_FOLDER, BRANCHES, library_versions
@@ -75,7 +75,7 @@ def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Repor
     report.add(changes, f"{len(made['files'])} files are as they were built")
     if any(name.startswith(("config.json is missing", "README.md is missing")) for name in changes):
         return report
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     text = (folder / record.CARD_FILE).read_text(encoding="utf-8")
     report.add(card.metadata_problems(text, config, (folder / "adapter").is_dir()), "the card's metadata is valid")
     report.add(_backbone_problems(folder, made), "the backbone is the one it was built on")

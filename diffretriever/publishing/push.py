@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..model.backbone_loading import read_json
+from ..files.lines import read_object
 from . import card, record
 from .hub import ATTEMPTS, Conflict, FileHash, HubError, Passing, Refs, RemoteFile, Repository, hash_content, pause
 from .releases import BRANCHES, MAIN
@@ -156,7 +156,7 @@ def payloads(job: Job) -> dict[str, Payload]:
     main[record.RECORD_FILE] = _item(record.record_bytes(pushed))
     found: dict[str, Payload] = {target.revision: main}
     if target.revision == MAIN and not target.create_pr:
-        config = read_json(folder / "config.json")
+        config = read_object(folder / "config.json")
         for branch in BRANCHES:
             small = {name: _item(text.encode()) for name, text in sentence_transformers_files(branch, config).items()}
             changed = {**files, **{name: item.hashes.sha256 for name, item in small.items()}}

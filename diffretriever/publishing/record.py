@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.hashes import hash_file
-from ..model.backbone_loading import read_json
+from ..files.lines import read_object
 from .releases import check_repo_id, library_versions
 
 RECORD_FILE = "release.json"
@@ -94,7 +94,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} holds no {RECORD_FILE}, so it is no release of publish.py, or an old one; build it again."
         )
-    record = read_json(file)
+    record = read_object(file)
     if record.get("format") != FORMAT:
         raise ValueError(
             f"{file} has format {record.get('format')!r}, this publish.py reads format {FORMAT}; build it again."

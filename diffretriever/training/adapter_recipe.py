@@ -55,6 +55,11 @@ class AdapterRecipe:
     eval_passages: int = 5000
     report_to: str = "none"
 
+    def model_settings(self) -> dict[str, Any]:
+        """Return what `from_pretrained` needs to load the release as the recipe wants it."""
+        names = ("max_length", "num_query_masks", "num_passage_masks")
+        return {"dtype": self.backbone_dtype, **{name: getattr(self, name) for name in names}}
+
     def total_steps(self, items: int) -> int:
         """Return the optimiser steps of the whole run on so many training items."""
         return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(items))

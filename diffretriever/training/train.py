@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
 from ..data.pair_files import PairFiles
 from ..evaluation.small_task import read_small_task
@@ -46,6 +46,7 @@ class Interrupted(Exception):
 def train_adapter(
     recipe: AdapterRecipe,
     release: str,
+    load: Callable[..., Any],
     pair_files: Sequence[str | Path],
     out: Path,
     dev: Path | None = None,
@@ -58,6 +59,7 @@ def train_adapter(
     Args:
         recipe: from `read_adapter_recipe`.
         release: folder or Hub id of a zero-shot release (`publish.py build` without an adapter).
+        load: takes settings of `from_pretrained` and returns the release, loaded with them.
         pair_files: JSONL of pairs, or Tevatron's layout.
         out: the adapter's folder; working files go to <out>/state.
         dev: BEIR-style folder whose dev split is evaluated along the way.
@@ -86,7 +88,7 @@ def train_adapter(
         check_same_run(kept, record)
         remove_partial(state)
     arguments = training_arguments(recipe, len(files), state, processes)
-    retriever = load_retriever(recipe, release)
+    retriever = load(**recipe.model_settings())
     if is_main():
         record["release"] = release_identity(retriever)
         check_same_run(kept, record)
@@ -150,19 +152,6 @@ def base_name(release: str) -> str:
         )
     name = str(config.base_model_name_or_path)
     return Path(name).name if name.startswith((".", "/")) else name
-
-
-def load_retriever(recipe: AdapterRecipe, release: str) -> Any:
-    """Load a release with the recipe's budgets, as any user does."""
-    model: Any = AutoModel.from_pretrained(
-        release,
-        trust_remote_code=True,
-        dtype=getattr(torch, recipe.backbone_dtype),
-        max_length=recipe.max_length,
-        num_query_masks=recipe.num_query_masks,
-        num_passage_masks=recipe.num_passage_masks,
-    )
-    return model
 
 
 def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:

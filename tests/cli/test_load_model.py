@@ -72,11 +72,13 @@ def test_what_is_no_release_is_named(tmp_path: Path) -> None:
         check_release(str(BACKBONE))
     with pytest.raises(ValueError, match=r"dream-q4p4 is an adapter, not a release; .* --base BACKBONE --adapter"):
         check_release(str(ADAPTER))
+    with pytest.raises(ValueError, match=r"is no release, as it holds no config\.json; build one with"):
+        check_release(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="has model_type 'bert', not \"diffretriever\""):
         check_release(str(tmp_path))
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         check_release(str(tmp_path))
 
 

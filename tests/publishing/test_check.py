@@ -81,8 +81,8 @@ def test_what_is_no_change(release: Path) -> None:
     ("content", "words"),
     [
         (None, "holds no release.json, so it is no release of publish.py, or an old one; build it again"),
-        ("{", r"release.json is not valid JSON"),
-        ("[]", "release.json must hold a JSON object, got list"),
+        ("{", r"release.json: not valid JSON"),
+        ("[]", "release.json: expected a JSON object, got list"),
         ("{}", "release.json has format None, this publish.py reads format 1; build it again"),
         ('{"format": 7}', "release.json has format 7"),
         (

@@ -17,6 +17,7 @@ import pytest
 import torch
 from training_data import contrastive_model, small_recipe
 from training_runs import arguments, assert_same_weights, wait_for, weights, write_pairs, write_recipe
+from transformers import AutoModel
 
 from diffretriever.cli.main import main
 from diffretriever.training.checkpoints import checkpoints, step_of
@@ -97,10 +98,11 @@ def test_the_recipe_decides_on_bfloat16(
 
 
 def test_the_adapter_of_a_bfloat16_backbone_is_float32(plain: dict[str, Path]) -> None:
-    from diffretriever.training.train import load_retriever, prepare_model
+    from diffretriever.training.train import prepare_model
 
     recipe = small_recipe(backbone_dtype="bfloat16")
-    model = prepare_model(load_retriever(recipe, str(plain["release"])), recipe)
+    retriever = AutoModel.from_pretrained(plain["release"], trust_remote_code=True, **recipe.model_settings())
+    model = prepare_model(retriever, recipe)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert torch.bfloat16 in {p.dtype for p in model.parameters() if not p.requires_grad}
 

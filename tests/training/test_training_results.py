@@ -159,7 +159,7 @@ def test_accumulated_micro_batches_are_averaged(build_release: Callable[..., Pat
     """The logged gradient norm of one step of two micro-batches, against the mean of their gradients."""
     from diffretriever.training.batches import Collator, SampledItems
     from diffretriever.training.epochs import EpochSampler
-    from diffretriever.training.train import load_retriever, prepare_model
+    from diffretriever.training.train import prepare_model
 
     changes = {"max_steps": 1, "accumulation_steps": 2, "global_batch_size": 6, "dropout": 0.0}
     recipe, pairs = write_recipe(tmp_path / "r.yaml", **changes), write_pairs(tmp_path / "p.jsonl", 6, negatives=0)
@@ -167,7 +167,8 @@ def test_accumulated_micro_batches_are_averaged(build_release: Callable[..., Pat
     assert main(arguments(recipe, release, pairs, tmp_path / "out")) == 0
     state = json.loads((tmp_path / "out" / "state" / "checkpoint-1" / "trainer_state.json").read_text())
     settings = small_recipe(**changes)
-    model = prepare_model(load_retriever(settings, str(release)), settings).train()
+    retriever = AutoModel.from_pretrained(release, trust_remote_code=True, **settings.model_settings())
+    model = prepare_model(retriever, settings).train()
     items = SampledItems(PairFiles([pairs]), 0, settings.seed)
     for keys in EpochSampler(items.files.lengths, 6, settings.seed, accumulation=2):
         (model(Collator(model.retriever, settings)([items[key] for key in keys]))["loss"] / 2).backward()
