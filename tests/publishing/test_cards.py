@@ -201,7 +201,7 @@ def test_figures_that_do_not_fit(changes: dict[str, Any], words: str, tmp_path: 
     assert card.measured_figures(file, "another", sha256) is None
     assert card.measured_figures(tmp_path / "none.json", "ours", sha256) is None
     file.write_text("{")
-    with pytest.raises(ValueError, match=r"figures\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"figures\.json: not valid JSON"):
         card.measured_figures(file, "ours", sha256)
 
 
