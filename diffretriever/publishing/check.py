@@ -87,7 +87,7 @@ def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Repor
     elif not load:
         report.unchecked.append("whether it loads and its vectors are right: left out with --no-load")
     elif not report.problems:
-        _check_loaded(folder, made, config, text, device, report)
+        check_loaded(folder, made, config, text, device, report)
         if report.problems and (differing := _other_versions(made["libraries"], versions)):
             report.problems.append(f"versions differ from those of the build, which may be the cause: {differing}")
     return report
@@ -128,7 +128,7 @@ def _other_versions(then: dict[str, str], now: dict[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------- the fresh process
 
 
-def _check_loaded(
+def check_loaded(
     folder: Path, made: dict[str, Any], config: dict[str, Any], text: str, device: str, report: Report
 ) -> None:
     """Load the release in a fresh process, compare its vectors, run the card's code."""
@@ -139,7 +139,7 @@ def _check_loaded(
         return
     with tempfile.TemporaryDirectory(prefix="check-") as scratch:
         places = {"main": str(folder)} | {
-            branch: str(_branch_folder(folder, branch, config, Path(scratch))) for branch in BRANCHES
+            branch: str(branch_folder(folder, branch, config, Path(scratch))) for branch in BRANCHES
         }
         order = {
             "folder": str(folder),
@@ -156,7 +156,7 @@ def _check_loaded(
         fingerprint.compare(made["fingerprint"], answers[0]), "its vectors in a fresh process are those of the build"
     )
     for answer in answers[1:]:
-        _judge_block(answer, report)
+        judge_block(answer, report)
     if error:
         failed = order["names"][min(len(answers) - 1, len(blocks) - 1)]
         report.problems.append(f"{failed}: the card's code fails: {error}")
@@ -170,7 +170,8 @@ def _strange_block(blocks: list[tuple[str, str]], ours: list[str]) -> str | None
     return None if len(blocks) == len(ours) else f"README.md: {len(blocks)} Python blocks, a build writes {len(ours)}"
 
 
-def _judge_block(answer: dict[str, Any], report: Report) -> None:
+def judge_block(answer: dict[str, Any], report: Report) -> None:
+    """Add to a report what became of one block of the card: an answer of `probe.run_blocks`."""
     if answer["missing"] is None:
         report.passed.append(f"{answer['name']}: the card's code runs")
     elif answer["missing"] in OPTIONAL:
@@ -182,7 +183,7 @@ def _judge_block(answer: dict[str, Any], report: Report) -> None:
         report.problems.append(f"{answer['name']}: the card's code fails: {answer['error']}")
 
 
-def _branch_folder(folder: Path, branch: str, config: dict[str, Any], scratch: Path) -> Path:
+def branch_folder(folder: Path, branch: str, config: dict[str, Any], scratch: Path) -> Path:
     """Make a folder that holds what a branch of the repository would, by links."""
     place = scratch / f"{folder.name}-{branch}"  # its own name: transformers 4.54 goes by it
     for name, file in record.release_files(folder).items():

@@ -39,7 +39,7 @@ def quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def check_loaded(*arguments: Any) -> None:
         arguments[-1].passed.append("stood in for")
 
-    monkeypatch.setattr(check, "_check_loaded", check_loaded)
+    monkeypatch.setattr(check, "check_loaded", check_loaded)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -105,6 +106,7 @@ class FakeHub:
         self.organisations = {"lab"}
         self.lfs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.meanwhile: list[tuple[str, str, Callable[[], object]]] = []
         self.log: list[tuple[str, str]] = []
         self.echo = False
         self.corrupt: set[str] = set()
@@ -121,6 +123,10 @@ class FakeHub:
 
     def fail(self, method: str, path: str, status: int | None = None, **more: Any) -> None:
         self.faults.append(Fault(method, path, status, **more))
+
+    def before(self, method: str, path: str, action: Callable[[], object]) -> None:
+        """Let someone else act before each request like this one, as a regular expression tells."""
+        self.meanwhile.append((method, path, action))
 
     def make_repo(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
         repo = self.repos[repo_id] = Repo(private)
@@ -158,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.content = self._read()
         with self.hub.lock:
             self.hub.log.append((self.command, self.place))
+            for method, path, action in self.hub.meanwhile:
+                if method == self.command and re.search(path, self.place):
+                    action()
             fault = self._due()
             if fault is not None and not fault.after:
                 return self._break(fault)

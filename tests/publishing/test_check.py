@@ -334,9 +334,9 @@ def test_blocks_share_names_and_missing_packages_are_told(tmp_path: Path) -> Non
     assert [one["missing"] for one in found] == [None, "no_such_package_at_all", None]
     assert found[2]["printed"] == "2\n"
     report = check.Report()
-    check._judge_block({**found[1], "missing": "sentence_transformers"}, report)
+    check.judge_block({**found[1], "missing": "sentence_transformers"}, report)
     assert "two: the card's code needs another sentence-transformers (No module named" in report.unchecked[0]
-    check._judge_block(found[1], report)
+    check.judge_block(found[1], report)
     assert "two: the card's code fails: No module named 'no_such_package_at_all'" in report.problems[0]
 
 
@@ -350,7 +350,7 @@ def test_a_model_is_freed_once_no_block_needs_it() -> None:
 
 def test_the_branches_of_a_check(release: Path, tmp_path: Path) -> None:
     config = json.loads((release / "config.json").read_text())
-    place = check._branch_folder(release, "sparse", config, tmp_path / "scratch")
+    place = check.branch_folder(release, "sparse", config, tmp_path / "scratch")
     assert json.loads((place / "config_sentence_transformers.json").read_text())["model_type"] == "SparseEncoder"
     assert (
         json.loads((release / "config_sentence_transformers.json").read_text())["model_type"] == "SentenceTransformer"

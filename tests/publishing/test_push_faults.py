@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fake_hub import NAME, TOKEN, FakeHub
+from fake_hub import NAME, TOKEN, FakeHub, Repo
 
 import publish
-from diffretriever.publishing import push as pushing
 
 Push = Callable[..., tuple[int, str]]
 REPO = "lab/pushed"
@@ -94,13 +94,10 @@ def test_nobody_ever_sees_a_mixture(seed: int, release: Path, hub: FakeHub, push
     assert_published(hub, release)
 
 
-def test_interrupted_by_hand(release: Path, hub: FakeHub, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pushing, "_verify", interrupt)
-        status, said = push(release, "--repo-id", REPO, "--tag", "v1.0")
+def test_interrupted_by_hand(release: Path, hub: FakeHub, push: Push) -> None:
+    hub.before("POST", "/commit/main", lambda: os.kill(os.getpid(), signal.SIGINT))
+    status, said = push(release, "--repo-id", REPO, "--tag", "v1.0")
+    hub.meanwhile.clear()
     assert status == 3
     assert "What is there is whole; the same command goes on from what is there" in said
     assert hub.repos[REPO].tags == {}
@@ -121,54 +118,36 @@ def test_damage_on_the_way_is_found(release: Path, hub: FakeHub, push: Push) -> 
     assert push(release, "--repo-id", REPO, "--tag", "v1.0", "--update")[0] == 0
 
 
-def test_a_concurrent_change_is_not_overwritten(
-    release: Path, hub: FakeHub, push: Push, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_concurrent_change_is_not_overwritten(release: Path, hub: FakeHub, push: Push) -> None:
     repo = hub.make_repo(REPO)
-    operations = pushing._operations
-
-    def meanwhile(step: Any) -> Any:  # someone commits between our look and our commit
-        theirs = repo.commits[repo.branches["main"]] | {"theirs.txt": (b"theirs", False)}
-        repo.branches["main"] = repo.commit(theirs, repo.branches["main"])
-        return operations(step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pushing, "_operations", meanwhile)
-        status, said = push(release, "--repo-id", REPO, "--update")
+    hub.before("POST", "/commit/main", lambda: they_commit(repo))
+    status, said = push(release, "--repo-id", REPO, "--update")
     assert status == 3
     assert "it was changed by someone else in the meantime; nothing was committed" in said
     assert repo.contents("main") == {"theirs.txt": b"theirs"}
 
 
-def test_a_concurrent_change_behind_a_lost_answer(
-    release: Path, hub: FakeHub, push: Push, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def they_commit(repo: Repo) -> None:
+    head = repo.branches["main"]
+    repo.branches["main"] = repo.commit(repo.commits[head] | {"theirs.txt": (b"theirs", False)}, head)
+
+
+def test_a_concurrent_change_behind_a_lost_answer(release: Path, hub: FakeHub, push: Push) -> None:
     repo = hub.make_repo(REPO)
     hub.fail("POST", "/commit/main")
-    landed = pushing._landed
-
-    def meanwhile(repository: Any, step: Any) -> Any:
-        repo.branches["main"] = repo.commit({"theirs.txt": (b"theirs", False)}, repo.branches["main"])
-        return landed(repository, step)
-
-    monkeypatch.setattr(pushing, "_landed", meanwhile)
+    hub.before("POST", "/commit/main", lambda: they_commit(repo))
     status, said = push(release, "--repo-id", REPO)
     assert status == 3
     assert "was changed by someone else in the meantime" in said
     assert repo.contents("main") == {"theirs.txt": b"theirs"}
 
 
-def test_a_tag_set_by_someone_else_meanwhile(
-    release: Path, hub: FakeHub, push: Push, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bring_up = pushing._bring_up
-
-    def meanwhile(*arguments: Any) -> Any:
+def test_a_tag_set_by_someone_else_meanwhile(release: Path, hub: FakeHub, push: Push) -> None:
+    def they_tag() -> None:
         repo = hub.repos[REPO]
         repo.tags.setdefault("v1.0", repo.history("main")[-1])
-        return bring_up(*arguments)
 
-    monkeypatch.setattr(pushing, "_bring_up", meanwhile)
+    hub.before("POST", "/commit/main", they_tag)
     status, said = push(release, "--repo-id", REPO, "--tag", "v1.0")
     assert status == 2
     assert "the tag v1.0 names other content" in said
