@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..search.modes import FUSIONS
 from .exit_status import IN_WORDS
 
 AGAIN = "Run the same command again."
@@ -52,6 +53,18 @@ def add_qdrant_options(parser: Any, required: bool) -> None:
     parser.add_argument("--collection", default="passages", help="its name (default: %(default)s)")
     parser.add_argument("--api-key", help="of the Qdrant server")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer (default: %(default)s)")
+
+
+def add_fusion_options(parser: Any) -> None:
+    """Add the options that say how the fusion modes fuse."""
+    parser.add_argument(
+        "--fusion",
+        choices=FUSIONS,
+        default="exact",
+        help="exact: both scores of each candidate; runs: the two rankings alone, as in the paper's tables (default: "
+        "%(default)s)",
+    )
+    parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
 
 
 def count(text: str, least: int = 1) -> int:

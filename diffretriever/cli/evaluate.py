@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_command
+from .arguments import add_command, add_fusion_options
 from .exit_status import DONE
 from .load_model import add_model_options, load_model
 
@@ -41,7 +41,7 @@ def _what(parser: argparse.ArgumentParser) -> None:
 def _how(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
     group.add_argument("--modes", nargs="+", metavar="MODE", help="scoring modes (default: all five)")
-    group.add_argument("--fusion-weight", type=float, default=0.5, help="the dense scores' share (default: 0.5)")
+    add_fusion_options(group)
     group.add_argument("--metrics", nargs="+", metavar="METRIC", help="default: nDCG@10 RR@10 R@100 R@1000 AP")
     group.add_argument(
         "--relevance-level", type=int, help="least grade that is relevant (default: 2 for dl19 and dl20, else 1)"
@@ -85,6 +85,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         modes=tuple(dict.fromkeys(options.modes or MODES)),
         metrics=tuple(dict.fromkeys(options.metrics or DEFAULT_METRICS)),
         fusion_weight=options.fusion_weight,
+        fusion=options.fusion,
         depth=options.depth,
         bm25=options.bm25,
         bm25_with=options.bm25_with,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..search.modes import CANDIDATES, MODES
-from .arguments import add_command, add_qdrant_options
+from .arguments import add_command, add_fusion_options, add_qdrant_options
 from .console import json_line
 from .display import result_lines
 from .exit_status import DONE
@@ -38,7 +38,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--candidates", type=int, default=CANDIDATES, help="of each side, in the fusion modes (default: %(default)s)"
     )
-    parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
+    add_fusion_options(parser)
     parser.add_argument("--interactive", action="store_true", help="keep the model loaded; a question a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object a question")
     parser.add_argument("--in-memory", action="store_true", help="copy the vectors to the device's memory first")
@@ -80,8 +80,10 @@ def _searcher(options: argparse.Namespace) -> Searcher:
     from ..store.compression import open_store
 
     if options.qdrant is not None:
-        return Searcher(QdrantEngine(options.qdrant, options.collection, options.api_key, options.timeout))
-    return Searcher(open_store(options.store), device=options.device, in_memory=options.in_memory)
+        engine = QdrantEngine(options.qdrant, options.collection, options.api_key, options.timeout)
+        return Searcher(engine, fusion=options.fusion)
+    store = open_store(options.store)
+    return Searcher(store, fusion=options.fusion, device=options.device, in_memory=options.in_memory)
 
 
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:

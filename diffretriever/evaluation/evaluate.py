@@ -11,6 +11,7 @@ from typing import Any
 from ..data.benchmark import Benchmark, note_unknown_passages, read_benchmark
 from ..data.corpus import read_corpus
 from ..encode.encode_store import encode_store
+from ..search.modes import FUSED
 from ..search.searcher import Searcher
 from ..store.compression import CODEBOOK_FILE, open_store
 from ..store.identity import check_searchable, describe_model
@@ -47,7 +48,9 @@ def evaluate(
     measures = options.measures(benchmark.relevance_level)
     notes = benchmark.notes + note_unknown_passages(benchmark, set(store.ids()))
     bm25 = index_of(read_corpus(benchmark.folder)) if options.bm25 else None
-    systems, weights = Systems(model, Searcher(store), bm25, options), Weights()
+    systems, weights = Systems(model, Searcher(store, fusion=options.fusion), bm25, options), Weights()
+    if options.fusion == "runs" and FUSED.keys() & set(options.modes):
+        notes.append("The fusion modes fuse the two sides' rankings alone, as the paper's tables do.")
     if options.tune_split is not None:
         tuning = read_benchmark(benchmark.folder, options.tune_split, benchmark.relevance_level)
         weights = systems.choose_weights(tuning, measures[0])

@@ -20,6 +20,7 @@ class Options:
         modes: scoring modes.
         metrics: names, see `parse_metric`.
         fusion_weight: the dense scores' share in the fusion modes.
+        fusion: how these fuse, see `Searcher`; "runs" is that of the paper's tables.
         depth: passages a query, in the runs and in the metrics.
         bm25: also evaluate BM25, alone and fused with `bm25_with`.
         bm25_with: modes to fuse with BM25; None takes multi_dense and fusion_multi_sparse_max.
@@ -34,6 +35,7 @@ class Options:
     modes: Sequence[str] = MODES
     metrics: Sequence[str] = DEFAULT_METRICS
     fusion_weight: float = 0.5
+    fusion: str = "exact"
     depth: int = 1000
     bm25: bool = False
     bm25_with: Sequence[str] | None = None

@@ -1,4 +1,9 @@
-"""Hybrid search: the candidates of both sides, their scores min-max normalised and averaged (paper §3.3, Eq. 4)."""
+"""Hybrid search: the candidates of both sides, their scores min-max normalised and averaged (paper §3.3, Eq. 4).
+
+Two fusions go by this name. "exact" asks for both scores of every candidate, so that what one side ranked just outside
+its list keeps its score. "runs" has the two rankings alone, as the method's research code, which made the paper's
+tables: a passage that a ranking lacks counts 0 there, as much as that ranking's last one.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ class Sides:
     Args:
         engine: knows the passages' ids.
         positions: for each query its candidates, int64 [C], rising; C differs.
-        dense, sparse: float32 [C] each; -inf for a passage without vectors, 0 for one without a term in common.
+        dense, sparse: float32 [C] each; -inf where a score is missing, 0 for a passage without a term in common.
         query_ids: the queries' ids, if they came from a store.
     """
 
@@ -31,7 +36,7 @@ class Sides:
     query_ids: list[str] | None = None
 
     def fuse(self, weight: float = 0.5, top_k: int = 10) -> Results:
-        """Rank the candidates by the hybrid score; both sides are normalised over a query's candidates.
+        """Rank the candidates by the hybrid score; each side is normalised over those that it has a score of.
 
         Args:
             weight: the dense scores' share, 0 to 1.
@@ -53,14 +58,15 @@ class Sides:
         return Results.of(self.engine, pad_rows(positions, -1), pad_rows(scores, -torch.inf), self.query_ids)
 
 
-def complete_sides(
-    engine: Engine, queries: QueryVectors, dense_kind: str, dense: Ranking, sparse: Ranking, depth: int
+def join_sides(
+    engine: Engine, queries: QueryVectors, dense_kind: str, dense: Ranking, sparse: Ranking, depth: int, fusion: str
 ) -> Sides:
-    """Join two rankings, and ask for the scores that only one of them has.
+    """Join two rankings of the same queries.
 
     A query's candidates are its `depth` best passages by the dense score together with its `depth` best by the sparse
-    score, of those that have a vector or share a term with it. Where `depth` covers the collection, every passage is
-    one, and the fused result is that of `model.score`.
+    score, of those that have a vector or share a term with it. In the fusion "exact", the scores that only one of them
+    has are asked for; where `depth` covers the collection, every passage is a candidate, and the fused result is that
+    of `model.score`. In the fusion "runs" they are missing.
 
     Args:
         engine: scores passages.
@@ -68,13 +74,20 @@ def complete_sides(
         dense_kind: "single_dense" or "multi_dense".
         dense, sparse: the engine's rankings of the queries, [Q, at most depth].
         depth: passages asked for in each.
+        fusion: one of FUSIONS.
     """
-    everything = torch.arange(len(engine)) if depth >= len(engine) else None
+    exact = fusion == "exact"
+    everything = torch.arange(len(engine)) if exact and depth >= len(engine) else None
     pools = [_pool(*row) if everything is None else everything for row in zip(*dense, *sparse, strict=True)]
     both = []
     for kind, ranking in ((dense_kind, dense), ("sparse_max", sparse)):
         placed = [_place(*row) for row in zip(pools, *ranking, strict=True)]
-        both.append(_complete(engine, queries, kind, pools, placed))
+        if exact:
+            placed = _complete(engine, queries, kind, pools, placed)
+        else:  # a ranking ends where the scores say nothing; NaN, not placed, is no score either
+            least = 0.0 if kind == "sparse_max" else -torch.inf
+            placed = [torch.where(scores > least, scores, -torch.inf) for scores in placed]
+        both.append(placed)
     return Sides(engine, pools, both[0], both[1], queries.ids)
 
 

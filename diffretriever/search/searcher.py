@@ -13,8 +13,8 @@ from ..store.identity import check_searchable
 from ..store.segments import QueryVectors, query_vectors
 from .engine import Engine, Ranking
 from .exact import ExactEngine
-from .fusion import Sides, complete_sides
-from .modes import CANDIDATES, FUSED
+from .fusion import Sides, join_sides
+from .modes import CANDIDATES, FUSED, FUSIONS
 from .results import Results
 
 BATCH_NUMBERS = 8 * 1024 * 1024  # ranked positions and scores held at once
@@ -27,10 +27,12 @@ class Rankings:
         engine: holds the passages.
         queries: Q queries.
         depth: passages ranked a query; in the fusion modes, candidates of each side.
+        fusion: one of FUSIONS.
     """
 
-    def __init__(self, engine: Engine, queries: QueryVectors, depth: int) -> None:
+    def __init__(self, engine: Engine, queries: QueryVectors, depth: int, fusion: str) -> None:
         self._engine, self._queries, self._depth = engine, queries, min(depth, len(engine))
+        self._fusion = fusion
         self._ranked: dict[str, Ranking] = {}
         self._sides: dict[str, Sides] = {}
 
@@ -47,7 +49,8 @@ class Rankings:
         """Return the candidates of a fusion mode; see `Searcher.rank_sides`."""
         if mode not in self._sides:
             sparse, dense = self._ranking("sparse_max"), self._ranking(FUSED[mode])
-            self._sides[mode] = complete_sides(self._engine, self._queries, FUSED[mode], dense, sparse, self._depth)
+            asked = (self._engine, self._queries, FUSED[mode], dense, sparse, self._depth, self._fusion)
+            self._sides[mode] = join_sides(*asked)
         return self._sides[mode]
 
     def _ranking(self, kind: str) -> Ranking:
@@ -67,10 +70,12 @@ class Searcher:
     Args:
         passages: a store, an output of `encode_texts`, or an engine such as `QdrantEngine`.
         ids: the passages' ids, for an output of `encode_texts`; None numbers them.
+        fusion: how the fusion modes fuse: "exact", both scores of each candidate, or "runs", each side's own ranking
+            alone, as in the method's research code.
         device, in_memory, block_size: for exact search, see `ExactEngine`.
 
     Raises:
-        ValueError: the passages' tensors do not go together, or options that an engine does not take.
+        ValueError: the passages' tensors do not go together, no such fusion, or options that an engine does not take.
 
     >>> passages = {"repr_hidden": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])}
     >>> searcher = Searcher(passages, ids=["east", "north"])
@@ -78,7 +83,10 @@ class Searcher:
     [['north']]
     """
 
-    def __init__(self, passages: Any, ids: Sequence[str] | None = None, **options: Any) -> None:
+    def __init__(self, passages: Any, ids: Sequence[str] | None = None, fusion: str = "exact", **options: Any) -> None:
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion {fusion!r} is not known; it is one of {', '.join(FUSIONS)}.")
+        self.fusion = fusion
         if isinstance(passages, Mapping) or hasattr(passages, "shards"):
             self.engine: Engine = ExactEngine(passages, ids=ids, **options)
         elif hasattr(passages, "rank"):
@@ -135,8 +143,8 @@ class Searcher:
         """Find the candidates of a fusion and score both sides; `rank_sides(…).fuse(weight, top_k)` ranks them.
 
         A query's candidates are its `candidates` best passages by the dense score together with its `candidates` best
-        by the sparse score, of those that have a vector or share a term with it. Both scores of each candidate are
-        exact: what one side alone found is scored by the other too.
+        by the sparse score, of those that have a vector or share a term with it. In the fusion "exact", what one side
+        alone found is scored by the other too; in "runs" that score is missing.
 
         Args:
             queries: as for `search`; the candidates of all Q of them are held at once.
@@ -163,7 +171,7 @@ class Searcher:
             ValueError: as for `search`.
         """
         depth = _count_or_all("depth", depth)
-        return Rankings(self.engine, self._vectors(queries), len(self) if depth is None else depth)
+        return Rankings(self.engine, self._vectors(queries), len(self) if depth is None else depth, self.fusion)
 
     def _vectors(self, queries: Any) -> QueryVectors:
         """Bring queries into one form; refuse those that another model encoded."""

@@ -199,6 +199,16 @@ def test_bm25_and_its_fusion(model: Any, benchmark: Benchmark, store: Store) -> 
     assert {(found.row, found.mark) for found in evaluation.comparisons} == {(n, "‡") for n in names if n != "bm25"}
 
 
+def test_the_papers_fusion_knows_the_runs_alone(model: Any, benchmark: Benchmark, store: Store) -> None:
+    given = options(modes=("multi_dense", "sparse_max", "fusion_multi_sparse_max"), fusion="runs", fusion_weight=0.3)
+    evaluation, runs = evaluate(model, benchmark, store, given)
+    expected = fuse_runs(runs["multi_dense"], runs["sparse_max"], 0.3, 10)
+    for query in expected.keys() - {"q-own"}:  # there the query's own passage takes part in the normalisation
+        assert runs["fusion_multi_sparse_max"][query] == pytest.approx(expected[query], abs=1e-6)
+    assert "The fusion modes fuse the two sides' rankings alone, as the paper's tables do." in evaluation.notes
+    assert evaluate(model, benchmark, store, options(modes=("multi_dense",), fusion="runs"))[0].notes == benchmark.notes
+
+
 def test_fusion_weights_are_chosen_on_another_split(model: Any, benchmark: Benchmark, store: Store) -> None:
     given = options(modes=tuple(FUSED), tune_split="dev", fusion_weight=0.25, depth=3, metrics=("nDCG@3",))
     evaluation, runs = evaluate(model, benchmark, store, given)

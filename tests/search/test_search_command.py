@@ -141,6 +141,15 @@ def test_a_run_file_from_a_store_of_queries(folder: Path, tmp_path: Path, capsys
     assert results[0][0].id == results.ids[0][0]
 
 
+def test_the_fusion_is_chosen(model: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", RELEASE, "--store", folder / "store", "--mode", MODES[4], "--candidates", 2, "--top-k", 2]
+    query = model.encode_texts(["play audio files"], is_query=True)
+    expected = Searcher(open_store(folder / "store"), fusion="runs").search(query, MODES[4], 2, candidates=2)
+    assert run("search", *given, "--fusion", "runs", "--json", "play audio files") == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in expected[0]]
+
+
 def test_index_then_search_by_engine(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = ["--qdrant", tmp_path / "qdrant", "--collection", "c"]
     assert run("index", "--store", folder / "store", *engine) == 0

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffretriever.search import MODES, Searcher
+from diffretriever.search.modes import FUSIONS
 
 Side = dict[str, torch.Tensor]
 
@@ -51,20 +52,24 @@ def loop_score(query: Side, passage: Side, kind: str) -> float:
     return sum(max(float(q @ p) for p in sides[1]) for q in sides[0]) / len(sides[0])
 
 
-def loop_fused(queries: Side, passages: Side, kind: str, depth: int, weight: float) -> list[dict[int, float]]:
+def loop_fused(
+    queries: Side, passages: Side, kind: str, depth: int, weight: float, fusion: str
+) -> list[dict[int, float]]:
     """Return each query's fused scores by position, with plain loops."""
     fused = []
     for query in rows(queries):
         dense = [loop_score(query, passage, kind) for passage in rows(passages)]
         sparse = [loop_score(query, passage, "sparse_max") for passage in rows(passages)]
-        pool = {p for p in best_positions(dense)[:depth] if dense[p] > -math.inf}
-        pool |= {p for p in best_positions(sparse)[:depth] if sparse[p] > 0}
-        if depth >= len(dense):
-            pool = set(range(len(dense)))
+        dense_run = {p for p in best_positions(dense)[:depth] if dense[p] > -math.inf}
+        sparse_run = {p for p in best_positions(sparse)[:depth] if sparse[p] > 0}
+        pool = dense_run | sparse_run
+        if fusion == "exact":
+            pool = set(range(len(dense))) if depth >= len(dense) else pool
+            dense_run = sparse_run = pool
         total = dict.fromkeys(pool, 0.0)
-        for scores, share in ((dense, weight), (sparse, 1 - weight)):
-            finite = [scores[p] for p in pool if math.isfinite(scores[p])]
-            for p in pool:
+        for scores, run, share in ((dense, dense_run, weight), (sparse, sparse_run, 1 - weight)):
+            finite = [scores[p] for p in run if math.isfinite(scores[p])]
+            for p in run:
                 if math.isfinite(scores[p]) and max(finite) > min(finite):
                     total[p] += share * (scores[p] - min(finite)) / (max(finite) - min(finite))
         fused.append(total)
@@ -112,17 +117,17 @@ def test_every_mode_equals_plain_loops(
 
 @settings(max_examples=100, deadline=None)
 @given(**SHAPES, depth=st.integers(1, 45), weight=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
-       kind=st.sampled_from(["single", "multi"]))  # fmt: skip
+       kind=st.sampled_from(["single", "multi"]), fusion=st.sampled_from(FUSIONS))  # fmt: skip
 def test_fusion_equals_plain_loops(
     seed: int, queries: int, passages: int, k_q: int, k_p: int, top_k: int, block_size: int | None, missing: bool,
-    depth: int, weight: float, kind: str,
+    depth: int, weight: float, kind: str, fusion: str,
 ) -> None:  # fmt: skip
     query_side = made_up(seed, queries, k_q, 6, 4, whole=False, missing=missing)
     passage_side = made_up(seed + 1, passages, k_p, 6, 5, whole=False, missing=missing)
-    searcher = Searcher(passage_side, block_size=block_size)
+    searcher = Searcher(passage_side, fusion=fusion, block_size=block_size)
     results = searcher.search(query_side, f"fusion_{kind}_sparse_max", top_k, candidates=depth, fusion_weight=weight)
     used = min(max(depth, top_k), passages)
-    expected = loop_fused(query_side, passage_side, f"{kind}_dense", used, weight)
+    expected = loop_fused(query_side, passage_side, f"{kind}_dense", used, weight, fusion)
     for hits, fused in zip(results, expected, strict=True):
         assert_same_ranking(hits, fused, top_k)
 

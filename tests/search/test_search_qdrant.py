@@ -51,11 +51,13 @@ def engine(location: str, tmp_path: Path) -> Iterator[QdrantEngine]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("candidates", [7, None])
-def test_equals_exact_search(engine: QdrantEngine, tmp_path: Path, mode: str, candidates: int | None) -> None:
+@pytest.mark.parametrize(("candidates", "fusion"), [(7, "exact"), (7, "runs"), (None, "exact")])
+def test_equals_exact_search(
+    engine: QdrantEngine, tmp_path: Path, mode: str, candidates: int | None, fusion: str
+) -> None:
     queries = vectors(1, 9, k=4)
-    exact = Searcher(Store.open(tmp_path / "store")).search(queries, mode, 5, candidates=candidates)
-    found = Searcher(engine).search(queries, mode, 5, candidates=candidates)
+    exact = Searcher(Store.open(tmp_path / "store"), fusion=fusion).search(queries, mode, 5, candidates=candidates)
+    found = Searcher(engine, fusion=fusion).search(queries, mode, 5, candidates=candidates)
     assert found.ids == exact.ids
     assert torch.allclose(found.scores, exact.scores, atol=1e-6)
     assert torch.equal(found.positions, exact.positions)

@@ -218,6 +218,11 @@ def test_the_modes_of_the_command_line_are_the_models() -> None:
     assert (MODES, FUSED) == (scoring.SCORING_MODES, scoring.FUSED)
 
 
+def test_a_fusion_of_unknown_name() -> None:
+    with pytest.raises(ValueError, match="fusion 'rrf' is not known; it is one of exact, runs"):
+        Searcher(vectors(0, 3), fusion="rrf")
+
+
 def test_an_empty_collection_and_no_queries() -> None:
     none, some = vectors(0, 0), vectors(1, 2)
     for mode in MODES:
