@@ -14,8 +14,9 @@ from .load_model import add_model_options, load_model
 DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
 
 The corpus is encoded once; with --store into a folder that is kept, resumed after an interruption and reused.
-Metrics are trec_eval's. Marks (paired two-sided t-test, p < 0.05 after correction): † better than the single-vector
-counterpart, or with --baseline than the same mode there; ‡ better than BM25."""
+Metrics are trec_eval's. Marks (paired two-sided t-test, p < 0.05 after correction), as in the paper's Table 2: † better
+than the same mode in --baseline, the same method's single-vector release; ‡ better than the same mode in --counterpart,
+the matched autoregressive method. Without these files † compares modes of the table, and ‡ means better than BM25."""
 
 
 def register(commands: Any) -> None:
@@ -52,7 +53,8 @@ def _how(parser: argparse.ArgumentParser) -> None:
         "--bm25-with", nargs="+", metavar="MODE", help="modes to fuse with BM25 (default: the multi ones)"
     )
     group.add_argument("--tune-split", metavar="SPLIT", help="choose the weights of the fusions on this split")
-    group.add_argument("--baseline", type=Path, metavar="FILE", help="a --per-query file to compare with")
+    group.add_argument("--baseline", type=Path, metavar="FILE", help="for †: a --per-query file, the single vector's")
+    group.add_argument("--counterpart", type=Path, metavar="FILE", help="for ‡: one of the autoregressive counterpart")
     group.add_argument("--correction", choices=("bonferroni", "holm"), default="bonferroni", help="of the tests")
     group.add_argument("--latency", type=int, default=0, metavar="N", help="time N single queries in each mode")
 
@@ -91,12 +93,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         bm25_with=options.bm25_with,
         tune_split=options.tune_split,
         baseline=read_per_query(options.baseline) if options.baseline else None,
+        counterpart=read_per_query(options.counterpart) if options.counterpart else None,
         correction=options.correction,
         latency=options.latency,
         progress=not options.quiet,
     )
     how.measures()  # wrong options and data are said before a large model is loaded
     benchmark = read_benchmark(options.data, options.split, options.relevance_level)
+    how.check(benchmark)
     if options.tune_split:
         read_benchmark(options.data, options.tune_split)
     _check_places(options, benchmark)

@@ -1,16 +1,18 @@
 """Which rows of a table are significantly better than which: the marks † and ‡.
 
-† marks a multi-vector result that is better than its single-vector counterpart (our reading of the paper's Table 2; its
-count of marks fits §5.1), ‡ one that is better than a baseline of another method; here that baseline is BM25.
+As in the paper's Tables 2 and 3, † marks a result better than the same method's with a single vector, ‡ one that
+is better than the matched autoregressive method's in the same scoring mode (for Dream, PromptReps on Qwen2.5). Each is
+another evaluation's `--per-query` file. Without the first, † compares modes of the same table; without the second, ‡
+means BM25.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .metrics import PerQuery
-from .significance import CORRECTIONS, TTest, paired_t_test
+from .significance import CORRECTIONS, TTest, check_same_queries, paired_t_test
 
 LEVEL = 0.05
 BM25_ROW = "bm25"
@@ -44,26 +46,67 @@ class Comparison:
         return self.test.difference > 0 and self.corrected < LEVEL
 
 
-def pairs_of(rows: Mapping[str, PerQuery], earlier: Mapping[str, PerQuery] | None = None) -> list[Pair]:
+def pairs_of(
+    rows: Mapping[str, PerQuery],
+    single: Mapping[str, PerQuery] | None = None,
+    counterpart: Mapping[str, PerQuery] | None = None,
+) -> list[Pair]:
     """Choose the pairs to test.
 
     Args:
         rows: {row: metric -> query -> value}.
-        earlier: the rows of another evaluation, e.g. of the single-vector release; then † compares each mode with the
-            same mode there, else with its single-vector counterpart in the same table.
+        single: the rows of the single-vector evaluation; then † compares each mode with the same mode there, else with
+            its single-vector counterpart in the same table.
+        counterpart: the rows of the matched autoregressive method; then ‡ compares each mode with the same mode there,
+            else with the row "bm25", where there is one.
 
     Returns:
-        The pairs; ‡ compares with the row "bm25", where there is one.
+        The pairs, those of † first.
     """
-    pairs = []
-    for row in rows:
-        if earlier is not None and row in earlier:
-            pairs.append(Pair(row, "†", f"{row} of the baseline", earlier[row]))
-        elif earlier is None and COUNTERPARTS.get(row) in rows:
-            pairs.append(Pair(row, "†", COUNTERPARTS[row], rows[COUNTERPARTS[row]]))
+    ours = [row for row in rows if row != BM25_ROW]
+    if single is not None:
+        pairs = _same_modes(ours, "†", "baseline", single)
+    else:
+        pairs = [
+            Pair(row, "†", COUNTERPARTS[row], rows[COUNTERPARTS[row]]) for row in ours if COUNTERPARTS.get(row) in rows
+        ]
+    if counterpart is not None:
+        return pairs + _same_modes(ours, "‡", "counterpart", counterpart)
     if BM25_ROW in rows:
-        pairs += [Pair(row, "‡", BM25_ROW, rows[BM25_ROW]) for row in rows if row != BM25_ROW]
+        pairs += [Pair(row, "‡", BM25_ROW, rows[BM25_ROW]) for row in ours]
     return pairs
+
+
+def _same_modes(ours: Sequence[str], mark: str, name: str, theirs: Mapping[str, PerQuery]) -> list[Pair]:
+    """Pair rows with those of the same name in another evaluation, the `name`."""
+    return [Pair(row, mark, f"{row} of the {name}", theirs[row]) for row in ours if row in theirs]
+
+
+def check_comparable(
+    name: str, theirs: Mapping[str, PerQuery], modes: Sequence[str], metrics: Sequence[str], queries: Collection[str]
+) -> None:
+    """Refuse another evaluation that this one could not be compared with, before it is made.
+
+    Args:
+        name: what it is called, "baseline" or "counterpart".
+        theirs: its rows.
+        modes, metrics, queries: this evaluation's.
+
+    Raises:
+        ValueError: it has none of the modes, or a row without a metric or with other queries.
+    """
+    if not any(mode in theirs for mode in modes):
+        raise ValueError(
+            f"the {name} has none of the modes {', '.join(modes)}, only {', '.join(theirs)}; evaluate both in the same."
+        )
+    for row, values in theirs.items():
+        for metric in metrics:
+            if metric not in values:
+                raise ValueError(
+                    f"{row} of the {name} has no {metric}, only {', '.join(values)}; evaluate both with the same "
+                    "metrics."
+                )
+            check_same_queries(queries, values[metric], f"{row} of the {name}")
 
 
 def compare(rows: Mapping[str, PerQuery], pairs: Sequence[Pair], correction: str = "bonferroni") -> list[Comparison]:
@@ -75,20 +118,13 @@ def compare(rows: Mapping[str, PerQuery], pairs: Sequence[Pair], correction: str
         correction: "bonferroni" or "holm".
 
     Raises:
-        ValueError: an unknown correction, or a baseline without the metric or with other queries.
+        ValueError: an unknown correction, or other queries on the other side.
     """
     if correction not in CORRECTIONS:
         raise ValueError(f"correction {correction!r} is not known; it is one of {', '.join(CORRECTIONS)}.")
     comparisons = []
     for metric in next(iter(rows.values()), {}):
-        tests = []
-        for pair in pairs:
-            if metric not in pair.values:
-                raise ValueError(
-                    f"{pair.baseline} has no {metric}, only {', '.join(pair.values)}; "
-                    "evaluate both with the same metrics."
-                )
-            tests.append(paired_t_test(rows[pair.row][metric], pair.values[metric]))
+        tests = [paired_t_test(rows[pair.row][metric], pair.values[metric]) for pair in pairs]
         corrected = CORRECTIONS[correction]([test.p for test in tests])
         for pair, test, p in zip(pairs, tests, corrected, strict=True):
             comparisons.append(Comparison(pair.row, pair.mark, pair.baseline, metric, test, p))

@@ -45,7 +45,7 @@ def evaluate(
         ValueError: an option is wrong, or corpus and judgements do not belong together.
     """
     options = options or Options()
-    measures = options.measures(benchmark.relevance_level)
+    measures = options.check(benchmark)
     notes = benchmark.notes + note_unknown_passages(benchmark, set(store.ids()))
     bm25 = index_of(read_corpus(benchmark.folder)) if options.bm25 else None
     systems, weights = Systems(model, Searcher(store, fusion=options.fusion), bm25, options), Weights()
@@ -61,7 +61,8 @@ def evaluate(
     if len(benchmark.queries) < 2:
         notes.append("One query: no significance tests.")
     else:
-        comparisons = compare(rows, pairs_of(rows, options.baseline), options.correction)
+        pairs = pairs_of(rows, options.baseline, options.counterpart)
+        comparisons = compare(rows, pairs, options.correction)
     return Evaluation(title, rows, latency, comparisons, options.correction, notes), runs
 
 

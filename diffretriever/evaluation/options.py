@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.benchmark import Benchmark
 from ..model.scoring import check_mode, check_weight
 from ..search.modes import FUSED, MODES
+from .comparisons import check_comparable
 from .hybrid import modes_to_fuse
 from .metrics import DEFAULT_METRICS, PerQuery, parse_metric
 
@@ -26,7 +28,8 @@ class Options:
         bm25_with: modes to fuse with BM25; None takes multi_dense and fusion_multi_sparse_max.
         tune_split: a split on which to choose the weights of the fusion modes and of the fusions with BM25; they become
             rows of their own. None reports `fusion_weight` and, with BM25, 0.5 alone.
-        baseline: the rows of another evaluation, for the mark †; see `pairs_of`.
+        baseline: the rows of the single-vector evaluation, for the mark †; see `pairs_of`.
+        counterpart: those of the matched autoregressive method, for the mark ‡.
         correction: of the significance tests, "bonferroni" or "holm".
         latency: time so many single queries; 0 times none.
         progress: draw progress bars.
@@ -41,6 +44,7 @@ class Options:
     bm25_with: Sequence[str] | None = None
     tune_split: str | None = None
     baseline: Mapping[str, PerQuery] | None = field(default=None, repr=False)
+    counterpart: Mapping[str, PerQuery] | None = field(default=None, repr=False)
     correction: str = "bonferroni"
     latency: int = 0
     progress: bool = False
@@ -73,4 +77,20 @@ class Options:
                 raise ValueError(
                     f"{measure} needs rankings of {measure['cutoff']} passages; the depth is {self.depth}."
                 )
+        return measures
+
+    def check(self, benchmark: Benchmark) -> list[Any]:
+        """Return the metrics, with the benchmark's relevance level.
+
+        Args:
+            benchmark: what is to be evaluated.
+
+        Raises:
+            ValueError: an option is wrong, or an evaluation to compare with has other modes, metrics or queries.
+        """
+        measures = self.measures(benchmark.relevance_level)
+        names = [str(measure) for measure in measures]
+        for name, rows in (("baseline", self.baseline), ("counterpart", self.counterpart)):
+            if rows is not None:
+                check_comparable(name, rows, self.modes, names, benchmark.queries)
         return measures

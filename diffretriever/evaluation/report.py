@@ -99,8 +99,9 @@ def _below(evaluation: Evaluation) -> list[str]:
     tested = {found.mark: found.baseline for found in evaluation.comparisons}
     if tested:
         meanings = {"†": "its single-vector counterpart", "‡": tested.get("‡", "")}
-        if "of the baseline" in tested.get("†", ""):
-            meanings["†"] = "the same mode of the baseline"
+        for mark, found in tested.items():
+            _, of, source = found.partition(" of the ")
+            meanings[mark] = f"the same mode of the {source}" if of else meanings[mark]
         each = len({(found.row, found.mark) for found in evaluation.comparisons})
         legend = ", ".join(f"{mark} better than {meanings[mark]}" for mark in tested)
         lines += ["", f"{legend}: paired two-sided t-test, p < {LEVEL} after {evaluation.correction.capitalize()}'s"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 ROUNDING = 1e-12  # metrics lie between 0 and 1
@@ -33,11 +33,7 @@ def paired_t_test(ours: Mapping[str, float], baseline: Mapping[str, float]) -> T
         ValueError: the queries differ, or there are fewer than two.
         ImportError: scipy is not installed.
     """
-    if ours.keys() != baseline.keys():
-        odd = sorted(ours.keys() ^ baseline.keys())
-        raise ValueError(
-            f"a paired test needs the same queries on both sides; {len(odd)} are on one side only, e.g. {odd[0]!r}."
-        )
+    check_same_queries(ours.keys(), baseline.keys())
     if len(ours) < 2:
         raise ValueError(f"a paired t-test needs at least two queries, got {len(ours)}.")
     try:
@@ -52,6 +48,16 @@ def paired_t_test(ours: Mapping[str, float], baseline: Mapping[str, float]) -> T
         return TTest(len(pairs), mean, 0.0 if equal else math.copysign(math.inf, mean), float(equal))
     found = ttest_rel(*zip(*pairs, strict=True))
     return TTest(len(pairs), mean, float(found.statistic), float(found.pvalue))
+
+
+def check_same_queries(ours: Collection[str], theirs: Collection[str], whose: str = "the baseline") -> None:
+    """Raise ValueError where two sides have not the same queries; `whose` the other side's are."""
+    odd = sorted(set(ours) ^ set(theirs))
+    if odd:
+        raise ValueError(
+            f"a paired test with {whose} needs the same queries on both sides; {len(odd)} are on one side only, e.g. "
+            f"{odd[0]!r}."
+        )
 
 
 def bonferroni(p_values: Sequence[float]) -> list[float]:

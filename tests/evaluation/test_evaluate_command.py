@@ -76,6 +76,11 @@ def test_a_baseline_gives_the_mark_of_the_same_mode(evaluate: Command, tmp_path:
     assert "† better than the same mode of the baseline" in table
     marked = [line for line in table.splitlines() if line.startswith("| `single_dense` | ")]
     assert marked[0].endswith("† |")
+    both = ("--baseline", tmp_path / "queries.json", "--counterpart", tmp_path / "worse.json")
+    assert evaluate(*given, *both, "--markdown", tmp_path / "table.md") == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| `single_dense`  | single_dense of the baseline | RR@10 | +0.0000 |" in table
+    assert "| `single_dense` ‡ | single_dense of the counterpart | RR@10 | +0.5000 |" in table
 
 
 def test_another_length_of_texts(evaluate: Command, tmp_path: Path) -> None:
@@ -161,7 +166,7 @@ def test_help_is_printed_on_any_console(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_missing_data_and_malformed_baseline(
-    evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert evaluate(data=tmp_path / "absent") == 2
     assert "absent: no such folder" in capsys.readouterr().err
@@ -169,6 +174,11 @@ def test_missing_data_and_malformed_baseline(
         (tmp_path / "baseline.json").write_text(content)
         assert evaluate("--baseline", tmp_path / "baseline.json") == 2
         assert words in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"multi_dense": {"nDCG@10": {"q-web": 1.0}}}')
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert evaluate("--metrics", "nDCG@10", "--counterpart", tmp_path / "other.json") == 2
+    assert "needs the same queries on both sides; 3 are on one side only" in capsys.readouterr().err
+    monkeypatch.undo()
     (tmp_path / "data" / "corpus.jsonl").unlink()
     assert evaluate() == 2
     assert "holds no corpus file" in capsys.readouterr().err

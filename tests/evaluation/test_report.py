@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from diffretriever.evaluation.comparisons import compare, pairs_of
+from diffretriever.evaluation.comparisons import check_comparable, compare, pairs_of
 from diffretriever.evaluation.metrics import PerQuery
 from diffretriever.evaluation.report import Evaluation, read_per_query, to_markdown, to_terminal
 from diffretriever.files.durable import write_json
@@ -69,11 +70,39 @@ def test_the_correction_counts_a_metrics_tests() -> None:
         compare(ROWS, [], "none")
 
 
-def test_a_baseline_with_other_metrics_or_queries_is_refused() -> None:
-    with pytest.raises(ValueError, match="multi_dense of the baseline has no nDCG@10, only RR@10; evaluate both"):
-        evaluation(earlier={"multi_dense": values(0.1, 9, "RR@10")})
-    with pytest.raises(ValueError, match="same queries on both sides"):
-        evaluation(earlier={"multi_dense": {"nDCG@10": {"q0": 0.5, "other": 0.5}}})
+def test_marks_against_the_single_vector_and_the_counterpart() -> None:
+    """As in Table 2: two other evaluations, each compared mode by mode; BM25's own row is nobody's."""
+    single = {"multi_dense": values(0.3, 7), "fusion_multi_sparse_max": values(0.7, 8), "bm25": values(0.1, 9)}
+    counterpart = {"multi_dense": values(0.6, 10), "fusion_multi_sparse_max": values(0.4, 11), "bm25": values(0.1, 9)}
+    comparisons = compare(ROWS, pairs_of(ROWS, single, counterpart))
+    assert [(found.row, found.mark, found.better) for found in comparisons] == [
+        ("multi_dense", "†", True),
+        ("fusion_multi_sparse_max", "†", False),
+        ("multi_dense", "‡", False),
+        ("fusion_multi_sparse_max", "‡", True),
+    ]
+    table = to_terminal(Evaluation("t", ROWS, comparisons=comparisons))
+    legend = "† better than the same mode of the baseline, ‡ better than the same mode of the counterpart: paired"
+    assert legend in table
+    assert "over 4 tests a metric" in table
+    assert {(pair.mark, pair.baseline) for pair in pairs_of(ROWS, single)} >= {("‡", "bm25")}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ({"sparse_max": values(0.1, 9)}, "the counterpart has none of the modes multi_dense, bm25, only sparse_max"),
+        ({"multi_dense": values(0.1, 9, "RR@10")}, "multi_dense of the counterpart has no nDCG@10, only RR@10; evalu"),
+        (
+            {"multi_dense": {"nDCG@10": {"q0": 0.5, "other": 0.5}}},
+            "with multi_dense of the counterpart needs the same queries",
+        ),
+    ],
+)
+def test_an_evaluation_that_does_not_compare_is_refused(theirs: dict[str, PerQuery], words: str) -> None:
+    queries = ROWS["bm25"]["nDCG@10"]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_comparable("counterpart", theirs, ["multi_dense", "bm25"], ["nDCG@10"], queries)
 
 
 def test_the_terminals_table() -> None:
