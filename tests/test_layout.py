@@ -1,4 +1,4 @@
-"""What keeps the repository readable: the sizes of modules and functions, and the flat files' package."""
+"""What keeps the repository readable: sizes of modules and functions, the flat files, one place that removes."""
 
 from __future__ import annotations
 
@@ -43,3 +43,39 @@ def test_the_flat_files_are_the_model_package() -> None:
     assert all((folder / name).resolve() == target for name, target in links.items())
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert [name for name in FLAT if f'"{name}" = "diffretriever/model/{name}"' not in settings] == []
+
+
+REMOVING = {"unlink", "rmdir", "rmtree", "rename", "renames", "remove", "removedirs", "move"}  # of os, shutil, pathlib
+WRITING = {"write_text", "write_bytes"}  # of pathlib: in place, and not forced to the disk
+
+
+def changes_of_the_disk(source: str) -> Iterator[str]:
+    """Yield the calls that remove, replace or write files without `files`."""
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        name, owner = node.func.attr, ast.unparse(node.func.value)
+        if (
+            name in WRITING
+            or (name in REMOVING and (owner in ("os", "shutil") or name not in ("remove", "move")))
+            or (name == "replace" and (owner == "os" or (len(node.args) == 1 and not node.keywords)))
+        ):
+            yield f"line {node.lineno}: {ast.unparse(node.func)}"
+
+
+PACKAGE = [module for module in MODULES if module.parts[0] == "diffretriever" and module.parts[1] != "files"]
+
+
+@pytest.mark.parametrize("module", PACKAGE, ids=str)
+def test_files_alone_removes_and_writes(module: Path) -> None:
+    """Whoever removes or writes files does it through `diffretriever/files/`, which knows what is ours, and durably."""
+    assert list(changes_of_the_disk((ROOT / module).read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["os.replace(a, b)", "path.unlink()", "shutil.rmtree(a)", "path.replace(b)", "os.remove(a)", "path.write_text(t)"],
+)
+def test_such_calls_are_seen(call: str) -> None:
+    assert len(list(changes_of_the_disk(call))) == 1
+    assert not list(changes_of_the_disk("text.replace('a', 'b'); replace(config, a=1); items.remove(a)"))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..files.claims import Claims
 from ..files.durable import remove_temporaries
+from ..files.removal import remove_file
 from ..store.manifest import MANIFEST_FILE, Manifest, ShardEntry
 from ..store.plan import CLAIMS_FOLDER, PLAN_FILE
 from ..store.shard_file import ShardFile, write_shard
@@ -110,7 +111,7 @@ class EncodingRun:
         self._distrust_damaged({entry.file: entry for entry in Manifest.read(self._job.folder).shards})
         if self._source.missing():
             self._job.plan.write(self._job.folder)
-            (self._job.folder / MANIFEST_FILE).unlink(missing_ok=True)
+            remove_file(self._job.folder / MANIFEST_FILE)
             return False
         self._job.tell(f"{self._job.folder}: the store was finished before; all bytes match their hashes.")
         self._clean()
@@ -196,6 +197,6 @@ class EncodingRun:
 
     def _clean(self) -> None:
         """Leave nothing but the manifest and the shards."""
-        (self._job.folder / PLAN_FILE).unlink(missing_ok=True)
+        remove_file(self._job.folder / PLAN_FILE)
         remove_temporaries(self._job.folder)
-        self._claims.sweep()
+        self._claims.sweep({FINISH, *map(claim_name, range(self._job.plan.shards))})

@@ -16,18 +16,21 @@ import errno
 import json
 import os
 import platform
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .durable import NO_LINKS, TEMPORARY, remove_temporaries, temporary_name
+from .durable import NO_LINKS, remove_temporaries, temporary_name
 from .lines import read_object
 from .locks import create_locked, is_free, machine_name
+from .removal import refuse_link, remove_file
 
 LEASE = 120.0  # seconds without a sign of life; network filesystems may show a touch up to a minute late
+_FILE = re.compile(r"([^.]+)\.([0-9]+)")  # a claim's name and generation; other files are not ours
 
 
 class Claims:
@@ -38,6 +41,9 @@ class Claims:
         lease: seconds without a sign of life after which another machine's claim is abandoned.
         clock: seconds, monotonic.
 
+    Raises:
+        FileExistsError: the folder is a link; claims are removed, and what is behind it may be somebody's.
+
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "claims"
     >>> with Claims(folder) as mine, Claims(folder) as theirs:
@@ -46,6 +52,7 @@ class Claims:
     """
 
     def __init__(self, folder: Path, lease: float = LEASE, clock: Callable[[], float] = time.monotonic) -> None:
+        refuse_link(folder)
         self.folder = folder
         self.lease = lease
         self._clock = clock
@@ -89,16 +96,20 @@ class Claims:
             file, handle = self._held.pop(name)
         for other in self._files(name):
             if _generation(other) <= _generation(file):
-                other.unlink(missing_ok=True)
+                remove_file(other)
         os.close(handle)
 
-    def sweep(self) -> None:
-        """Remove the claims of others, dead or alive, once there is nothing left to claim."""
+    def sweep(self, names: Collection[str]) -> None:
+        """Remove the claims of others, dead or alive, once there is nothing left to claim.
+
+        Args:
+            names: all pieces of work; other files stay.
+        """
         with self._guard:
             own = {file for file, _ in self._held.values()}
-        for file in self.folder.glob("*.*"):
-            if file not in own and not file.name.startswith(TEMPORARY):
-                file.unlink(missing_ok=True)
+        for name, file in _claims_in(self.folder):
+            if name in names and file not in own:
+                remove_file(file)
 
     def close(self) -> None:
         """Give up all claims, and the folder where it is empty."""
@@ -115,7 +126,7 @@ class Claims:
                     raise
 
     def _files(self, name: str) -> list[Path]:
-        return sorted(self.folder.glob(f"{name}.*"), key=_generation)
+        return sorted((file for found, file in _claims_in(self.folder, name) if found == name), key=_generation)
 
     def _create(self, name: str, file: Path) -> bool:
         temporary, handle, locked = create_locked(lambda: temporary_name(file))
@@ -127,7 +138,7 @@ class Claims:
             os.close(handle)
             raise OSError(error.errno, error.strerror, str(file)) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            remove_file(temporary)
         if not taken:
             os.close(handle)
             return False
@@ -161,6 +172,13 @@ class Claims:
                     continue
 
 
+def _claims_in(folder: Path, name: str = "*") -> Iterator[tuple[str, Path]]:
+    """Yield (piece of work, file) of the claims in a folder."""
+    for file in folder.glob(f"{name}.*"):
+        if found := _FILE.fullmatch(file.name):
+            yield found[1], file
+
+
 def _generation(file: Path) -> int:
     return int(file.suffix[1:])
 
@@ -180,9 +198,7 @@ def read_owner(file: Path) -> dict[str, Any]:
 def living_owners(folder: Path) -> list[str]:
     """Describe the owners of the claims in a folder, without waiting to see whether those elsewhere still live."""
     found: dict[str, float] = {}
-    for file in sorted(folder.glob("*.*")):
-        if file.name.startswith(TEMPORARY):
-            continue
+    for _, file in sorted(_claims_in(folder)):
         try:
             owner, age = read_owner(file), max(0.0, time.time() - file.stat().st_mtime)
             if owner.get("locked") and owner.get("machine") == machine_name() and is_free(file):

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
 import uuid
 from collections.abc import Iterable
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .locks import create_locked, machine_name, remove_if_free
+from .removal import refuse_link, remove_file, remove_folder
 
 TEMPORARY = ".unfinished-"  # begins the name of every file that is still being written
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}.+-([0-9a-f]{{8}})-[0-9a-f]{{12}}", re.DOTALL)
 BLOCK = 8 * 1024 * 1024  # bytes handed to one write
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 FORGOTTEN = 86400.0  # seconds after which a half-written file counts as left behind where locks do not tell
@@ -52,7 +54,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], keep: bool = F
             raise OSError(error.errno, reason, str(path)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_file(temporary)
 
 
 def _link_or_replace(temporary: Path, path: Path) -> None:
@@ -105,23 +107,25 @@ def publish_folder(made: Path, place: Path) -> None:
         place: its name to be; what is there is moved beside `made`, and removed once its successor has its name.
 
     Raises:
-        OSError: the folder could not be forced to the disk, or named; what was there is there again.
+        OSError: `place` is a link, or the folder could not be forced to the disk, or named; what was there is there
+            again.
     """
+    refuse_link(place)
     for path in (*made.rglob("*"), made):
         if not path.is_symlink():  # it may point to where it leads once it is in its place
             sync(path)
-    old = made.with_name(f"{made.name}.replaced") if place.exists() else None
-    if old is not None:
+    old = made.with_name(f"{made.name}.replaced")
+    if place.exists():
+        remove_folder(old)  # of a process that died here
         os.replace(place, old)
     try:
         os.replace(made, place)
     except BaseException:
-        if old is not None:
+        if old.exists():
             os.replace(old, place)
         raise
     sync(place.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    remove_folder(old)
 
 
 def sync(path: Path) -> None:
@@ -138,10 +142,13 @@ def sync(path: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes left half-written, and nothing that a living one is writing."""
     for file in folder.glob(f"{TEMPORARY}*"):
+        name = _TEMPORARY_NAME.fullmatch(file.name)
+        if name is None or file.is_symlink() or not file.is_file():
+            continue  # not made here
         try:
-            ours = file.name.split("-")[-2] == _machine_mark()
+            ours = name[1] == _machine_mark()
             if not (ours and remove_if_free(file)) and time.time() - file.stat().st_mtime > FORGOTTEN:
-                file.unlink()
+                remove_file(file)
         except FileNotFoundError:  # it got its name this moment, or is removed
             continue
 

@@ -10,6 +10,8 @@ from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
+from .removal import remove_file
+
 fcntl: ModuleType | None
 try:
     import fcntl
@@ -65,7 +67,7 @@ def remove_if_free(file: Path) -> bool:
     Raises:
         FileNotFoundError: no such file.
     """
-    return _while_locked(file, partial(file.unlink, missing_ok=True))
+    return _while_locked(file, partial(remove_file, file))
 
 
 def _while_locked(file: Path, work: Callable[[], None]) -> bool:

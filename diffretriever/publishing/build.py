@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..files.durable import publish_folder
+from ..files.durable import publish_folder, write_json, write_text
 from ..files.hashes import hash_file
 from ..files.lines import read_object
+from ..files.removal import remove_file
 from ..model import backbone_loading as backbones
 from ..model import configuration_diffretriever
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE, Adapter
@@ -208,7 +208,7 @@ def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
     backbones.save_tokenizer(parts.tokenizer, made)
     write_config(parts.config, made / "config.json")
     for file, text in sentence_transformers_files("dense", read_object(made / "config.json")).items():
-        (made / file).write_text(text, encoding="utf-8")
+        write_text(made / file, text)
     if parts.adapter is not None:
         _copy_files(parts.adapter, made / "adapter", [CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE])
     if with_backbone:
@@ -231,7 +231,7 @@ def _copy_files(source: Path, folder: Path, names: list[str]) -> None:
 def _link_code(made: Path, out: Path) -> None:
     """Replace the code by links to the source tree; they start at the place the release is moved to."""
     for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
-        (made / file).unlink()
+        remove_file(made / file)
         (made / file).symlink_to(os.path.relpath(SOURCE / file, out.resolve()))
 
 
@@ -253,7 +253,7 @@ def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> 
         adapter_sha256,
     )
     measured = card.measured_figures(FIGURES, recording.known_as, adapter_sha256) if recording.known_as else None
-    (made / record.CARD_FILE).write_text(card.render_card(config, facts, measured), encoding="utf-8")
+    write_text(made / record.CARD_FILE, card.render_card(config, facts, measured))
     origin = {
         "release": name,
         "repo_id": repo_id,
@@ -291,7 +291,7 @@ def write_config(config: DiffRetrieverConfig, file: Path) -> None:
     fields = config.to_dict()
     own = ("architectures", "auto_map", "model_type", "release_name", *_OWN_FIELDS)
     kept = {name: fields[name] for name in own if fields.get(name) is not None or name == "base_model_revision"}
-    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, kept)
 
 
 _OWN_FIELDS = (

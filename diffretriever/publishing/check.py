@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files.durable import write_text
 from ..files.lines import read_object
 from . import card, fingerprint, record
 from .hub import is_hub_id
@@ -194,8 +195,7 @@ def branch_folder(folder: Path, branch: str, config: dict[str, Any], scratch: Pa
     if base is not None and base != BACKBONE_FOLDER and (folder / base).is_dir():  # relative to the release
         files["config.json"] = json.dumps({**config, "base_model_name_or_path": str((folder / base).resolve())})
     for name, content in files.items():
-        (place / name).unlink(missing_ok=True)
-        (place / name).write_text(content, encoding="utf-8")
+        write_text(place / name, content)  # of a link, the link is replaced
     return place
 
 

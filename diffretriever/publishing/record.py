@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.durable import write_whole
 from ..files.hashes import hash_file
 from ..files.lines import read_object
 from .releases import check_repo_id, library_versions
@@ -72,7 +73,7 @@ def make_record(
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
     """Write release.json."""
-    (folder / RECORD_FILE).write_bytes(record_bytes(record))
+    write_whole(folder / RECORD_FILE, [record_bytes(record)])
 
 
 def record_bytes(record: dict[str, Any]) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..files.durable import publish_folder
-from ..files.sealed import Damaged, check_seal, seal
+from ..files.removal import refuse_link, remove_folder
+from ..files.sealed import SEAL_FILE, Damaged, check_seal, seal
 
 PARTIAL = ".partial"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -57,8 +58,14 @@ def partial_checkpoint(folder: Path, step: int) -> Path:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a save left behind that did not end."""
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    """Remove what a save left behind that did not end.
+
+    Raises:
+        FileExistsError: it is a link; the next checkpoint would be filled behind it.
+    """
+    refuse_link(folder / PARTIAL)
+    with suppress(OSError):  # what a file system keeps for a while is overwritten
+        remove_folder(folder / PARTIAL)
 
 
 def publish_checkpoint(folder: Path, step: int, keep: int, record: dict[str, Any]) -> Path:
@@ -68,6 +75,7 @@ def publish_checkpoint(folder: Path, step: int, keep: int, record: dict[str, Any
         folder: the run's.
         step: names the checkpoint.
         keep: how many stay. Later ones than this do not: they were damaged, and the run went on from before them.
+            Links and folders without a manifest stay, too: no save of this version left them.
         record: of the run; kept in the checkpoint's manifest.
 
     Returns:
@@ -79,6 +87,6 @@ def publish_checkpoint(folder: Path, step: int, keep: int, record: dict[str, Any
     publish_folder(made, place)  # one that this run has gone on from is made again
     kept = [path for path in checkpoints(folder) if step_of(path) <= step][-keep:]
     for old in checkpoints(folder):
-        if old not in kept:
-            shutil.rmtree(old)
+        if old not in kept and not old.is_symlink() and (old / SEAL_FILE).is_file():
+            remove_folder(old)
     return place

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import CHANGES
 from store_helpers import folder_bytes, made_up_texts, silent
 
 from diffretriever.encode.encode_store import encode_store
@@ -19,9 +20,6 @@ from diffretriever.files import durable
 from diffretriever.store.store import Store
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-
-# Every way in which the code changes what is on the disk.
-CHANGES = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rmdir", "rename", "utime")
 
 
 def encode(model: Any, corpus: Path, folder: Path) -> Store:

@@ -181,3 +181,31 @@ def test_a_claim_that_is_being_written_counts_as_alive(tmp_path: Path) -> None:
     with Claims(tmp_path / "c") as ours:
         assert not ours.take("a")
     assert living_owners(tmp_path / "c")[0].startswith("process ? on an unknown machine")
+
+
+def test_only_claims_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    theirs = ["notes.txt", "a.x", "a.0.bak", "notes.2024", ".unfinished-notes", "a"]
+    for name in theirs:
+        (folder / name).write_text("somebody's")
+        os.utime(folder / name, (1, 1))
+    (folder / "a.0").write_text("{}")
+    os.symlink(tmp_path, folder / f".unfinished-a.0-{'0' * 8}-{'0' * 12}")
+    with Claims(folder, lease=0.0, clock=Clock()) as ours:
+        assert ours.take("b")
+        assert len(living_owners(folder)) == 2
+        ours.sweep({"a", "b"})
+        assert (folder / "b.0").exists()
+        ours.release("b")
+    left = {path.name for path in folder.iterdir() if not path.is_symlink()}
+    assert left == set(theirs)
+
+
+def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "shard-000001.0").touch()
+    (tmp_path / "claims").symlink_to("theirs")
+    with pytest.raises(FileExistsError, match=r"claims: is a link; nothing is removed or replaced behind it"):
+        Claims(tmp_path / "claims")
+    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["shard-000001.0"]

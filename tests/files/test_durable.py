@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from diffretriever.files.durable import publish_folder, write_json, write_text
+from diffretriever.files.durable import publish_folder, remove_temporaries, temporary_name, write_json, write_text
+from diffretriever.files.removal import remove_folder
 
 
 def test_json_and_text_make_their_folder(tmp_path: Path) -> None:
@@ -70,3 +71,30 @@ def test_what_is_replaced_stays_until_its_successor_has_its_name(
     publish_folder(made, place)
     assert (place / "file").read_text() == "new"
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_what_is_behind_a_link_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").touch()
+    made = tmp_path / "aside" / "name"
+    made.mkdir(parents=True)
+    (tmp_path / "name").symlink_to("theirs")
+    for work in (lambda: publish_folder(made, tmp_path / "name"), lambda: remove_folder(tmp_path / "name")):
+        with pytest.raises(FileExistsError, match=r"name: is a link; nothing is removed"):
+            work()
+    assert (tmp_path / "name" / "file").exists()
+    assert made.is_dir()
+
+
+def test_only_our_own_unfinished_files_are_removed(tmp_path: Path) -> None:
+    ours = temporary_name(tmp_path / "a.json")
+    forgotten = tmp_path / f".unfinished-a.json-{'0' * 8}-{'0' * 12}"  # another machine's
+    theirs = [tmp_path / name for name in (".unfinished-notes", ".unfinished-thesis-draft-2.txt", "a.json")]
+    for file in (ours, forgotten, *theirs):
+        file.touch()
+        os.utime(file, (1, 1))
+    folder = tmp_path / f".unfinished-folder-{'0' * 8}-{'0' * 12}"
+    folder.mkdir()
+    os.utime(folder, (1, 1))
+    remove_temporaries(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*theirs, folder])

@@ -311,3 +311,18 @@ def test_another_release_in_a_folder_of_the_same_name_is_no_resumption(
     shutil.rmtree(release)
     shutil.copytree(whole["release"], release)  # the same content at another place is the same
     assert main(arguments(whole["recipe"], release, whole["pairs"], whole["out"])) == 0
+
+
+def test_only_checkpoints_of_ours_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint-1").symlink_to("elsewhere")
+    (tmp_path / "checkpoint-9").mkdir()  # of an earlier version, or copied here
+    (tmp_path / "checkpoint-9" / "weights").touch()
+    for step in (2, 3):
+        checkpoints.partial_checkpoint(tmp_path, step).mkdir(parents=True)
+        checkpoints.publish_checkpoint(tmp_path, step, keep=1, record={})
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-9"]
+    (tmp_path / ".partial").rmdir()
+    (tmp_path / ".partial").symlink_to("elsewhere")
+    with pytest.raises(FileExistsError, match=r"\.partial: is a link"):
+        checkpoints.remove_partial(tmp_path)

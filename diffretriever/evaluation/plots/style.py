@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from ...files.durable import check_place, write_whole
 
 # Okabe and Ito's palette, without its yellow, which is too light for lines
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,5 +43,7 @@ def save(figure: Any, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the picture's file must end in one of {', '.join(FORMATS)}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    check_place(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=160, format=path.suffix.lower()[1:])
+    write_whole(path, [buffer.getbuffer()])
