@@ -16,6 +16,7 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 CHUNK = 1 << 17  # bytes
 PACKED = 1 << 10  # bytes of a .zst file unpacked at once: at the most 256 blocks of 128 KiB, 32 MiB
 MAX_LINE = 1 << 28  # bytes of a line or of a JSON file: 256 MiB
+MAX_DEPTH = 100  # levels of a JSON file: what walks through it later may call itself for each
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -184,13 +185,20 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no JSON object in UTF-8, or larger than 256 MiB.
+        ValueError: it is no JSON object in UTF-8, larger than 256 MiB, or nested more than 100 levels deep.
     """
     with Path(path).open("rb") as stream:
         content = stream.read(MAX_LINE + 1)
     if len(content) > MAX_LINE:
         raise ValueError(f"{path}: larger than {MAX_LINE:,} bytes, which no JSON file read here is.")
-    return parse_object(content, str(path))
+    record = parse_object(content, str(path))
+    level: list[Any] = [record]
+    for _ in range(MAX_DEPTH):
+        lists = (list(value.values()) if isinstance(value, dict) else value for value in level)
+        level = [value for values in lists for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply, more than {MAX_DEPTH} levels).")
+    return record
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:

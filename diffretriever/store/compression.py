@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..files.durable import TEMPORARY, write_whole
+from ..files.fields import fill
 from ..files.lines import read_object
-from .manifest import MANIFEST_FILE, Manifest, ShardEntry, settings_of
+from .manifest import MANIFEST_FILE, Manifest, ShardEntry
 from .shard_file import DamagedShardError, ShardFile, write_shard
-from .store import Shard, Store, check_entry, entry_of, refuse_damaged
+from .store import Shard, Store, check_entry, check_tensors, entry_of, refuse_damaged
 
 FORMAT = "diffretriever compressed store 1"
 CODEBOOK_FILE = "codebook.safetensors"
@@ -36,12 +37,12 @@ class CompressedShard(Shard):
     """A shard whose vectors are centroid numbers.
 
     Args:
-        file, offset, length: as for `Shard`.
+        file, offset, length, vocab_size: as for `Shard`.
         codebook: float32 [pieces, 256, H / pieces].
     """
 
-    def __init__(self, file: ShardFile, offset: int, length: int, codebook: torch.Tensor) -> None:
-        super().__init__(file, offset, length)
+    def __init__(self, file: ShardFile, offset: int, length: int, vocab_size: int, codebook: torch.Tensor) -> None:
+        super().__init__(file, offset, length, vocab_size)
         self._table = codebook.reshape(-1, codebook.shape[2])
         self._first = torch.arange(len(codebook), dtype=torch.int32) * CENTROIDS
 
@@ -70,20 +71,33 @@ def open_store(folder: str | Path, *, verify: bool = False) -> Store:
     content = _read_manifest(folder)
     if content is None:
         return Store.open(folder, verify=verify)
-    try:
-        entries = tuple(ShardEntry(**entry) for entry in content["shards"])
-        manifest = Manifest(**settings_of(content), shards=entries)
-        codebook_file = check_entry(folder, ShardEntry(**content["codebook"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST_FILE}: the manifest is damaged ({error}).") from error
-    codebook_file.verify()  # small, and every vector depends on it
-    codebook = codebook_file.tensor("codebook").clone()
-    shards: list[Shard] = [
-        CompressedShard(check_entry(folder, entry), entry.first, entry.count, codebook) for entry in entries
-    ]
+    file = folder / MANIFEST_FILE
+    manifest = Manifest.of_fields(content, file)
+    codebook = _open_codebook(folder, fill(ShardEntry, content.get("codebook"), f"{file}: codebook"), manifest)
+    pieces, _, _ = codebook.shape
+    shards: list[Shard] = []
+    for entry in manifest.shards:
+        codes = {"codes": (torch.uint8, (entry.count, manifest.num_masks, pieces))}
+        opened = check_tensors(check_entry(folder, entry), manifest, entry.count, codes)
+        shards.append(CompressedShard(opened, entry.first, entry.count, manifest.vocab_size, codebook))
     if verify:
-        refuse_damaged(folder, entries)
+        refuse_damaged(folder, manifest.shards)
     return Store(folder, manifest, shards)
+
+
+def _open_codebook(folder: Path, entry: ShardEntry, manifest: Manifest) -> torch.Tensor:
+    """Return the centroids, float32 [pieces, 256, H / pieces]."""
+    file = check_entry(folder, entry)
+    file.verify()  # small, and every vector depends on it
+    file.check({"codebook": (torch.float32, (None, CENTROIDS, None))})
+    codebook = file.tensor("codebook").clone()
+    pieces, _, dimensions = codebook.shape
+    if pieces * dimensions != manifest.hidden_size:
+        raise DamagedShardError(
+            f"{file.path}: the codebook has {pieces} pieces of {dimensions} dimensions; vectors of "
+            f"{manifest.hidden_size} dimensions are not made of them."
+        )
+    return codebook
 
 
 def compress(
@@ -139,12 +153,11 @@ def compress(
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a compressed store's manifest; None where the folder is for `Store.open` to judge."""
     file = folder / MANIFEST_FILE
-    try:
-        content = read_object(file)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        if (folder / CODEBOOK_FILE).is_file() and not file.exists():
-            raise ValueError(f"{folder}: not finished; run the same `diffretriever compress` command again.") from None
+    if not file.is_file():
+        if (folder / CODEBOOK_FILE).is_file():
+            raise ValueError(f"{folder}: not finished; run the same `diffretriever compress` command again.")
         return None
+    content = read_object(file)
     return content if content.get("format") == FORMAT else None
 
 

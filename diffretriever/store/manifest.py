@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..files.durable import write_whole
+from ..files.fields import fill
 from ..files.hashes import hash_json
 from ..files.lines import read_object
 
@@ -17,6 +19,8 @@ FORMAT = "diffretriever store 1"
 STORE_DTYPES = ("float16", "bfloat16", "float32", "int8")
 # Recorded, but free to differ between the runs that make one store: they do not change what the vectors mean.
 RECORDED_ONLY = ("model", "library_versions", "options.tokens_per_batch")
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a file in the store's own folder
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,10 @@ class ShardEntry:
         count: texts in it.
         size: bytes.
         header_sha256: hash of its header, which holds the hash of all other bytes.
-        texts_sha256: hash of the ids and texts that it was made from.
+        texts_sha256: hash of the ids and texts that it was made from; "" for a file without any.
+
+    Raises:
+        ValueError: a value that no shard has.
     """
 
     file: str
@@ -38,6 +45,14 @@ class ShardEntry:
     size: int
     header_sha256: str
     texts_sha256: str
+
+    def __post_init__(self) -> None:
+        if not _PLAIN_NAME.fullmatch(self.file):
+            raise ValueError(f"`file` is {self.file!r:.80}; expected the name of a file in the store's folder")
+        for name, value, expected in (("header_sha256", self.header_sha256, 1), ("texts_sha256", self.texts_sha256, 0)):
+            if not _SHA256.fullmatch(value) and (expected or value):
+                raise ValueError(f"`{name}` is {value!r:.80}; expected 64 hexadecimal digits")
+        check_numbers(self, {"first": 0, "count": 0, "size": 0})
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,9 @@ class Settings:
         max_length: tokens of prefix, text and suffix.
         options: what else changes the vectors (normalize, num_denoise_steps, content_filter, the model's dtype …).
         library_versions: of torch, transformers and this package when the store was begun.
+
+    Raises:
+        ValueError: a value that no store has.
     """
 
     model: str
@@ -76,6 +94,14 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
     library_versions: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.dtype not in STORE_DTYPES:
+            raise ValueError(f"dtype {self.dtype!r:.80}: a store's is one of {', '.join(STORE_DTYPES)}.")
+        if self.side not in ("query", "passage"):
+            raise ValueError(f'`side` is {self.side!r:.80}; expected "query" or "passage"')
+        least = {"num_masks": 1, "hidden_size": 1, "vocab_size": 0, "sparse_top_k": 0, "max_length": 0}
+        check_numbers(self, least)
+
     def differences(self, other: Settings) -> list[str]:
         """Return one line for each setting in which `other` is not this; [] where they make the same vectors."""
         mine, theirs = (flat(asdict(settings)) for settings in (self, other))
@@ -88,9 +114,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Manifest(Settings):
-    """Settings and shards of a finished store."""
+    """Settings and shards of a finished store.
+
+    Raises:
+        ValueError: a value that no store has, or shards that do not follow one another.
+    """
 
     shards: tuple[ShardEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        first = 0
+        for number, shard in enumerate(self.shards):
+            if not shard.count:
+                raise ValueError(f"shards[{number}]: `count` is 0; expected at least one text")
+            if shard.first != first:
+                raise ValueError(f"shards[{number}]: `first` is {shard.first}; expected {first}, the texts before it")
+            first += shard.count
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("`shards` names one file twice")
 
     @classmethod
     def of(cls, settings: Settings, shards: Iterable[ShardEntry]) -> Manifest:
@@ -117,22 +159,37 @@ class Manifest(Settings):
 
         Raises:
             FileNotFoundError: the folder has none.
-            ValueError: it is damaged or of another format.
+            ValueError: it is damaged, of another format, or a field of it is wrong.
         """
         file = folder / MANIFEST_FILE
-        content = read_json(file)
-        try:
-            return cls(
-                **settings_of(content),
-                shards=tuple(ShardEntry(**entry) for entry in content["shards"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}: the manifest is damaged ({error}).") from error
+        return cls.of_fields(read_json(file), file)
+
+    @classmethod
+    def of_fields(cls, content: Mapping[str, Any], file: Path) -> Manifest:
+        """Return the manifest among the fields of a JSON file, each of them checked.
+
+        Raises:
+            ValueError: one is missing or wrong; the message names file and field.
+        """
+        if not content.get("shards"):
+            raise ValueError(f"{file}: `shards` is {content.get('shards')!r}; a store holds at least one text.")
+        return fill(cls, content, str(file), others=True)
 
 
-def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings among the fields of a JSON file."""
-    return {entry.name: content[entry.name] for entry in fields(Settings)}
+def check_numbers(values: Any, least: Mapping[str, int]) -> None:
+    """Refuse fields that are no whole numbers of at least so much.
+
+    Args:
+        values: a dataclass.
+        least: {field: the smallest value}.
+
+    Raises:
+        ValueError: names the first such field.
+    """
+    for name, smallest in least.items():
+        value = getattr(values, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ValueError(f"`{name}` is {value!r:.80}; expected a whole number of at least {smallest}")
 
 
 def is_recorded_only(name: str) -> bool:

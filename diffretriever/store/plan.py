@@ -13,8 +13,9 @@ from ..data.corpus import Passage, Query
 from ..data.ids import find_repeated, repeated_hashes
 from ..files.claims import living_owners
 from ..files.durable import write_whole
+from ..files.fields import fill
 from ..files.hashes import hash64, hash_json
-from .manifest import Manifest, Settings, flat, is_recorded_only, json_bytes, read_json, settings_of
+from .manifest import Manifest, Settings, check_numbers, flat, is_recorded_only, json_bytes, read_json
 from .shard_file import texts_digest
 
 PLAN_FILE = "plan.json"
@@ -30,10 +31,16 @@ class Survey:
     Args:
         count: texts in it.
         digests: the hash of the ids and texts of each shard.
+
+    Raises:
+        ValueError: there is no text.
     """
 
     count: int
     digests: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"count": 1})
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,19 @@ class Plan:
         settings: as in the manifest.
         survey: of the corpus.
         shard_size: texts a shard; the last may have fewer.
+
+    Raises:
+        ValueError: the shards do not hold the texts.
     """
 
     settings: Settings
     survey: Survey
     shard_size: int
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"shard_size": 1})
+        if self.shards != -(-self.survey.count // self.shard_size):
+            raise ValueError(f"{self.survey.count} texts, {self.shard_size} a shard, do not make {self.shards} shards")
 
     @property
     def shards(self) -> int:
@@ -121,22 +136,21 @@ class Plan:
         try:
             manifest = Manifest.read(folder)
             survey = Survey(manifest.count, tuple(shard.texts_sha256 for shard in manifest.shards))
-            return cls(manifest.settings, survey, int(manifest.options["shard_size"]))
         except FileNotFoundError:
-            pass
-        except KeyError as error:
-            raise ValueError(
-                f"{folder}: this store was not made by `diffretriever encode` and cannot be mended."
-            ) from error
-        file = folder / PLAN_FILE
+            return cls._read_file(folder / PLAN_FILE)
         try:
-            content = read_json(file)
-            survey = Survey(content["survey"]["count"], tuple(content["survey"]["digests"]))
-            return cls(Settings(**settings_of(content["settings"])), survey, content["shard_size"])
+            return cls(manifest.settings, survey, manifest.options.get("shard_size", 0))
+        except ValueError as error:
+            raise ValueError(
+                f"{folder}: this store was not made by `diffretriever encode` and cannot be mended ({error})."
+            ) from error
+
+    @classmethod
+    def _read_file(cls, file: Path) -> Plan | None:
+        try:
+            return fill(cls, read_json(file), str(file), others=True)
         except FileNotFoundError:
             return None
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}: the plan is damaged ({error!r}).") from error
 
 
 def cut(texts: Iterable[Text], shard_size: int) -> Iterator[tuple[int, list[Text]]]:

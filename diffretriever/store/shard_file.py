@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ TYPES = {
 }  # wide types first: each tensor then starts at a multiple of its element's size
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 MAX_HEADER = 1 << 20
+Layout = Mapping[str, tuple[torch.dtype, Sequence[int | None]]]  # {tensor: its dtype and shape, None for any length}
 
 
 class DamagedShardError(ValueError):
@@ -50,10 +52,21 @@ def pack_strings(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return data, offsets
 
 
-def unpack_string(data: torch.Tensor, offsets: torch.Tensor, row: int) -> str:
-    """Return one of the texts that `pack_strings` packed."""
-    start, end = offsets[row : row + 2].tolist()
-    return data[start:end].numpy().tobytes().decode("utf-8")
+def unpack_strings(data: torch.Tensor, offsets: torch.Tensor) -> list[str]:
+    """Return the texts that `pack_strings` packed.
+
+    Args:
+        data: their bytes.
+        offsets: all of `pack_strings`' offsets, or those of some consecutive texts.
+
+    Raises:
+        ValueError: the offsets lie outside the bytes or fall, or bytes are not UTF-8.
+    """
+    places = offsets.tolist()
+    if places[0] < 0 or places[-1] > len(data) or any(end < start for start, end in pairwise(places)):
+        raise ValueError(f"offsets that do not rise from 0 to {len(data)}")
+    packed = data[places[0] : places[-1]].numpy().tobytes()
+    return [packed[start - places[0] : end - places[0]].decode("utf-8") for start, end in pairwise(places)]
 
 
 def texts_digest(ids: Sequence[str], texts: Sequence[str]) -> str:
@@ -105,6 +118,8 @@ def _end_of_data(places: Mapping[str, Place]) -> int:
     """Return the size of the tensors that lie one behind the other, or raise ValueError for a header that says else."""
     end = 0
     for name, (dtype, shape, start, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+            raise ValueError(f"tensor {name!r} has a shape or place of something else than whole numbers")
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name!r} does not fit its place")
         end = stop
@@ -127,6 +142,8 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DamagedShardError(f"{path}: the shard is no file.")
         try:
             with path.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
@@ -139,6 +156,8 @@ class ShardFile:
         try:
             header = parse_object(packed, str(path))
             self.metadata: dict[str, str] = header.pop("__metadata__")
+            if not all(isinstance(value, str) for value in self.metadata.values()):
+                raise ValueError("__metadata__ holds something else than strings")
             self._places: dict[str, Place] = {
                 name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
                 for name, entry in header.items()
@@ -165,6 +184,40 @@ class ShardFile:
             self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
         dtype, shape, start, end = self._places[name]
         return self._mapped[self._start + start : self._start + end].view(dtype).view(shape)
+
+    def check(self, expected: Layout) -> None:
+        """Compare the header with what the tensors should be.
+
+        Raises:
+            DamagedShardError: a tensor is missing, unknown or another; names it.
+        """
+        for name in sorted(expected.keys() ^ self._places.keys()):
+            words = "has no tensor" if name in expected else "has an unknown tensor"
+            raise DamagedShardError(f"{self.path}: the shard {words} {name!r:.80}.")
+        for name, (dtype, shape) in expected.items():
+            found_dtype, found, _, _ = self._places[name]
+            sizes = zip(found, shape, strict=False)
+            if found_dtype != dtype or len(found) != len(shape) or any(b not in (a, None) for a, b in sizes):
+                wanted = ["any" if size is None else size for size in shape]
+                raise DamagedShardError(
+                    f"{self.path}: tensor {name!r} is {TYPES[found_dtype]} {list(found)}; expected {TYPES[dtype]} "
+                    f"[{', '.join(map(str, wanted))}]."
+                )
+
+    def strings(self, name: str, start: int = 0, stop: int | None = None) -> list[str]:
+        """Return packed texts start … stop - 1, all of them by default.
+
+        Args:
+            name: "ids" or "texts".
+
+        Raises:
+            DamagedShardError: they are not packed as `pack_strings` does it.
+        """
+        offsets = self.tensor(f"{name}_offsets")[start : None if stop is None else stop + 1]
+        try:
+            return unpack_strings(self.tensor(f"{name}_bytes"), offsets)
+        except ValueError as error:
+            raise DamagedShardError(f"{self.path}: `{name}` is damaged ({error}).") from error
 
     def verify(self) -> None:
         """Read every byte and compare with the hash in the header.

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .manifest import MANIFEST_FILE, STORE_DTYPES, Manifest, Settings, ShardEntry
+from ..files.inside import check_inside
+from .manifest import MANIFEST_FILE, Manifest, Settings, ShardEntry
 from .plan import SHARD_NAME, describe_unfinished
-from .shard_file import DamagedShardError, ShardFile, pack_strings, texts_digest, unpack_string, write_shard
+from .shard_file import DamagedShardError, Layout, ShardFile, pack_strings, texts_digest, write_shard
 
 
 @dataclass
@@ -41,15 +41,18 @@ class ShardContents:
 class Shard:
     """n texts of a store, a `Segment` for search; nothing is read from the disk until it is used.
 
-    Attributes:
+    Args:
+        file: the shard.
         offset: position of its first text in the store.
         length: n.
+        vocab_size: V, above all token ids; 0 where it is not known.
     """
 
-    def __init__(self, file: ShardFile, offset: int, length: int) -> None:
+    def __init__(self, file: ShardFile, offset: int, length: int, vocab_size: int) -> None:
         self.file = file
         self.offset = offset
         self.length = length
+        self._vocab_size = vocab_size
 
     def __len__(self) -> int:
         return self.length
@@ -57,9 +60,7 @@ class Shard:
     @cached_property
     def ids(self) -> list[str]:
         """The ids of its texts."""
-        data = self.file.tensor("ids_bytes").numpy().tobytes()
-        offsets = self.file.tensor("ids_offsets").tolist()
-        return [data[start:end].decode("utf-8") for start, end in pairwise(offsets)]
+        return self.file.strings("ids")
 
     @property
     def repr_hidden(self) -> torch.Tensor:
@@ -81,9 +82,23 @@ class Shard:
         """float16 (float32 in a float32 store) [n, T]; unused slots are 0."""
         return self.file.tensor("sparse_values")
 
-    @property
+    @cached_property
     def sparse(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Segment.sparse`."""
+        """See `Segment.sparse`.
+
+        Raises:
+            DamagedShardError: a token id outside the vocabulary, or a weight that is negative, NaN or infinite.
+        """
+        last = (self._vocab_size or 2**31) - 1
+        for name, most in (("sparse_indices", last), ("sparse_values", torch.finfo(self.sparse_values.dtype).max)):
+            tensor = self.file.tensor(name)
+            wrong = ~((tensor >= 0) & (tensor <= most))  # NaN is neither
+            if bool(wrong.any()):
+                row, slot = wrong.nonzero()[0].tolist()
+                raise DamagedShardError(
+                    f"{self.file.path}: `{name}` of {self.ids[row]!r:.80} holds {tensor[row, slot].item()}; expected "
+                    f"numbers from 0 to {most:g}. Encode the store again."
+                )
         return self.sparse_indices, self.sparse_values
 
     def dense(self, start: int, stop: int) -> torch.Tensor:
@@ -113,9 +128,7 @@ class Shard:
 
     def text(self, row: int) -> str | None:
         """See `Segment.text`."""
-        if "texts_offsets" not in self.file:
-            return None
-        return unpack_string(self.file.tensor("texts_bytes"), self.file.tensor("texts_offsets"), row)
+        return self.file.strings("texts", row, row + 1)[0] if "texts_offsets" in self.file else None
 
 
 class Store:
@@ -148,7 +161,11 @@ class Store:
         if not (folder / MANIFEST_FILE).is_file():
             _refuse_unfinished(folder)
         manifest = Manifest.read(folder)
-        shards = [Shard(check_entry(folder, entry), entry.first, entry.count) for entry in manifest.shards]
+        shards = []
+        for entry in manifest.shards:
+            dense = dense_layout(manifest, entry.count)
+            file = check_tensors(check_entry(folder, entry), manifest, entry.count, dense)
+            shards.append(Shard(file, entry.first, entry.count, manifest.vocab_size))
         if verify:
             refuse_damaged(folder, manifest.shards)
         return cls(folder, manifest, shards)
@@ -189,6 +206,7 @@ def check_entry(folder: Path, entry: ShardEntry) -> ShardFile:
     Raises:
         DamagedShardError: missing, cut off or altered.
     """
+    check_inside(folder, folder / entry.file)
     file = ShardFile(folder / entry.file)
     if file.size != entry.size or file.header_sha256 != entry.header_sha256:
         raise DamagedShardError(
@@ -196,6 +214,37 @@ def check_entry(folder: Path, entry: ShardEntry) -> ShardFile:
             f"expected {entry.header_sha256[:12]}); run the `diffretriever encode` command again to mend the store."
         )
     return file
+
+
+def check_tensors(file: ShardFile, settings: Settings, count: int, dense: Layout) -> ShardFile:
+    """Refuse a shard whose tensors are not those of a store with these settings.
+
+    Args:
+        file: the shard.
+        settings: of the store.
+        count: texts in the shard.
+        dense: what holds their dense vectors.
+
+    Returns:
+        The shard.
+
+    Raises:
+        DamagedShardError: names the tensor.
+    """
+    slots, weights = (count, settings.sparse_top_k), torch.float32 if settings.dtype == "float32" else torch.float16
+    expected = {**dense, "sparse_indices": (torch.int32, slots), "sparse_values": (weights, slots)}
+    for name in ("ids", "texts"):
+        if name == "ids" or f"{name}_bytes" in file or f"{name}_offsets" in file:
+            expected |= {f"{name}_bytes": (torch.uint8, (None,)), f"{name}_offsets": (torch.int64, (count + 1,))}
+    file.check(expected)
+    return file
+
+
+def dense_layout(settings: Settings, count: int) -> Layout:
+    """Return how a shard of a store with these settings holds the dense vectors of `count` texts."""
+    vectors = getattr(torch, settings.dtype), (count, settings.num_masks, settings.hidden_size)
+    scale = {"repr_scale": (torch.float32, vectors[1][:2])} if settings.dtype == "int8" else {}
+    return {"repr_hidden": vectors, **scale}
 
 
 def damaged_shards(folder: Path, shards: Mapping[str, ShardEntry | None]) -> dict[str, DamagedShardError]:
@@ -350,7 +399,4 @@ def settings_like(given: Mapping[str, Any], shape: tuple[int, ...]) -> Settings:
     neutral: dict[str, Any] = {"model": "", "revision": None, "weights_sha256": "", "adapter_sha256": None}
     neutral |= {"side": "passage", "num_masks": shape[0], "hidden_size": shape[1], "sparse_top_k": shape[2]}
     neutral |= {"vocab_size": 0, "dtype": "float16", "prompts": {}, "max_length": 0}
-    settings = Settings(**{**neutral, **given})
-    if settings.dtype not in STORE_DTYPES:
-        raise ValueError(f"dtype {settings.dtype!r}: a store's is one of {', '.join(STORE_DTYPES)}.")
-    return settings
+    return Settings(**{**neutral, **given})

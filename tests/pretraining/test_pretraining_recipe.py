@@ -27,7 +27,7 @@ def test_an_open_value_may_be_given_or_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stagez: 3", r"r.yaml: unknown key 'stagez'; the recipe has backbone_type, bf16, "),
+        ("stagez: 3", r"r.yaml: unknown key 'stagez'; expected backbone_type, bf16, "),
         ("stages: [{steps: many}]", r"steps must be of type int, got 'many'"),
         ("stages: [{steps: 0}]", r"steps must be at least 1, got 0"),
         ("stages: [{temperature: hot}]", r"temperature must be a number, got 'hot'"),

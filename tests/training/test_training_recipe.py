@@ -60,7 +60,7 @@ def test_the_tiny_recipes_differ_in_masks_and_pooling_only(name: str, masks: tup
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stepz: 3", r"r.yaml: unknown key 'stepz'; the recipe has accumulation_steps, alpha, "),
+        ("stepz: 3", r"r.yaml: unknown key 'stepz'; expected accumulation_steps, alpha, "),
         ("max_steps: many", r"r.yaml: max_steps must be of type int, got 'many'"),
         ("global_batch_size: 0", r"global_batch_size must be at least 1, got 0"),
         ("temperature: hot", r"temperature must be a number, got 'hot'"),

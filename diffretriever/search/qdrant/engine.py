@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ...files.fields import fill
 from ...model.scoring import check_width, mean_vectors
-from ...store.manifest import Settings, settings_of
+from ...store.manifest import Settings
 from ...store.segments import QueryVectors
 from ..engine import Ranking
 from ..results import pad_rows
@@ -66,7 +67,8 @@ class QdrantEngine:
     def settings(self) -> Settings | None:
         """What the passages were encoded with; None for vectors that came without a store."""
         recorded = self._about["settings"]
-        return None if recorded is None else Settings(**settings_of(recorded))
+        where = f"{self.calls.location}: collection {self.collection!r}: settings"
+        return None if recorded is None else fill(Settings, recorded, where, others=True)
 
     def __len__(self) -> int:
         return self._length
