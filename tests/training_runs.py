@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import socket
 import sys
 import time
 import traceback
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from training_data import made_up_pairs, small_recipe, write_lines
 
@@ -50,8 +53,8 @@ def assert_same_weights(found: Path, expected: Path) -> None:
         assert torch.equal(ours[name], value), name
 
 
-def fork_train(command: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Starts a run in a forked process and returns its id; `prepare` may arrange an accident there."""
+def fork(run: Callable[[], int], log: Path) -> int:
+    """Starts a function in a forked process, which ends with the status that it returns; returns the process's id."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -64,10 +67,37 @@ def fork_train(command: list[str], log: Path, prepare: Callable[[], None] = lamb
             os.dup2(stream.fileno(), 2)
             sys.stdout = sys.stderr = stream
             with _errors_shown():
-                prepare()
-                status = main(command)
+                status = run()
     finally:
         os._exit(status)
+
+
+def fork_train(command: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Starts a run in a forked process and returns its id; `prepare` may arrange an accident there."""
+
+    def run() -> int:
+        prepare()
+        return main(command)
+
+    return fork(run, log)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def fork_two(run: Callable[[], int], log: Path) -> list[int]:
+    """Starts two forked processes that know of each other as a launcher's do, and returns their ids."""
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+    def launched(rank: int) -> int:
+        os.environ.update(places, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+        AcceleratorState._reset_state(reset_partial_state=True)  # what runs of the parent left
+        return run()
+
+    return [fork(functools.partial(launched, rank), log.with_suffix(f".{rank}")) for rank in range(2)]
 
 
 @contextlib.contextmanager

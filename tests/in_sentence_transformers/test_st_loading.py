@@ -178,6 +178,7 @@ def test_dream_backbone(build_release: Any, load_release: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_pool_of_processes(folders: Folders, kind: str) -> None:
     """Workers get the module by name from transformers' cache of remote code."""
     model = folders.load("multi", kind)

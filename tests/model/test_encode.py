@@ -382,6 +382,7 @@ def test_an_iterator_is_read_a_window_at_a_time(small: Any, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("traced", [True, False], ids=["python", "process"])
 def test_memory_grows_with_the_output_alone(small: Any, traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching_of(small), "WINDOW", 64)

@@ -102,6 +102,7 @@ LONG_WORDS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("is_query", [True, False])
 def test_a_long_text_has_the_first_ids_of_the_whole(
     model: Any, is_query: bool, load_release: Callable[..., Any]
@@ -122,6 +123,7 @@ def test_a_long_text_has_the_first_ids_of_the_whole(
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_content_words_of_random_texts(model: Any) -> None:
     texts = random_texts(10_000, seed=11)
     special, vocabulary = special_ids(model), model.config.vocab_size

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,17 @@ from typing import Any
 import pytest
 import torch
 from training_data import contrastive_model, small_recipe
-from training_runs import arguments, assert_same_weights, wait_for, weights, write_pairs, write_recipe
+from training_runs import (
+    arguments,
+    assert_same_weights,
+    fork_two,
+    free_port,
+    wait,
+    wait_for,
+    weights,
+    write_pairs,
+    write_recipe,
+)
 from transformers import AutoModel
 
 from diffretriever.cli.main import main
@@ -61,14 +70,20 @@ def _products(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([(matrices[name.replace("lora_A", "lora_B")] @ matrices[name]).flatten() for name in names])
 
 
+@pytest.mark.parametrize("plain", ["tiny-dream"], indirect=True)
 def test_workers_change_nothing(plain: dict[str, Path], tmp_path: Path) -> None:
     run(plain, tmp_path / "out", "workers=1")
     assert_same_weights(tmp_path / "out", plain["out"])
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["grad_cache_chunk=2"], ["gradient_checkpointing=true"], ["gradient_checkpointing=true", "grad_cache_chunk=3"]],
+    ("plain", "options"),
+    [
+        ("tiny-llada", ["grad_cache_chunk=2"]),
+        ("tiny-dream", ["gradient_checkpointing=true"]),
+        ("tiny-llada", ["gradient_checkpointing=true", "grad_cache_chunk=3"]),
+    ],
+    indirect=["plain"],
 )
 def test_saving_memory_changes_rounding_alone(plain: dict[str, Path], tmp_path: Path, options: list[str]) -> None:
     run(plain, tmp_path / "out", *options)
@@ -88,6 +103,7 @@ def test_bfloat16_follows_float32(plain: dict[str, Path], tmp_path: Path) -> Non
     assert distance(tmp_path / "out", plain["out"]) < 0.4  # of another seed: 1.4
 
 
+@pytest.mark.parametrize("plain", ["tiny-llada"], indirect=True)
 def test_the_recipe_decides_on_bfloat16(
     plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +137,7 @@ def test_scores_are_float32_under_autocast(plain: dict[str, Path], tmp_path: Pat
     assert found == pytest.approx(float(expected), rel=1e-3)
 
 
+@pytest.mark.parametrize("plain", ["tiny-dream"], indirect=True)
 def test_tensorboard_gets_the_figures(plain: dict[str, Path], tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(plain, tmp_path / "out", "report_to=tensorboard", "max_steps=2")
@@ -144,26 +161,18 @@ def test_a_missing_reporter_is_named(
     assert "this recipe needs the package wandb: pip install wandb" in capsys.readouterr().err
 
 
-def launch(plain: dict[str, Path], out: Path, home: Path, *more: str) -> subprocess.Popen[str]:
-    """Starts a run of two CPU processes, as a user does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port)]
-    command = arguments(plain["recipe"], plain["release"], plain["pairs"], out, *more)
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *start, "-m", "diffretriever", *command],
-        env=os.environ | quiet, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("plain", ["tiny-llada"], indirect=True)
 def test_accelerate_launch_with_two_processes(plain: dict[str, Path], tmp_path: Path) -> None:
-    said, _ = (running := launch(plain, tmp_path / "out", tmp_path)).communicate(timeout=500)
-    assert running.returncode == 0, said[-3000:]
-    assert said.count("saved the adapter in") == 1
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = arguments(plain["recipe"], plain["release"], plain["pairs"], tmp_path / "out")
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*start, "--main_process_port", str(free_port()), "-m", "diffretriever", *command],
+        env=os.environ | quiet, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("saved the adapter in") == 1
     assert distance(tmp_path / "out", plain["out"]) < 0.01
 
 
@@ -171,22 +180,23 @@ def test_accelerate_launch_with_two_processes(plain: dict[str, Path], tmp_path: 
 def test_two_processes_stop_after_the_same_step_and_go_on(build_release: Callable[..., Path], tmp_path: Path) -> None:
     settings = SETTINGS | {"max_steps": 24, "save_steps": 4, "dropout": 0.1, "keep_checkpoints": 9}
     recipe, pairs = write_recipe(tmp_path / "recipe.yaml", **settings), write_pairs(tmp_path / "pairs.jsonl")
-    made = {"recipe": recipe, "release": build_release("tiny-llada"), "pairs": pairs}
-    whole = launch(made, tmp_path / "whole", tmp_path)
-    said, _ = whole.communicate(timeout=500)
-    assert whole.returncode == 0, said[-3000:]
-    stopped = launch(made, tmp_path / "out", tmp_path)
+    release = build_release("tiny-llada")
+
+    def start(out: str) -> list[int]:
+        return fork_two(lambda: main(arguments(recipe, release, pairs, tmp_path / out)), tmp_path / "log")
+
+    assert [wait(child) for child in start("whole")] == [0, 0], (tmp_path / "log.0").read_text()[-3000:]
+    stopped = start("out")
     try:
         wait_for(tmp_path / "out" / "state" / "checkpoint-4", seconds=400)
     finally:
-        os.killpg(stopped.pid, signal.SIGTERM)  # to all of them, as a batch system does
-        said, _ = stopped.communicate(timeout=500)
-    assert stopped.returncode != 0
+        for child in stopped:  # as a batch system does
+            os.kill(child, signal.SIGTERM)
+    assert [wait(child) for child in stopped] == [128 + signal.SIGTERM] * 2
     step = step_of(checkpoints(tmp_path / "out" / "state")[-1])
     assert 4 <= step < 24
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-    resumed = launch(made, tmp_path / "out", tmp_path)
-    said, _ = resumed.communicate(timeout=500)
-    assert resumed.returncode == 0, said[-3000:]
+    assert [wait(child) for child in start("out")] == [0, 0], (tmp_path / "log.0").read_text()[-3000:]
+    said = (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
     assert f"going on from {tmp_path / 'out' / 'state' / f'checkpoint-{step}'}" in said
     assert_same_weights(tmp_path / "out", tmp_path / "whole")

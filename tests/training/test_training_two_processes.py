@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import run_python
-from safetensors.torch import load_file
-from training_data import batch_of, contrastive_model, gradients, made_up_pairs, small_recipe
-
-FOLDER = Path(__file__).parent
-
-# One process of two: its half of the queries, gradients averaged by DistributedDataParallel as Trainer has it.
-WORKER = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/..", sys.argv[1] + "/../.."]
-import json
-from pathlib import Path
-import torch, torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
-from training_data import batch_of, contrastive_model, gradients, small_recipe
-
-torch.set_num_threads(1)
-folder, cases = Path(sys.argv[2]), json.loads(sys.argv[3])
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-for name, (release, records, recipe) in cases.items():
-    model = contrastive_model(release, small_recipe(**recipe))
-    mine = records[: len(records) // 2] if rank == 0 else records[len(records) // 2 :]
-    batch = batch_of(model, mine, folder / f"part-{rank}.jsonl")
-    wrapped = DistributedDataParallel(model)  # reduces gradients for as long as it lives
-    found = wrapped(batch)
-    found["loss"].backward()
-    save_file(gradients(model) | {"loss": found["loss"].detach()}, str(folder / f"{name}-{rank}.safetensors"))
-dist.destroy_process_group()
-"""
-
-START = """
-import os, subprocess, sys
-workers = [
-    subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], env={**os.environ, "RANK": str(rank)}) for rank in range(2)
-]
-status = [worker.wait(300) for worker in workers]
-assert status == [0, 0], status
-"""
+from training_data import batch_of, contrastive_model, gradients, made_up_pairs, small_recipe
+from training_runs import fork_two, wait
 
 CASES = {"plain": ("tiny-llada", 0), "grad-cache": ("tiny-llada", 2), "dream": ("tiny-dream", 3)}
 
@@ -63,16 +25,30 @@ def case(name: str, build_release: Callable[..., Path]) -> tuple[str, list[dict[
     return str(build_release(kind)), records, changes
 
 
+def train_half(folder: Path, cases: Mapping[str, tuple[str, list[dict[str, Any]], dict[str, Any]]]) -> int:
+    """One process of two: its half of the queries, gradients averaged by DistributedDataParallel as Trainer has it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    for name, (release, records, recipe) in cases.items():
+        model = contrastive_model(Path(release), small_recipe(**recipe))
+        mine = records[: len(records) // 2] if rank == 0 else records[len(records) // 2 :]
+        batch = batch_of(model, mine, folder / f"part-{rank}.jsonl")
+        wrapped = DistributedDataParallel(model)  # reduces gradients for as long as it lives
+        found = wrapped(batch)
+        found["loss"].backward()
+        save_file(gradients(model) | {"loss": found["loss"].detach()}, str(folder / f"{name}-{rank}.safetensors"))
+    torch.distributed.destroy_process_group()
+    return 0
+
+
 @pytest.fixture(scope="module")
 def parts(build_release: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each of two processes computed, for all cases."""
     folder = tmp_path_factory.mktemp("two-processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     cases = {name: case(name, build_release) for name in CASES}
-    run_python(START, WORKER, FOLDER, folder, json.dumps(cases), **settings)
+    ended = [wait(child) for child in fork_two(lambda: train_half(folder, cases), folder / "log")]
+    assert ended == [0, 0], (folder / "log.0").read_text()[-3000:]
     return {name: [load_file(str(folder / f"{name}-{rank}.safetensors")) for rank in range(2)] for name in CASES}
 
 
