@@ -57,6 +57,12 @@ def add_qdrant_options(parser: Any, required: bool) -> None:
 
 def add_fusion_options(parser: Any) -> None:
     """Add the options that say how the fusion modes fuse."""
+    add_fusion_option(parser)
+    parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
+
+
+def add_fusion_option(parser: Any) -> None:
+    """Add --fusion."""
     parser.add_argument(
         "--fusion",
         choices=FUSIONS,
@@ -64,7 +70,6 @@ def add_fusion_options(parser: Any) -> None:
         help="exact: both scores of each candidate; runs: the two rankings alone, as in the paper's tables (default: "
         "%(default)s)",
     )
-    parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
 
 
 def count(text: str, least: int = 1) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from . import (
+    analyze_budget,
     compress,
     encode,
     evaluate,
@@ -41,6 +42,7 @@ COMMANDS = (
     train,
     mine_negatives,
     select_budget,
+    analyze_budget,
     evaluate_mean_pooling,
     publish,
 )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .arguments import add_command, count
+from .arguments import add_command, add_fusion_option, count
 from .exit_status import DONE
 from .load_model import add_model_options, check_release, load_model
+
+if TYPE_CHECKING:
+    from ..evaluation.small_task import SmallTask
 
 
 def register(commands: Any) -> None:
@@ -16,28 +20,52 @@ def register(commands: Any) -> None:
     what = "sweep (K_q, K_p) on training queries by fused score"
     parser = add_command(commands, "select-budget", what, run_budget)
     add_model_options(parser, "a zero-shot release: Hub id or folder")
-    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write: the grid and the choice")
-    parser.add_argument("--queries", type=count, default=500, help="how many to draw (default 500)")
-    parser.add_argument("--passages", type=count, default=5000, help="size of the collection (default 5000)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pairs", type=Path, nargs="+", help="training pairs, JSONL: pairs, or Tevatron's layout")
+    source.add_argument("--data", type=Path, help="a benchmark instead, in BEIR's or MS MARCO's layout")
+    parser.add_argument("--split", default="test", help="of --data (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON to write: the grid, each query's scores, the choice"
+    )
+    parser.add_argument("--queries", type=count, help="how many of the pairs' to draw (default 500)")
+    parser.add_argument("--passages", type=count, help="size of the collection (default: 5000; all of --data)")
     parser.add_argument("--budgets", type=count, nargs="+", default=[1, 2, 4, 8, 16], help="values of K_q and K_p")
     parser.add_argument("--seed", type=int, default=42)
+    add_fusion_option(parser)
 
 
 def run_budget(options: argparse.Namespace) -> int:
     """Run `diffretriever select-budget`."""
-    from ..data.pair_files import PairFiles
-    from ..files.durable import write_json
-    from ..training.budget import select_budget, table, training_task
+    from ..files.durable import check_place, write_json
+    from ..training.budget import select_budget, table
 
+    check_place(options.out)
     check_release(options.model, options.revision)  # before the data is read
-    files = PairFiles(options.pairs, options.out.parent)
-    task = training_task(files, options.queries, options.passages, options.seed)
-    files.close()
+    task = replace(_task(options), fusion=options.fusion)
     found = select_budget(load_model(options), task, sorted(set(options.budgets)))
     write_json(options.out, found)
     choice = found["choice"]
-    print(f"nDCG@10 of {found['queries']} training queries on {found['passages']} passages")
+    print(f"nDCG@10 of {found['queries']} queries on {found['passages']} passages")
     print(table(found["grid"]))
     print(f"choice: K_q={choice['num_query_masks']}, K_p={choice['num_passage_masks']} ({choice['fused']:.4f} fused)")
     return DONE
+
+
+def _task(options: argparse.Namespace) -> SmallTask:
+    """Read what the budgets are tried on.
+
+    Raises:
+        ValueError: --queries with a benchmark, whose split is the choice of its queries.
+    """
+    from ..data.pair_files import PairFiles
+    from ..evaluation.small_task import read_small_task
+    from ..training.budget import training_task
+
+    if options.data:
+        if options.queries:
+            raise ValueError("--queries draws from --pairs; of a benchmark (--data), the whole split is asked.")
+        return read_small_task(options.data, options.split, options.passages)
+    files = PairFiles(options.pairs, options.out.parent)
+    task = training_task(files, options.queries or 500, options.passages or 5000, options.seed)
+    files.close()
+    return task

@@ -29,10 +29,12 @@ class SmallTask:
     Args:
         benchmark: the queries and their judgements.
         passages: {passage id: text}.
+        fusion: how the fused score fuses, see `Searcher`.
     """
 
     benchmark: Benchmark
     passages: dict[str, str]
+    fusion: str = "exact"
 
     def evaluate(self, encode: Encode, names: Mapping[str, str] = NAMES) -> dict[str, float]:
         """Encode both sides and return {name: nDCG@10}.
@@ -46,7 +48,7 @@ class SmallTask:
 
     def searcher(self, passages: Mapping[str, Any]) -> Searcher:
         """Return a searcher over the encoded passages."""
-        return Searcher(passages, ids=list(self.passages))
+        return Searcher(passages, ids=list(self.passages), fusion=self.fusion)
 
     def runs(self, searcher: Searcher, queries: Mapping[str, Any], names: Mapping[str, str] = NAMES) -> dict[str, Run]:
         """Search the encoded queries and return {name: run}, under the benchmark's rule for own ids.
@@ -65,8 +67,12 @@ class SmallTask:
 
     def ndcg(self, runs: Mapping[str, Run]) -> dict[str, float]:
         """Return {name: nDCG@10} of {name: run}; a query without a relevant passage counts 0, as in trec_eval."""
+        return means(self.ndcg_per_query(runs))
+
+    def ndcg_per_query(self, runs: Mapping[str, Run]) -> dict[str, dict[str, float]]:
+        """Return {name: {query id: nDCG@10}} of {name: run}."""
         metric, qrels = parse_metric(METRIC), self.benchmark.qrels
-        return {name: means(evaluate_run(run, qrels, [metric]))[METRIC] for name, run in runs.items()}
+        return {name: evaluate_run(run, qrels, [metric])[METRIC] for name, run in runs.items()}
 
 
 def read_small_task(folder: str | Path, split: str, limit: int | None = None) -> SmallTask:

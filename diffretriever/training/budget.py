@@ -1,4 +1,4 @@
-"""`diffretriever select-budget`: which (K_q, K_p) ranks training queries best by the fused score (paper §4.4)."""
+"""`diffretriever select-budget`: which (K_q, K_p) ranks queries best by the fused score (paper §4.4)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from ..data.benchmark import Benchmark
 from ..data.pair_files import PairFiles
+from ..evaluation.budget_analysis import query_features
+from ..evaluation.metrics import means
 from ..evaluation.small_task import METRIC, SmallTask
 
 BUDGETS = (1, 2, 4, 8, 16)
@@ -57,15 +59,16 @@ def sweep(model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS) -> list
         budgets: values of K_q and of K_p.
 
     Returns:
-        {"num_query_masks", "num_passage_masks", "dense", "sparse", "fused"} with nDCG@10, for each pair.
+        {"num_query_masks", "num_passage_masks", "dense", "sparse", "fused", "per_query"} with nDCG@10, for each pair;
+        `per_query` is {"dense", "sparse", "fused": {query id: nDCG@10}}.
     """
     queries = {k_q: _encode_with(model, task.benchmark.queries, True, k_q) for k_q in budgets}
     grid = []
     for k_p in budgets:  # the passages of one K_p are held at a time
         searcher = task.searcher(_encode_with(model, task.passages, False, k_p))
         for k_q in budgets:
-            figures = task.ndcg(task.runs(searcher, queries[k_q]))
-            grid.append({"num_query_masks": k_q, "num_passage_masks": k_p, **figures})
+            values = task.ndcg_per_query(task.runs(searcher, queries[k_q]))
+            grid.append({"num_query_masks": k_q, "num_passage_masks": k_p, **means(values), "per_query": values})
     return sorted(grid, key=lambda cell: (cell["num_query_masks"], cell["num_passage_masks"]))
 
 
@@ -106,11 +109,11 @@ def select_budget(model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS)
 
     Args:
         model: a DiffRetriever whose prompts follow its budgets.
-        task: from `training_task`.
+        task: from `training_task`, or `read_small_task`.
         budgets: values of K_q and of K_p.
 
     Returns:
-        {"metric", "queries", "passages", "grid": [...], "choice": {...}}
+        {"metric", "fusion", "queries", "passages", "grid": [...], "choice": {...}, "query_features": {query id: …}}
 
     Raises:
         ValueError: its prompts are fixed, as those of trained releases are.
@@ -121,5 +124,14 @@ def select_budget(model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS)
             "(publish.py build without --adapter)"
         )
     grid = sweep(model, task, budgets)
-    sizes = {"queries": len(task.benchmark.queries), "passages": len(task.passages)}
-    return {"metric": METRIC, **sizes, "grid": grid, "choice": choose(grid)}
+    texts = task.benchmark.queries
+    ids = model.tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
+    return {
+        "metric": METRIC,
+        "fusion": task.fusion,
+        "queries": len(texts),
+        "passages": len(task.passages),
+        "grid": grid,
+        "choice": {name: value for name, value in choose(grid).items() if name != "per_query"},
+        "query_features": {query: query_features(row) for query, row in zip(texts, ids, strict=True)},
+    }

@@ -57,6 +57,11 @@ def write_data(folder: Path) -> None:
     (folder / "train.yaml").write_text(yaml.safe_dump(TRAINING))
     cells = [{"num_query_masks": k, "num_passage_masks": 1, "fused": 0.5} for k in (1, 2)]
     (folder / "grid.json").write_text(json.dumps({"grid": cells}))
+    scores = [{"fused": {"q0": 0.5, "q1": 0.1 * k}} for k in (1, 2)]
+    sweep = [cell | {"per_query": each} for cell, each in zip(cells, scores, strict=True)]
+    features = {f"q{n}": {"length": n + 2, "entropy": 1.0 + n} for n in range(2)}
+    whole = {"metric": "nDCG@10", "grid": sweep, "choice": cells[0], "query_features": features}
+    (folder / "sweep.json").write_text(json.dumps(whole))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,7 @@ COMMANDS = {
     "train": "--recipe {here}/train.yaml --model {here}/zero-shot --pairs {here}/pairs.jsonl --out {out}/made",
     "mine-negatives": "--model {here}/release --pairs {here}/pairs.jsonl --out {out}/mined.jsonl",
     "select-budget": "--model {here}/zero-shot --pairs {here}/pairs.jsonl --out {out}/b.json --queries 4 --budgets 1",
+    "analyze-budget": "--input {here}/sweep.json --json {out}/analysis.json",
     "evaluate-mean-pooling": "--model {here}/zero-shot --data {here} --json {out}/figures.json",
     "publish list": "",
     "publish build": f"--base {BACKBONE} --out {{out}}/made",
@@ -102,6 +108,7 @@ INPUTS += [
     ("train", "--dev"),
     ("pretrain", "--dev"),
     ("evaluate", "--baseline"),
+    ("evaluate", "--counterpart"),
     ("evaluate-mean-pooling", "--adapter"),
     ("publish build", "--base"),
     ("publish build", "--adapter"),
@@ -186,6 +193,7 @@ INTERRUPTED = {
     "train": "transformers.AutoModel.from_pretrained",
     "mine-negatives": "transformers.AutoModel.from_pretrained",
     "select-budget": "transformers.AutoModel.from_pretrained",
+    "analyze-budget": "scipy.stats.spearmanr",
     "evaluate-mean-pooling": "transformers.AutoModel.from_pretrained",
     "publish build": "diffretriever.publishing.build.write_config",
     "publish check": "diffretriever.publishing.check.check_release",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from diffretriever.cli.main import main
 from diffretriever.data.benchmark import Benchmark
 from diffretriever.data.pair_files import PairFiles
 from diffretriever.encode.encode_store import encode_store
-from diffretriever.evaluation.small_task import SmallTask
+from diffretriever.evaluation.small_task import SmallTask, read_small_task
 from diffretriever.publishing import build as building
 from diffretriever.search.modes import MODES
 from diffretriever.training.budget import sweep, training_task
@@ -192,7 +194,8 @@ def test_the_grid_is_what_single_releases_give(
     found = json.loads(out.read_text())
     cells = [(cell["num_query_masks"], cell["num_passage_masks"]) for cell in found["grid"]]
     assert cells == [(1, 1), (1, 3), (3, 1), (3, 3)]
-    assert found["choice"] == max(found["grid"], key=lambda cell: cell["fused"])
+    best = max(found["grid"], key=lambda cell: cell["fused"])
+    assert found["choice"].items() == {name: best[name] for name in best if name != "per_query"}.items()
     assert (found["queries"], found["passages"], found["metric"]) == (6, 18, "nDCG@10")
     printed = capsys.readouterr().out
     assert "K_p=1" in printed
@@ -205,18 +208,26 @@ def test_the_grid_is_what_single_releases_give(
         sides += [model.encode_texts(list(task.passages.values()), False)]
         for mode, name in (("multi_dense", "dense"), ("sparse_max", "sparse"), ("fusion_multi_sparse_max", "fused")):
             expected = loop_ndcg(model.score(*sides, mode), task)
-            assert cell[name] == pytest.approx(expected, abs=1e-5), (cell, name)
+            assert cell["per_query"][name] == pytest.approx(expected, abs=1e-5), (cell, name)
+            assert cell[name] == pytest.approx(sum(expected.values()) / 6, abs=1e-5), (cell, name)
+    for query, text in task.benchmark.queries.items():
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        entropy = -sum(ids.count(token) / len(ids) * math.log2(ids.count(token) / len(ids)) for token in set(ids))
+        assert found["query_features"][query] == {"length": len(ids), "entropy": pytest.approx(entropy)}
+    assert main(["analyze-budget", "--input", str(out), "--num-query-masks", "3", "--json", str(out)]) == 0
+    fused = json.loads(out.read_text())["modes"]["fused"]["oracles"]
+    assert fused["joint"] >= max(cell["fused"] for cell in found["grid"]) >= fused["fixed"]
 
 
-def loop_ndcg(scores: torch.Tensor, task: SmallTask) -> float:
+def loop_ndcg(scores: torch.Tensor, task: SmallTask) -> dict[str, float]:
     """One relevant passage a query: 1 / log2(rank + 1) within the first ten."""
-    total, names = 0.0, list(task.passages)
-    for row, judged in zip(scores, task.benchmark.qrels.values(), strict=True):
+    found, names = {}, list(task.passages)
+    for row, (query, judged) in zip(scores, task.benchmark.qrels.items(), strict=True):
         (name,) = judged
         order = row.sort(descending=True, stable=True).indices.tolist()
         rank = [names[place] for place in order].index(name) + 1
-        total += 1 / float(torch.log2(torch.tensor(rank + 1.0))) if rank <= 10 else 0.0
-    return total / len(scores)
+        found[query] = 1 / math.log2(rank + 1) if rank <= 10 else 0.0
+    return found
 
 
 def test_each_side_is_encoded_once_a_budget(load_release: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +254,29 @@ def test_budget_errors(build_release: Callable[..., Path], tmp_path: Path, capsy
     assert "--queries 500 is more than the 4 queries of " in capsys.readouterr().err
     assert main([*command, str(build_release("tiny-llada", "llada-single")), "--queries", "2"]) == 2
     assert "has fixed prompts, so it was made for one budget" in capsys.readouterr().err
+    given = ["select-budget", "--out", str(tmp_path / "b.json"), "--model", str(build_release("tiny-llada"))]
+    assert main([*given, "--data", str(tmp_path), "--queries", "2"]) == 2
+    assert "--queries draws from --pairs; of a benchmark (--data), the whole split" in capsys.readouterr().err
+
+
+def test_budgets_on_a_benchmark(
+    build_release: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    folder, records = tmp_path / "data", made_up_pairs(10)
+    (folder / "qrels").mkdir(parents=True)
+    write_lines(folder / "corpus.jsonl", [{"_id": f"p{n}", "text": row["positive"]} for n, row in enumerate(records)])
+    write_lines(folder / "queries.jsonl", [{"_id": f"q{n}", "text": row["query"]} for n, row in enumerate(records)])
+    (folder / "qrels" / "dev.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\tp{n}\t1\n" for n in range(3))
+    )
+    given = ["--data", str(folder), "--split", "dev", "--out", str(tmp_path / "b.json"), "--budgets", "1"]
+    assert main(["select-budget", "--model", str(build_release("tiny-llada")), *given, "--fusion", "runs"]) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["fusion"], found["queries"], found["passages"]) == ("runs", 3, 10)
+    model = AutoModel.from_pretrained(build_release("tiny-llada"), trust_remote_code=True, torch_dtype=torch.float32)
+    task = replace(read_small_task(folder, "dev"), fusion="runs")
+    assert found["grid"][0]["fused"] == pytest.approx(task.evaluate(model.encode_texts)["fused"])
 
 
 # ------------------------------------------------------------------------------------------------ mean pooling
