@@ -9,7 +9,6 @@ python benchmarks/encode.py [--shape wide]
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import subprocess
@@ -26,44 +25,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from hardware import describe  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from random_backbone import TOKENIZER, Shape, write_backbone  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
 from diffretriever.publishing import build as building  # noqa: E402
 
-# Two shapes of 92M parameters with LLaDA's own vocabulary of 126,464: layers, and width inside the MLP. "narrow" is
-# LLaDA-8B with every width divided by 16; "wide" puts the same weights into fewer, larger matrices.
-SHAPES = {"narrow": (32, 768), "wide": (8, 4096)}
-HIDDEN, HEADS, VOCABULARY = 256, 4, 126_464
-
-
-def write_backbone(folder: Path, tokenizer: Path, shape: str) -> None:
-    """Write a random backbone in LLaDA's format."""
-    layers, inner = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte": (VOCABULARY, HIDDEN),
-        "ff_out": (VOCABULARY, HIDDEN),
-        "ln_f": (HIDDEN,),
-    }
-    layer: dict[str, tuple[int, ...]] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (HIDDEN, HIDDEN))
-    layer |= {"ff_proj": (inner, HIDDEN), "up_proj": (inner, HIDDEN), "ff_out": (HIDDEN, inner)}
-    layer |= {"attn_norm": (HIDDEN,), "ff_norm": (HIDDEN,)}
-    shapes |= {f"blocks.{number}.{name}": shape for number in range(layers) for name, shape in layer.items()}
-    state = {
-        f"model.transformer.{name}.weight": torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * 0.02
-        for name, shape in shapes.items()
-    }
-    folder.mkdir(parents=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    parity = json.loads((ROOT / "tests/parity/backbones/tiny-llada/config.json").read_text())
-    parity |= {"d_model": HIDDEN, "n_layers": layers, "n_heads": HEADS, "n_kv_heads": HEADS, "mlp_hidden_size": inner}
-    parity |= {"embedding_size": VOCABULARY, "vocab_size": VOCABULARY, "mask_token_id": None}
-    (folder / "config.json").write_text(json.dumps(parity))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((tokenizer / file).read_bytes())
+# Two shapes of 92M parameters with LLaDA's own vocabulary. "narrow" is LLaDA-8B with every width divided by 16; "wide"
+# puts the same weights into fewer, larger matrices.
+SHAPES = {"narrow": Shape(32, 256, 768, 4), "wide": Shape(8, 256, 4096, 4)}
 
 
 def mixed_texts(count: int) -> list[str]:
@@ -154,7 +123,7 @@ def peak_memory(way: str, options: argparse.Namespace) -> float:
 def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype, shape: str = "narrow") -> Any:
     """Build the release once and load it."""
     if not (folder / "release").is_dir():
-        write_backbone(folder / "backbone", tokenizer, shape)
+        write_backbone(folder / "backbone", tokenizer, SHAPES[shape])
         building.build(str(folder / "backbone"), folder / "release", max_length=256)
     model = AutoModel.from_pretrained(folder / "release", trust_remote_code=True, dtype=dtype)
     return model.to(device)
@@ -163,7 +132,7 @@ def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype, shape: 
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "tests/parity/backbones/tiny-llada", help="its folder")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="its folder")
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16, help="of the plain way")
     parser.add_argument("--rounds", type=int, default=3)
@@ -205,8 +174,7 @@ def report(
     share = statistics.median(needed / took / peak for took, peak in zip(times["ours"], peaks, strict=True))
     speed = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
     count = sum(weight.numel() for weight in model.parameters())
-    shape = "{} layers, MLP of {}".format(*SHAPES[options.shape])
-    print(f"{describe(device)}; {shape}; {count / 1e6:.1f}M parameters, {dtype}")
+    print(f"{describe(device)}; {SHAPES[options.shape]}; {count / 1e6:.1f}M parameters, {dtype}")
     print(f"{len(texts)} passages, {tokens} tokens (mean {tokens / len(texts):.0f}); {options.rounds} rounds, medians")
     print(f"largest difference of the dense vectors: {difference:.1e}")
     memory = {}

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hardware import describe
+from hardware import CLOCKS, describe
 
 from diffretriever.data.qrels import read_qrels
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
@@ -28,9 +28,6 @@ from diffretriever.search import MODES, QdrantEngine, Results, Searcher, compres
 
 VOCABULARY = 126_464  # LLaDA's
 PEAK_ROWS = 1024  # of the product that gives the peak
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def seconds(work: Callable[[], Any], repeats: int, clock: str = "wall") -> float:

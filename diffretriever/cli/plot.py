@@ -17,6 +17,7 @@ def register(commands: Any) -> None:
     quality = _kind(kinds, "quality", "quality against latency", run_quality, several=True)
     quality.add_argument("--metric", default="nDCG@10", help="of the evaluation (default: nDCG@10)")
     _kind(kinds, "scaling", "storage and latency against corpus size", run_scaling)
+    _kind(kinds, "latency", "encoding and search latency of the methods", run_latency)
     budget = _kind(kinds, "budget", "the landscape of K_q and K_p", run_budget)
     budget.add_argument("--score", default="fused", help="which score of the grid's entries (default: fused)")
 
@@ -25,6 +26,7 @@ def _kind(kinds: Any, name: str, text: str, run: Any, several: bool = False) -> 
     sources = {
         "quality": "JSON files of `diffretriever evaluate --latency N --json FILE`",
         "scaling": "JSON file of `benchmarks/storage.py`",
+        "latency": "JSON file of `benchmarks/latency.py`",
         "budget": "JSON file of `diffretriever select-budget`",
     }
     parser: argparse.ArgumentParser = add_command(kinds, name, text, run, f"Draw {text}.")
@@ -53,6 +55,16 @@ def run_scaling(options: argparse.Namespace) -> int:
 
     points, hardware = read_points(options.input)
     save(plot_scaling(points, hardware, options.title), options.output)
+    return DONE
+
+
+def run_latency(options: argparse.Namespace) -> int:
+    """Run `diffretriever plot latency`."""
+    from ..evaluation.plots.latency import plot_latency, read_latency
+    from ..evaluation.plots.style import save
+
+    parts, made_on = read_latency(options.input)
+    save(plot_latency(parts, made_on, options.title), options.output)
     return DONE
 
 

@@ -137,7 +137,7 @@ def leaves(parser: argparse.ArgumentParser, name: str = "") -> Iterator[str]:
 
 
 def test_the_table_has_every_command() -> None:
-    assert set(leaves(build_parser())) - COMMANDS.keys() == {"plot quality", "plot scaling"}
+    assert set(leaves(build_parser())) - COMMANDS.keys() == {"plot quality", "plot scaling", "plot latency"}
 
 
 @contextlib.contextmanager

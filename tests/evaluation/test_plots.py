@@ -13,6 +13,7 @@ import pytest
 
 from diffretriever.cli import main as cli
 from diffretriever.evaluation.plots.budget import plot_budget, read_grid
+from diffretriever.evaluation.plots.latency import plot_latency, read_latency
 from diffretriever.evaluation.plots.quality import Timed, plot_quality, read_evaluations
 from diffretriever.evaluation.plots.scaling import plot_scaling, read_points
 from diffretriever.evaluation.plots.style import COLOURS, MARKERS
@@ -29,6 +30,20 @@ POINTS = [
     for masks in (1, 4)
     for size in (10_000, 1000, 100_000)
 ]
+LATENCY = {
+    "hardware": "a machine",
+    "backbone": "2 layers",
+    "encoding": [
+        {"system": f"method {number}", "tokens": tokens, "latency_ms": 10.0 * (number + 1) + tokens}
+        for number in range(8)
+        for tokens in (256, 8, 32)
+    ],
+    "search": [
+        {"system": f"$K_p$ = {masks}", "passages": size, "latency_ms": size * masks / 500}
+        for masks in (1, 4, 16)
+        for size in (1000, 100_000, 10_000)
+    ],
+}
 GRID = [
     {"num_query_masks": k_q, "num_passage_masks": k_p, "fused": 0.6 + k_q / 100 + k_p / 1000, "dense": 0.1}
     for k_q in (1, 4)
@@ -105,6 +120,20 @@ def test_scaling_draws_storage_and_latency(tmp_path: Path) -> None:
     assert "1 GB" in ticks
 
 
+def test_latency_draws_encoding_and_search(tmp_path: Path) -> None:
+    parts, made_on = read_latency(write(tmp_path / "latency.json", LATENCY))
+    figure = plot_latency(parts, made_on, "A title")
+    assert made_on == "a machine\n2 layers"
+    for axes, part, ticks in zip(figure.axes, parts, ((8, 32, 256), (1000, 10_000, 100_000)), strict=True):
+        lines = axes.get_lines()
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)  # all told apart
+        for line, system in zip(lines, dict.fromkeys(point["system"] for point in parts[part]), strict=True):
+            took = {point.get("tokens", point.get("passages")): point["latency_ms"] for point in parts[part]
+                    if point["system"] == system}  # fmt: skip
+            assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(tick, took[tick]) for tick in ticks]
+    assert faults(figure) == []
+
+
 def framed(figure: Any) -> tuple[float, float]:
     """Return column and row of the framed cell."""
     frame = figure.axes[0].patches[0]
@@ -157,7 +186,8 @@ def test_the_command_writes_pictures(plot: Command, tmp_path: Path, ending: str)
     evaluation = write(tmp_path / "evaluation.json", EVALUATION)
     storage = write(tmp_path / "storage.json", {"hardware": "a machine", "points": POINTS})
     grid = write(tmp_path / "grid.json", {"grid": GRID})
-    for kind, source in (("quality", evaluation), ("scaling", storage), ("budget", grid)):
+    latency = write(tmp_path / "latency.json", LATENCY)
+    for kind, source in (("quality", evaluation), ("scaling", storage), ("latency", latency), ("budget", grid)):
         output = tmp_path / "new" / f"{kind}.{ending}"
         assert plot(kind, "--input", source, "--output", output, "--title", "A title") == 0
         start = output.read_bytes()[:5]
@@ -181,6 +211,12 @@ def test_the_command_writes_pictures(plot: Command, tmp_path: Path, ending: str)
             "point 1 (from 0): 'bytes' is 0; expected a number",
         ),
         ("scaling", {"points": [{**POINTS[1], "system": 4}]}, "point 0 (from 0): 'system' is 4; expected a text"),
+        ("latency", {"encoding": POINTS}, "point 0 (from 0): 'tokens' is None; expected a number above 0"),
+        (
+            "latency",
+            {**LATENCY, "search": []},
+            'expected a list "search" with at least one entry, as benchmarks/latency',
+        ),
         ("budget", {"grid": [{"num_query_masks": 1, "fused": 0.5}]}, "entry 0 (from 0) of the grid needs"),
         ("budget", {"grid": [GRID[0], GRID[0]]}, "K_q = 1, K_p = 1 stands there twice"),
         ("budget", {"grid": [{**GRID[0], "fused": "high"}]}, "entry 0 (from 0) of the grid needs"),

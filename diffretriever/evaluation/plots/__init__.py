@@ -1,1 +1,1 @@
-"""Pictures of measurements: quality against latency, growth with the corpus, the (K_q, K_p) landscape."""
+"""Pictures of measurements: quality against latency, growth with lengths and corpora, the (K_q, K_p) landscape."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.lines import read_object
-from .style import COLOURS, MARKERS, new_figure, plain_axes
+from .style import COLOURS, MARKERS, checked_points, new_figure, plain_axes
 
 NUMBERS = ("passages", "bytes", "latency_ms")
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
@@ -25,19 +25,7 @@ def read_points(path: str | Path) -> tuple[list[dict[str, Any]], str]:
         ValueError: not such a file; the message says what is wrong with which point.
     """
     content = read_object(path)
-    points = content.get("points")
-    if not isinstance(points, list) or not points:
-        raise ValueError(f'{path}: expected a list "points" with at least one entry, as benchmarks/storage.py writes.')
-    for number, point in enumerate(points):
-        found = point if isinstance(point, dict) else {}
-        place = f"{path}: point {number} (from 0)"
-        if not isinstance(found.get("system"), str):
-            raise ValueError(f"{place}: 'system' is {found.get('system')!r}; expected a text.")
-        for name in NUMBERS:
-            value = found.get(name)
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"{place}: {name!r} is {value!r}; expected a number above 0.")
-    return points, str(content.get("hardware", ""))
+    return checked_points(path, content, "points", NUMBERS, "benchmarks/storage.py"), str(content.get("hardware", ""))
 
 
 def plot_scaling(points: Sequence[Mapping[str, Any]], hardware: str = "", title: str | None = None) -> Any:

@@ -1,8 +1,9 @@
-"""What all plots share: colours that colour-blind readers can tell apart, markers, files."""
+"""What all plots share: colours that colour-blind readers can tell apart, markers, points, files."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,36 @@ from ...files.durable import check_place, write_whole
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FORMATS = (".png", ".svg", ".pdf")
+
+
+def checked_points(
+    path: str | Path, content: Mapping[str, Any], name: str, numbers: Sequence[str], writer: str
+) -> list[dict[str, Any]]:
+    """Return the points of a file of measurements.
+
+    Args:
+        path: the file, for messages.
+        content: what it holds.
+        name: of its list of points, each {"system": a text, …}.
+        numbers: fields that each has, above 0.
+        writer: what writes such files.
+
+    Raises:
+        ValueError: no such list, or a point that is none; the message says which, and why.
+    """
+    points = content.get(name)
+    if not isinstance(points, list) or not points:
+        raise ValueError(f'{path}: expected a list "{name}" with at least one entry, as {writer} writes.')
+    for number, point in enumerate(points):
+        found = point if isinstance(point, dict) else {}
+        place = f"{path}: point {number} (from 0)"
+        if not isinstance(found.get("system"), str):
+            raise ValueError(f"{place}: 'system' is {found.get('system')!r}; expected a text.")
+        for field in numbers:
+            value = found.get(field)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{place}: {field!r} is {value!r}; expected a number above 0.")
+    return points
 
 
 def new_figure(width: float, height: float) -> Any:
