@@ -112,11 +112,6 @@ class Baseline(nn.Module):
             self._texts = (settings, self._make_texts())
         return self._texts[1]
 
-    def describe(self) -> dict[str, Any]:
-        """Return all that decides the vectors beside weights and tokenizer: the config, prompts in full, the dtype."""
-        prompts = {f"{side}_prompt": self.config.prompt(side == "query") for side in ("query", "passage")}
-        return {**self.config.to_dict(), **prompts, "model_dtype": str(self.dtype).removeprefix("torch.")}
-
     # ---------------------------------------------------------------------------------------------- texts to vectors
 
     def tokenize(self, texts: Sequence[str], is_query: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,7 +72,8 @@ def load_baseline(
     config.name_or_path = name
     made_from = getattr(backbone, "loaded_from", None)  # a DiffRetriever's, whose release may name a backbone
     weights = base if made_from is None else made_from.weights
-    model.loaded_from = LoadedFrom(folder, weights, adapter, Path(tokenizer.name_or_path))
+    adapted = adapter if made_from is None else made_from.adapter
+    model.loaded_from = LoadedFrom(folder, weights, adapted, Path(tokenizer.name_or_path))
     return model
 
 

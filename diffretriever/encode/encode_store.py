@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..files.claims import LEASE, living_owners
 from ..files.durable import TEMPORARY
 from ..model.batching import check_count
+from ..store.differences import tell_apart
 from ..store.identity import describe_model
 from ..store.manifest import MANIFEST_FILE, STORE_DTYPES, Settings
 from ..store.plan import CLAIMS_FOLDER, PLAN_FILE, Plan, survey_texts
@@ -135,6 +136,6 @@ def _check_same(folder: Path, there: Settings, ours: Settings) -> None:
     owners = living_owners(folder / CLAIMS_FOLDER)
     locked = f" It is being written (locked) by {', '.join(owners)}." if owners else ""
     raise ValueError(
-        f"{folder}: the store there was made otherwise. {'; '.join(differences)}.{locked} Give the options it was made "
-        "with, or another folder."
+        f"{folder}: the store there was {tell_apart(there, ours, differences)}.{locked} Give the model and options "
+        "it was made with, or another folder."
     )

@@ -110,6 +110,7 @@ class EncodingRun:
         self._source.read_rest()
         self._distrust_damaged({entry.file: entry for entry in Manifest.read(self._job.folder).shards})
         if self._source.missing():
+            self._refuse_unknown_model()
             self._job.plan.write(self._job.folder)
             remove_file(self._job.folder / MANIFEST_FILE)
             return False
@@ -119,6 +120,8 @@ class EncodingRun:
 
     def _encode_missing(self) -> None:
         """Encode shards until none is left, preparing the next and writing the last one meanwhile."""
+        if self._source.missing():
+            self._refuse_unknown_model()
         with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "write") as writer:
             try:
                 coming = preparer.submit(self._source.next_shard)
@@ -130,6 +133,15 @@ class EncodingRun:
                 self._await_write()
             finally:
                 self._source.stopped.set()  # a preparer that waits for others stops waiting
+
+    def _refuse_unknown_model(self) -> None:
+        """Raise ValueError for a store that does not tell its model's parts: new vectors might not go with its own."""
+        if not self._job.plan.settings.model_parts:
+            raise ValueError(
+                f"{self._job.folder}: the store was begun by an earlier version of diffretriever, which did not record "
+                "the model's parts, so that more shards might not go with those that are there. Finish it with that "
+                "version, or encode into another folder."
+            )
 
     def _encode_shard(
         self, shard: PreparedShard, preparer: ThreadPoolExecutor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -11,14 +11,24 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 
 from .. import __version__
 from ..files.hashes import hash_file
+from ..model.adapter_loading import WEIGHTS_FILE
+from ..model.backbone_loading import read_headers
+from .differences import MODEL_OPTIONS, SHA256, tell_apart
 from .manifest import Settings
+from .model_parts import model_parts
 
-BLOB_NAME = re.compile("[0-9a-f]{64}")  # the Hub's cache names a large file by its SHA-256
-SHARED_BY_BOTH_SIDES = ("weights_sha256", "adapter_sha256", "hidden_size", "vocab_size", "prompts")
-SHARED_OPTIONS = ("normalize", "num_denoise_steps")
+# What passages and the queries that search them must have in common.
+SHARED = ("weights_sha256", "adapter_sha256", "hidden_size", "vocab_size", "prompts", "max_length", "model_parts")
+# What each field that may be chosen for a run decides; chosen, it is no trait of the model.
+CHOICES = {
+    "max_length": ("max_length", "model_parts.text_tokens"),
+    "num_query_masks": ("model_parts.num_masks.query",),
+    "num_passage_masks": ("model_parts.num_masks.passage",),
+}
 
 
 def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, Any] | None = None) -> Settings:
@@ -46,8 +56,8 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
     return Settings(
         model=str(config.name_or_path),
         revision=_commit(loaded_from.release),
-        weights_sha256=hash_files(loaded_from.weights),
-        adapter_sha256=None if loaded_from.adapter is None else hash_files(loaded_from.adapter),
+        weights_sha256=hash_weights(loaded_from.weights),
+        adapter_sha256=None if loaded_from.adapter is None else hash_files([loaded_from.adapter / WEIGHTS_FILE]),
         side="query" if is_query else "passage",
         num_masks=config.num_masks(is_query),
         hidden_size=config.hidden_size,
@@ -60,6 +70,7 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
             "normalize": config.normalize,
             "num_denoise_steps": config.num_denoise_steps,
             "model_dtype": str(model.dtype).removeprefix("torch."),
+            "chosen": sorted(CHOICES.keys() & set(getattr(config, "overrides", ()))),
             **given,
         },
         library_versions={
@@ -67,11 +78,14 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
             "transformers": transformers.__version__,
             "diffretriever": __version__,
         },
+        model_parts=model_parts(model),
     )
 
 
 def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
-    """Refuse queries that another model, adapter or prompt made than the passages.
+    """Refuse queries that another model made than the passages, and sides that are swapped.
+
+    Budgets and lengths that were chosen when one of them was encoded (`--num-masks`, `--max-length`) may differ.
 
     Args:
         passages: the passage store's manifest.
@@ -81,25 +95,46 @@ def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
     Raises:
         ValueError: the message names each difference.
     """
-    pairs = [(field, getattr(passages, field), getattr(queries, field)) for field in SHARED_BY_BOTH_SIDES]
-    pairs += [(field, passages.options.get(field), queries.options.get(field)) for field in SHARED_OPTIONS]
-    differences = [f"{field}: {mine!r:.200} and {theirs!r:.200}" for field, mine, theirs in pairs if mine != theirs]
+    for settings, side in ((passages, "passage"), (queries, "query")):
+        if settings.side != side:
+            where = name if side == "passage" else "the queries"
+            raise ValueError(
+                f"{where}: the {side} side is made of {settings.side} vectors. Passages are searched for queries; "
+                "encode queries with is_query=True (`diffretriever encode --queries`), passages without."
+            )
+    # a store that does not record its model's parts does not say either whether its length was chosen
+    choices = [settings.options.get("chosen", ["max_length"]) for settings in (passages, queries)]
+    choices = [chosen for chosen in choices if isinstance(chosen, list)]
+    free = {
+        field for choice, fields in CHOICES.items() if any(choice in chosen for chosen in choices) for field in fields
+    }
+    differences = {
+        field: values
+        for field, values in passages.differences(queries).items()
+        if (field.partition(".")[0] in SHARED or field in MODEL_OPTIONS)
+        and not any(f"{field}.".startswith(f"{known}.") for known in free)
+    }
     if differences:
         raise ValueError(
-            f"{name}: its passages were encoded with {passages.model!r}, the queries with {queries.model!r}, and they "
-            f"differ in {'; '.join(differences)}. Encode both with one model."
+            f"{name}: its passages were {tell_apart(passages, queries, differences)}. Encode both with one model."
         )
 
 
-def hash_files(folder: Path) -> str:
-    """Return one hash over the names and contents of a folder's safetensors files.
+def hash_weights(folder: Path) -> str:
+    """Return one hash over the names and contents of the files that hold a model's weights.
 
     Raises:
-        FileNotFoundError: it holds none.
+        FileNotFoundError, ValueError: the weights are no longer there, or broken.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no .safetensors files; the model's weights are no longer there.")
+    return hash_files(sorted({file for file, _ in read_headers(folder).values()}))
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """Return one hash over the names and contents of files.
+
+    Raises:
+        FileNotFoundError: one is no longer there.
+    """
     with ThreadPoolExecutor(4) as workers:
         hashes = list(workers.map(_content_hash, files))
     lines = [f"{file.name} {digest}" for file, digest in zip(files, hashes, strict=True)]
@@ -107,8 +142,8 @@ def hash_files(folder: Path) -> str:
 
 
 def _content_hash(file: Path) -> str:
-    real = file.resolve()
-    if BLOB_NAME.fullmatch(real.name) and _in_hub_cache(file, real):
+    real = file.resolve(strict=True)
+    if SHA256.fullmatch(real.name) and _in_hub_cache(file, real):  # the cache names a large file by its SHA-256
         return real.name
     status = real.stat()
     return _hash_once(real, status.st_size, status.st_mtime_ns)
@@ -117,7 +152,8 @@ def _content_hash(file: Path) -> str:
 def _in_hub_cache(file: Path, blob: Path) -> bool:
     """Return whether a file is a link of the Hub's cache, from models--…/snapshots/COMMIT/… to models--…/blobs."""
     place = blob.parent.parent
-    return place.name.startswith("models--") and blob.parent.name == "blobs" and place / "snapshots" in file.parents
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return (place.parent, blob.parent.name) == (cache, "blobs") and place / "snapshots" in file.parent.resolve().parents
 
 
 @cache

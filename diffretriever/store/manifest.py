@@ -13,14 +13,14 @@ from ..files.durable import write_whole
 from ..files.fields import fill
 from ..files.hashes import hash_json
 from ..files.lines import read_object
+from .differences import SHA256, differing_fields
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "diffretriever store 1"
 STORE_DTYPES = ("float16", "bfloat16", "float32", "int8")
 # Recorded, but free to differ between the runs that make one store: they do not change what the vectors mean.
-RECORDED_ONLY = ("model", "library_versions", "options.tokens_per_batch")
+RECORDED_ONLY = ("model", "library_versions", "options.tokens_per_batch", "options.chosen")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a file in the store's own folder
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ShardEntry:
         if not _PLAIN_NAME.fullmatch(self.file):
             raise ValueError(f"`file` is {self.file!r:.80}; expected the name of a file in the store's folder")
         for name, value, expected in (("header_sha256", self.header_sha256, 1), ("texts_sha256", self.texts_sha256, 0)):
-            if not _SHA256.fullmatch(value) and (expected or value):
+            if not SHA256.fullmatch(value) and (expected or value):
                 raise ValueError(f"`{name}` is {value!r:.80}; expected 64 hexadecimal digits")
         check_numbers(self, {"first": 0, "count": 0, "size": 0})
 
@@ -74,6 +74,7 @@ class Settings:
         max_length: tokens of prefix, text and suffix.
         options: what else changes the vectors (normalize, num_denoise_steps, content_filter, the model's dtype …).
         library_versions: of torch, transformers and this package when the store was begun.
+        model_parts: of `model_parts.model_parts`; {} in a store of a version that did not record them.
 
     Raises:
         ValueError: a value that no store has.
@@ -93,6 +94,7 @@ class Settings:
     max_length: int
     options: dict[str, Any] = field(default_factory=dict)
     library_versions: dict[str, str] = field(default_factory=dict)
+    model_parts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in STORE_DTYPES:
@@ -102,14 +104,19 @@ class Settings:
         least = {"num_masks": 1, "hidden_size": 1, "vocab_size": 0, "sparse_top_k": 0, "max_length": 0}
         check_numbers(self, least)
 
-    def differences(self, other: Settings) -> list[str]:
-        """Return one line for each setting in which `other` is not this; [] where they make the same vectors."""
-        mine, theirs = (flat(asdict(settings)) for settings in (self, other))
-        names = [name for name in {**mine, **theirs} if not is_recorded_only(name)]
-        differing = [name for name in names if mine.get(name) != theirs.get(name)]
-        if differing and self.model != other.model:
-            differing.insert(0, "model")
-        return [f"{name}: the store has {mine.get(name)!r}, this run has {theirs.get(name)!r}" for name in differing]
+    def differences(self, other: Settings) -> dict[str, tuple[Any, Any]]:
+        """Return {setting in dotted form: (its value here, in `other`)}; {} where they make the same vectors.
+
+        What one of them does not record is not compared.
+        """
+        mine, theirs = asdict(self), asdict(other)
+        # between commits that changed nothing of the model there is no difference
+        left_out = {"revision"} if self.model_parts and other.model_parts else {"model_parts"}
+        return {
+            name: (here, there)
+            for name, here, there in differing_fields(mine, theirs)
+            if not is_recorded_only(name) and name.partition(".")[0] not in left_out
+        }
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data.pair_files import PairFiles
-from ..files.hashes import hash_file
+from ..store.differences import tell_difference
 from ..store.identity import describe_model
 from ..store.manifest import flat, is_recorded_only
 from .adapter_recipe import AdapterRecipe
 
 RUN_FILE = "run.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 # Keys that do not touch the weights: they may change between an interruption and its resumption.
 FREE_KEYS = frozenset("save_steps keep_checkpoints log_steps eval_steps eval_passages report_to workers".split())
@@ -69,10 +68,7 @@ def release_identity(model: Any) -> dict[str, Any]:
         Everything that its queries' vectors depend on, as a store of them would record it.
     """
     settings = flat(dataclasses.asdict(describe_model(model, is_query=True, dtype="float32")))
-    kept = {name: value for name, value in settings.items() if name != "revision" and not is_recorded_only(name)}
-    places = ((model.loaded_from.weights, ("config.json",)), (model.loaded_from.tokenizer, TOKENIZER_FILES))
-    files = [folder / name for folder, names in places for name in names if (folder / name).is_file()]
-    return kept | {"files": {file.name: hash_file(file) for file in files}}
+    return {name: value for name, value in settings.items() if name != "revision" and not is_recorded_only(name)}
 
 
 def check_same_run(
@@ -96,9 +92,10 @@ def check_same_run(
         for name in {**new, **old}:
             key = name.removeprefix("recipe.")
             if old.get(name) != new.get(name) and key not in free and not _is_name(name):
+                told = tell_difference(key.removeprefix("release."), old.get(name), new.get(name))
                 raise ValueError(
-                    f"{where}: this run was started with {lead}{key} = {old.get(name)!r:.200}, now it is "
-                    f"{new.get(name)!r:.200}. Choose another --out, or remove the folder to start anew."
+                    f"{where}: this run was started with {lead}{told}. Choose another --out, or remove the folder to "
+                    "start anew."
                 )
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from diffretriever.baselines import load_baseline
+from diffretriever.store.identity import describe_model
 from diffretriever.training.mean_pooling import as_diffembed
 
 DIFFUSION = ("tiny-llada", "tiny-dream")
@@ -112,6 +113,9 @@ def test_a_release_is_a_backbone_too(diffusion: Callable[..., Any], build_releas
     expected = diffusion("tiny-llada").encode_texts(TEXTS, False).repr_hidden
     assert torch.equal(model.encode_texts(TEXTS, False).repr_hidden, expected)
     assert model.loaded_from.weights == (PARITY / "backbones" / "tiny-llada").resolve()
+    adapted: Any = load_baseline(build_release("tiny-llada", "llada-q4p4"), "diffembed", dtype=torch.float32)
+    one, other = (describe_model(made, False, "float32") for made in (model, adapted))
+    assert one.differences(other)["model_parts.adapter"] == (None, {**other.model_parts["adapter"]})
 
 
 def test_a_release_without_its_code(tmp_path: Path, build_release: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_the_manifest_says_what_made_the_store(tiny: Any, corpus: Path, tmp_path
     assert (manifest.hidden_size, manifest.vocab_size) == (config.hidden_size, config.vocab_size)
     assert (manifest.sparse_top_k, manifest.dtype, manifest.count) == (7, "float16", 11)
     assert manifest.prompts == {"query": config.prompt(True), "passage": config.prompt(False)}
-    assert manifest.options == {"normalize": True, "num_denoise_steps": 1, "model_dtype": "float32",
+    assert manifest.options == {"normalize": True, "num_denoise_steps": 1, "model_dtype": "float32", "chosen": [],
                                 "content_filter": True, "keep_texts": False, "shard_size": 4,
                                 "tokens_per_batch": 1024}  # fmt: skip
     assert manifest.library_versions["torch"] == torch.__version__
@@ -83,19 +84,23 @@ def test_a_store_made_otherwise_is_refused_with_the_difference(
     prompt = {"system": "s", "user": "{text}", "assistant": "a"}
     prompted = load_release("tiny-llada", "llada-q4p4", passage_prompt=prompt)
     for model, options, said in (
-        (bare, {}, r"adapter_sha256: the store has '\w+', this run has None"),
-        (bare, {}, "model: the store has '.*q4p4.*', this run has '.*tiny-llada"),
-        (fewer, {}, "num_masks: the store has 4, this run has 2"),
-        (prompted, {}, "prompts.passage.user: the store has 'Passage.*', this run has '{text}'"),
-        (half, {}, "options.model_dtype: the store has 'float32', this run has 'bfloat16'"),
-        (tiny, {"dtype": "int8"}, "dtype: the store has 'float16', this run has 'int8'"),
-        (tiny, {"is_query": True}, "side: the store has 'passage', this run has 'query'"),
-        (tiny, {"shard_size": 5}, "options.shard_size: the store has 4, this run has 5"),
-        (tiny, {"sparse_top_k": 3}, "sparse_top_k: the store has 128, this run has 3"),
-        (tiny, {"keep_texts": False}, "options.keep_texts: the store has True, this run has False"),
+        (bare, {}, "by model '.*q4p4.*', not '.*tiny-llada.*': `adapter` one, not none,"),
+        (fewer, {}, "by model '.*' as it is no longer: `num_masks` 4, not 2. Give"),
+        (
+            prompted,
+            {},
+            ".* as it is no longer: .*`prompts.passage.user` 'Passage.*', not '{text}', `prompts.passage.assistant`",
+        ),
+        (half, {}, "with other settings: `options.model_dtype` 'float32', not 'bfloat16'"),
+        (tiny, {"dtype": "int8"}, "with other settings: `dtype` 'float16', not 'int8'"),
+        (tiny, {"is_query": True}, "with other settings: `side` 'passage', not 'query'. Give"),
+        (tiny, {"shard_size": 5}, "with other settings: `options.shard_size` 4, not 5"),
+        (tiny, {"sparse_top_k": 3}, "with other settings: `sparse_top_k` 128, not 3"),
+        (tiny, {"keep_texts": False}, "with other settings: `options.keep_texts` True, not False"),
     ):
-        with pytest.raises(ValueError, match=f"the store there was made otherwise.*{said}"):
+        with pytest.raises(ValueError, match=f"the store there was made {said}") as raised:
             encode(model, corpus, folder, **options)
+        assert not re.search("[0-9a-f]{64}", str(raised.value))
     assert folder_bytes(folder) == before
 
 
@@ -314,7 +319,7 @@ def test_a_store_that_somebody_writes_is_locked(
         owner = rf"being written \(locked\) by process {os.getpid()} on .* \(last sign of life \d s ago\)"
         with pytest.raises(ValueError, match=owner):
             Store.open(folder)
-        with pytest.raises(ValueError, match=f"made otherwise. dtype.*{owner}"):
+        with pytest.raises(ValueError, match=f"made with other settings: `dtype`.*{owner}"):
             encode(tiny, corpus, folder, dtype="int8")
 
 

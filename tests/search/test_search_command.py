@@ -113,7 +113,9 @@ def test_interactive_keeps_the_model(
 def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = ROOT / "checkpoints" / "diffretriever-llada-tiny-single"
     assert run("search", "--model", other, "--store", folder / "store", "x") == 2
-    assert re.search(r"adapter_sha256.*Encode both with one model", capsys.readouterr().err)
+    assert re.search(
+        r"made by model '.*q4-p4', not '.*single': other `adapter`.*Encode both with one model", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def test_texts_can_stay_at_home(location: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"weights_sha256": "other"}, "weights_sha256: the store has 'other'|weights_sha256: the store has ''"),
-        ({"prompts": {"query": {"user": "Q {text}"}}}, "prompts.query.user"),
+        ({"weights_sha256": "other"}, "`weights` '', not 'other'"),
+        ({"prompts": {"query": {"user": "Q {text}"}}}, "`prompts.query` none, not one"),
     ],
 )
 def test_a_collection_of_another_model_is_refused(
@@ -150,13 +150,13 @@ def test_a_collection_of_another_model_is_refused(
 def test_a_collection_of_other_dimensions_is_refused(location: str) -> None:
     upload(vectors(0, 5, 2), location, "passages")
     wide = {"repr_hidden": torch.ones(5, 2, 16), **{k: v for k, v in vectors(0, 5, 2).items() if k != "repr_hidden"}}
-    with pytest.raises(ValueError, match=r"hidden_size: the collection has 12, this store 16"):
+    with pytest.raises(ValueError, match=r"`hidden_size` 12, not 16"):
         upload(wide, location, "passages")
 
 
 def test_a_collection_of_another_corpus_is_refused(location: str, tmp_path: Path) -> None:
     upload(make_store(tmp_path / "store"), location, "passages")
-    with pytest.raises(ValueError, match=r"count: the collection has 30, this store 20"):
+    with pytest.raises(ValueError, match=r"`count` 30, not 20"):
         upload(make_store(tmp_path / "other", texts=20), location, "passages")
 
 
@@ -175,7 +175,7 @@ def test_a_strangers_collection_is_refused(location: str) -> None:
 
 def test_queries_of_another_model_are_refused(engine: QdrantEngine, tmp_path: Path) -> None:
     queries = make_store(tmp_path / "queries", seed=4, side="query", adapter_sha256="another")
-    with pytest.raises(ValueError, match="adapter_sha256"):
+    with pytest.raises(ValueError, match=r"`adapter` none, not 'another'. Encode both"):
         Searcher(engine).search(queries, "multi_dense")
     with pytest.raises(ValueError, match="queries have 7 dimensions, passages 12"):
         Searcher(engine).search({"repr_hidden": torch.ones(1, 1, 7)}, "multi_dense")

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import PARITY, edit_json, edit_weights, hub_repository, run_python
+from checkpoint_folders import PARITY, copy_backbone, edit_json, edit_weights, hub_repository, run_python, shard
 from store_helpers import made_up_texts, silent, write_jsonl
 from transformers import AutoModel
 
 from diffretriever.encode.encode_store import encode_store
 from diffretriever.publishing import build as building
-from diffretriever.store.identity import check_searchable, describe_model, hash_files
+from diffretriever.store.identity import check_searchable, describe_model, hash_files, hash_weights
 
 
 def load(release: Path, **options: Any) -> Any:
@@ -26,30 +26,51 @@ def load(release: Path, **options: Any) -> Any:
 
 def test_weights_are_known_by_their_content(build_release: Callable[..., Path], tmp_path: Path) -> None:
     adapter = build_release("tiny-llada", "llada-q4p4") / "adapter"
-    copy = tmp_path / "another-name"
-    copy.mkdir()
-    (copy / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-    assert hash_files(copy) == hash_files(adapter)
+    copy = tmp_path / "another-name" / "adapter_model.safetensors"
+    copy.parent.mkdir()
+    copy.write_bytes((adapter / copy.name).read_bytes())
+    assert hash_files([copy]) == hash_files([adapter / copy.name])
 
     def nudge(tensors: dict[str, Any]) -> None:
         next(iter(tensors.values())).flatten()[0] += 1e-6
 
-    edit_weights(copy / "adapter_model.safetensors", nudge)
-    assert hash_files(copy) != hash_files(adapter)
-    with pytest.raises(FileNotFoundError, match=r"no .safetensors files; the model's weights are no longer there"):
-        hash_files(tmp_path)
+    edit_weights(copy, nudge)
+    assert hash_files([copy]) != hash_files([adapter / copy.name])
+    copy.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
+        hash_files([copy])
 
 
-@pytest.mark.parametrize("place", ["models--lab--x", "elsewhere"])
-def test_names_of_files_are_believed_in_the_cache_of_the_hub_alone(tmp_path: Path, place: str) -> None:
+def test_every_shard_counts_whatever_it_is_called(tmp_path: Path) -> None:
+    folder = copy_backbone("llada", tmp_path / "sharded")
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00003.safetensors", "second.part"))
+    last = folder / "second.part"
+    (folder / "model-00002-of-00003.safetensors").rename(last)
+    before = hash_weights(folder)
+    edit_weights(last, lambda tensors: next(iter(tensors.values())).mul_(2))
+    assert hash_weights(folder) != before
+    (folder / "of-another-model.safetensors").write_bytes(b"x")
+    last.unlink()
+    with pytest.raises(FileNotFoundError, match=r"second\.part"):
+        hash_weights(folder)
+
+
+@pytest.mark.parametrize("place", ["hub/models--lab--x", "elsewhere/models--lab--x", "hub/deeper/models--lab--x"])
+def test_names_of_files_are_believed_in_the_cache_of_the_hub_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     blob, folder = tmp_path / place / "blobs" / ("ab" * 32), tmp_path / place / "snapshots" / ("c" * 40)
     blob.parent.mkdir(parents=True)
     folder.mkdir(parents=True)
     blob.write_bytes(b"one")
-    (folder / "model.safetensors").symlink_to(os.path.relpath(blob, folder))
-    before = hash_files(folder)
+    weights = folder / "model.safetensors"
+    weights.symlink_to(os.path.relpath(blob, folder))
+    before = hash_files([weights])
     blob.write_bytes(b"another")
-    assert (hash_files(folder) == before) == (place == "models--lab--x")
+    assert (hash_files([weights]) == before) == (place == "hub/models--lab--x")
 
 
 @pytest.mark.parametrize(
@@ -77,9 +98,12 @@ def test_a_folder_of_the_working_directory_is_not_taken_for_the_release_s_own(
     loaded = {"adapter_name_or_path": chosen.loaded_from.adapter, "base_model_name_or_path": chosen.loaded_from.weights}
     assert loaded[option] == other.resolve()
     monkeypatch.chdir(tmp_path)  # a relative name would now mean nothing
-    with pytest.raises(ValueError, match="the store there was made otherwise"):
+    with pytest.raises(ValueError, match=r"as it is no longer: other `(adapter|weights)`. Give"):
         encode_store(chosen, corpus, tmp_path / "store", tell=silent)
-    with pytest.raises(ValueError, match=r"store: its passages were encoded with .* Encode both with one model"):
+    with pytest.raises(
+        ValueError,
+        match=r"store: its passages were made by .* as it is no longer: other `(adapter|weights)`. Encode both",
+    ):
         check_searchable(
             describe_model(load(release), False, "float16"), describe_model(chosen, True, "float16"), "store"
         )
@@ -127,5 +151,7 @@ def test_queries_of_another_model_cannot_search_the_store(load_release: Callable
     passages = describe_model(tiny, False, "float16")
     check_searchable(passages, describe_model(tiny, True, "float32"), "store")
     other = describe_model(load_release("tiny-llada"), True, "float32")
-    with pytest.raises(ValueError, match=r"store: its passages were encoded with '.*q4p4.*adapter_sha256.*prompts"):
+    with pytest.raises(
+        ValueError, match=r"store: its passages were made by model '.*q4p4.*', not '.*tiny-llada.*': `adapter`.*prompts"
+    ):
         check_searchable(passages, other, "store")

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ...files.fields import fill
 from ...model.scoring import mean_vectors
+from ...store.differences import tell_apart, tell_difference
+from ...store.manifest import Settings
 from ...store.segments import Segment, segments_of
 from ..modes import QUANTIZATIONS
 from ..sparse import sum_by_term
@@ -115,15 +118,16 @@ def describe(passages: Any, segments: Sequence[Segment]) -> dict[str, Any]:
 
 
 def _refuse_other(calls: QdrantCalls, collection: str, about: Mapping[str, Any]) -> None:
-    from ...store.manifest import Settings
-
     there = collection_metadata(calls, collection)
     lines = []
     if there["settings"] and about["settings"]:
-        lines += Settings(**there["settings"]).differences(Settings(**about["settings"]))
+        where = f"{calls.location}: collection {collection!r}: settings"
+        made, now = fill(Settings, there["settings"], where, others=True), Settings(**about["settings"])
+        if differences := made.differences(now):
+            lines.append(tell_apart(made, now, differences))
     for name in ("hidden_size", "count", "sparse", "texts_sha256"):
-        if there.get(name) != about[name] and not any(line.startswith(f"{name}:") for line in lines):
-            lines.append(f"{name}: the collection has {there.get(name)!r}, this store {about[name]!r}")
+        if there.get(name) != about[name]:
+            lines.append(tell_difference(name, there.get(name), about[name]))
     if lines:
         where = f"{calls.location}: collection {collection!r} was made from other passages or another model:"
         raise ValueError("\n  ".join([where, *lines, "Choose another collection name, or delete that collection."]))

@@ -1,0 +1,147 @@
+"""What a model's vectors depend on beside its weights, each part by name: read from the model as it was loaded."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..files.hashes import hash_json
+from ..files.lines import read_object
+from ..model.adapter_loading import CONFIG_FILE
+
+# Fields of a backbone's config that change no vector, or that each transformers writes in a way of its own.
+IDLE_FIELDS = frozenset(
+    "attention_dropout bos_token_id eos_token_id initializer_range pad_token_id pretraining_tp quantization_config "
+    "rope_parameters rope_scaling rope_theta use_cache".split()
+) | (PretrainedConfig().to_dict().keys() - {"model_type", "tie_word_embeddings"})
+# Fields of adapter_config.json that decide what its weights add, with their defaults; which layers they adapt is told
+# by the weights' names.
+ADAPTER_FIELDS = {
+    "r": 8,
+    "lora_alpha": 8,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+}
+# Of tokenizer.json: what turns texts into ids and ids into texts.
+TOKENIZER_RULES = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
+# Modules that compute vectors, wherever they were loaded from. What the others decide (prompts, lengths, which files to
+# read) is told by its outcome; they may change without making another model.
+COMPUTING = (
+    *("modeling_diffretriever", "bidirectional_layers", "sparse_head", "tokenization_helpers"),
+    *("adapter_loading", "backbone_loading"),
+    *("baseline", "causal", "diffembed", "promptreps", "repllama"),
+)
+
+
+def model_parts(model: Any) -> dict[str, Any]:
+    """Return all that decides a model's vectors beside weights, prompts and options, as JSON values.
+
+    Args:
+        model: a DiffRetriever or a baseline, as it was loaded.
+
+    Returns:
+        Short fields as they are, long ones by their hash: the backbone's config, the adapter's, the tokenizer's rules,
+        what the chat template puts around texts, budgets, lengths, quantisation, method and code.
+
+    Raises:
+        FileNotFoundError: the adapter's files, or the code's, are no longer where the model was loaded from.
+    """
+    layers = model.backbone
+    while hasattr(layers, "backbone"):  # a DiffEmbed's is a DiffRetriever
+        layers = layers.backbone
+    adapter, texts = model.loaded_from.adapter, model.texts
+    layouts = {"query": texts.layouts[True], "passage": texts.layouts[False]}
+    rules = json.loads(texts.tokenizer.backend_tokenizer.to_str())
+    special = {"mask_id": texts.mask_id, "end_of_text_id": texts.end_of_text_id}
+    return {
+        "method": type(model).__name__,
+        "backbone": backbone_fields(layers.config),
+        "adapter": None if adapter is None else adapter_fields(adapter / CONFIG_FILE),
+        "tokenizer": special | {name: hash_json(rules.get(name)) for name in TOKENIZER_RULES},
+        "chat_template": {side: hash_json(_frame(layout)) for side, layout in layouts.items()},
+        "num_masks": {side: model.config.num_masks(side == "query") for side in layouts},
+        "text_tokens": {side: layout.room for side, layout in layouts.items()},
+        "quantization": _quantization(model),
+        "code": code_hashes(model),
+    }
+
+
+def backbone_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a Llama or Qwen2 config that reach the model, the same under every transformers.
+
+    Args:
+        config: transformers' own.
+    """
+    whole = config.to_dict()
+    fields = {name: value for name, value in whole.items() if name not in IDLE_FIELDS}
+    rope = whole.get("rope_parameters")
+    if rope is None:  # transformers 4
+        rope = {"rope_type": "default", **(whole.get("rope_scaling") or {}), "rope_theta": whole.get("rope_theta")}
+    fields["rope"] = {
+        name: value for name, value in sorted(rope.items()) if name != "type"
+    }  # `rope_type`'s former name
+    return dict(sorted(fields.items()))
+
+
+def adapter_fields(file: Path) -> dict[str, Any]:
+    """Return what adapter_config.json says of the adapter's arithmetic; of patterns the first that matches counts."""
+    said = read_object(file)
+    fields = {name: default if said.get(name) is None else said[name] for name, default in ADAPTER_FIELDS.items()}
+    return {name: [*map(list, value.items())] if isinstance(value, dict) else value for name, value in fields.items()}
+
+
+def _frame(layout: Any) -> list[list[int]]:
+    """Return the token ids before a text, those between it and the masks, and those behind the masks."""
+    end = len(layout.closing) - layout.num_tail
+    return [layout.prefix, layout.closing[: end - layout.num_masks], layout.closing[end:]]
+
+
+def _quantization(model: Any) -> Any:
+    """Return the quantisation's settings as JSON values; None for a model without."""
+    configs = (getattr(part.config, "quantization_config", None) for part in (model, model.backbone))
+    found: Any = next((config for config in configs if config is not None), None)
+    return json.loads(json.dumps(found.to_dict() if hasattr(found, "to_dict") else found, default=str))
+
+
+def code_hashes(model: Any) -> dict[str, str]:
+    """Return {module: hash of its code} of the modules that compute a model's vectors, as this process loaded them.
+
+    Comments, docstrings and the words of errors do not count, nor does the version of Python.
+    """
+    parts = [part for part in (model, model.backbone) if hasattr(part, "loaded_from")]
+    packages = {type(part).__module__.rpartition(".")[0] for part in parts}
+    packages |= {"diffretriever.model"} if "diffretriever.baselines" in packages else set()
+    loaded = {name: sys.modules.get(f"{package}.{name}") for package in sorted(packages) for name in COMPUTING}
+    return {name: hash_code(Path(str(module.__file__))) for name, module in loaded.items() if module is not None}
+
+
+def hash_code(file: Path) -> str:
+    """Return the SHA-256 of what a Python file does, as 64 hexadecimal digits."""
+    return hash_json(_essence(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def _essence(node: Any) -> Any:
+    """Return a syntax tree as lists, without what cannot change a result or what some versions of Python leave out."""
+    if isinstance(node, list):
+        return [_essence(entry) for entry in node if not _is_text(entry)]
+    if isinstance(node, ast.Raise):
+        return "Raise"
+    if isinstance(node, ast.AST):
+        fields = {
+            name: _essence(value) for name, value in ast.iter_fields(node) if name not in ("kind", "type_comment")
+        }
+        return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]
+    return repr(node)
+
+
+def _is_text(entry: Any) -> bool:
+    """Return whether a statement is a text alone: a docstring."""
+    return isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant) and isinstance(entry.value.value, str)
