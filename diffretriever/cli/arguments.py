@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,32 @@ def add_command(
 def add_qdrant_options(parser: Any, required: bool) -> None:
     """Add the options that say where a Qdrant collection is."""
     parser.add_argument(
-        "--qdrant", required=required, help="a Qdrant server's address, or the embedded engine's folder"
+        "--qdrant",
+        required=required,
+        help="a Qdrant server's address (http://… or https://…; its key is read from the environment variable "
+        "QDRANT_API_KEY), or the embedded engine's folder",
     )
     parser.add_argument("--collection", default="passages", help="its name (default: %(default)s)")
-    parser.add_argument("--api-key", help="of the Qdrant server")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer (default: %(default)s)")
+    parser.add_argument("--api-key", action=_RefusedKey, help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=seconds, default=60.0, help="seconds for an answer (default: %(default)s)")
+
+
+class _RefusedKey(argparse.Action):
+    """A key on the command line: everybody on the machine may read it there."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error("--api-key: the list of processes shows it; set the environment variable QDRANT_API_KEY instead")
+
+
+def seconds(text: str) -> float:
+    """Return the positive number of seconds that an argument is."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r:.80}")
+    return found
 
 
 def add_fusion_options(parser: Any) -> None:

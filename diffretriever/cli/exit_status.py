@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..files.durable import FULL_DISK
 from ..publishing.hub import Conflict, Passing
-from ..search.qdrant.calls import EngineError
+from ..search.qdrant.calls import EngineAwayError, EngineError
 
 DONE, WRONG_INPUT, TRY_AGAIN = 0, 2, 3
 FAILING_STORAGE = (*FULL_DISK, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
@@ -27,7 +27,7 @@ def status_of(error: BaseException) -> int:
     >>> status_of(ValueError("no such mode")), status_of(OSError(errno.ENOSPC, "No space left on device"))
     (2, 3)
     """
-    passing = isinstance(error, (EngineError, Passing, Conflict))
+    passing = isinstance(error, (EngineAwayError, Passing, Conflict))
     return TRY_AGAIN if passing or is_failing_storage(error) else WRONG_INPUT
 
 

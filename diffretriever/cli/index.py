@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..search.modes import QUANTIZATIONS
-from .arguments import RESUMED, add_command, add_qdrant_options
+from .arguments import RESUMED, add_command, add_qdrant_options, count
 from .exit_status import DONE
 
 
@@ -17,7 +17,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--store", type=Path, required=True, help="the passages")
     add_qdrant_options(parser, required=True)
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the vectors that a server searches on")
-    parser.add_argument("--batch-size", type=int, help="passages a request (default: at most 256)")
+    parser.add_argument("--batch-size", type=count, help="passages a request at the most (default: 256)")
     parser.add_argument("--no-texts", action="store_true", help="upload vectors and ids alone")
 
 
@@ -26,8 +26,6 @@ def run_index(options: argparse.Namespace) -> int:
     from ..search.qdrant.upload import upload
     from ..store.compression import open_store
 
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}.")
     store = open_store(options.store)
     sent = upload(
         store,
@@ -36,7 +34,6 @@ def run_index(options: argparse.Namespace) -> int:
         texts=not options.no_texts,
         quantization=options.quantization,
         batch_size=options.batch_size,
-        api_key=options.api_key,
         timeout=options.timeout,
         show_progress_bar=True,
     )

@@ -80,7 +80,7 @@ def _searcher(options: argparse.Namespace) -> Searcher:
     from ..store.compression import open_store
 
     if options.qdrant is not None:
-        engine = QdrantEngine(options.qdrant, options.collection, options.api_key, options.timeout)
+        engine = QdrantEngine(options.qdrant, options.collection, timeout=options.timeout)
         return Searcher(engine, fusion=options.fusion)
     store = open_store(options.store)
     return Searcher(store, fusion=options.fusion, device=options.device, in_memory=options.in_memory)

@@ -10,7 +10,7 @@ from .modes import MODES
 if TYPE_CHECKING:
     from ..store.compression import compress, open_store
     from .exact import ExactEngine
-    from .qdrant.calls import EngineError
+    from .qdrant.calls import EngineAwayError, EngineError
     from .qdrant.engine import QdrantEngine
     from .qdrant.upload import upload
     from .results import Hit, Results
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODES",
+    "EngineAwayError",
     "EngineError",
     "ExactEngine",
     "Hit",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _MODULES = {"EngineError": ".qdrant.calls", "ExactEngine": ".exact", "QdrantEngine": ".qdrant.engine"}
+_MODULES |= {"EngineAwayError": ".qdrant.calls"}
 _MODULES |= {"compress": "..store.compression", "open_store": "..store.compression", "upload": ".qdrant.upload"}
 _MODULES |= {"Hit": ".results", "Results": ".results", "Searcher": ".searcher"}
 

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from diffretriever.cli.main import main
 from diffretriever.search import MODES, EngineError, QdrantEngine, Searcher, upload
+from diffretriever.search.qdrant import engine as module
 from diffretriever.search.qdrant.calls import QdrantCalls
+from diffretriever.search.qdrant.location import Location
 from diffretriever.store.store import ShardContents, Store, write_store
 
+resource = pytest.importorskip("resource")
 WIDTH, TERMS = 12, 6
 
 
@@ -163,7 +167,7 @@ def test_a_collection_of_another_corpus_is_refused(location: str, tmp_path: Path
 def test_a_strangers_collection_is_refused(location: str) -> None:
     from qdrant_client import models
 
-    calls = QdrantCalls(location)
+    calls = QdrantCalls(location, make=True)
     plain = models.VectorParams(size=4, distance=models.Distance.DOT)
     calls(calls.client.create_collection, "theirs", vectors_config=plain)
     calls.close()
@@ -198,11 +202,163 @@ def test_quantisation_words(location: str, tmp_path: Path) -> None:
         upload(make_store(tmp_path / "again"), location, "octal", quantization="octal")
 
 
-def test_requests_stay_below_a_servers_limit() -> None:
-    from diffretriever.search.qdrant.upload import default_batch_size
-    from diffretriever.store.segments import TensorSegment
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("HTTP://localhost:6333", "http://localhost:6333"),
+        ("https://host", "https://host:6333"),
+        ("https://host/qdrant/", "https://host:443/qdrant"),
+        ("http://host/qdrant", "http://host:80/qdrant"),
+        ("https://host:8443/qdrant", "https://host:8443/qdrant"),
+        ("http://[::1]:6333", "http://[::1]:6333"),
+        ("index/qdrant", "index/qdrant"),
+        ("./localhost:6333", "localhost:6333"),  # a folder
+        (r"C:\index", r"C:\index"),
+    ],
+)
+def test_a_location_is_an_address_or_a_folder(given: str, found: str) -> None:
+    assert str(Location.of(given)) == found
 
-    for k, width, expected in ((1, 8, 256), (4, 4096, 48), (16, 4096, 14), (64, 65536, 1)):
-        size = default_batch_size([TensorSegment(torch.ones(1, 1, 1).expand(1, k, width))])
-        assert size == expected
-        assert size == 1 or size * (k + 1) * width * 20 <= 32 * 1024 * 1024  # bytes of JSON
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        *((given, "looks like a server's address; write http://") for given in (
+            "localhost:6333", "localhost", "10.0.0.1", "[::1]:6333", "host:6333/x", "grpc://host:6334", "http:/host",
+            "http:host", "x.eu.aws.cloud.qdrant.io", "file:///tmp/x")),
+        *((given, "is no address; expected http://HOST:PORT") for given in (
+            "http://host:x", "http://host:99999", "http://", "http:///x", "http://ho st", "http://host:0")),
+        (":memory:", "keeps nothing; give a folder"),
+        ("", "keeps nothing; give a folder"),
+    ],
+)  # fmt: skip
+def test_what_looks_like_an_address_makes_no_folder(
+    given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        upload(vectors(0, 5, 2), given, "passages")
+    with pytest.raises(ValueError, match=words):
+        QdrantEngine(given, "passages")
+    assert not list(tmp_path.iterdir())
+
+
+def test_searching_makes_no_folder_and_uploading_takes_none_of_somebody_else(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match="typo: no Qdrant collections here; make one with `diffretriever index`"
+    ):
+        QdrantEngine(str(tmp_path / "typo"), "passages")
+    assert not (tmp_path / "typo").exists()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "letter.txt").touch()
+    with pytest.raises(ValueError, match=r"theirs: holds 'letter.txt', but no Qdrant collections"):
+        upload(vectors(0, 5, 2), str(tmp_path / "theirs"), "passages")
+    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "a:b", "x" * 256, "a\0b"])
+def test_names_that_no_collection_can_have(location: str, name: str) -> None:
+    for call in (lambda: upload(vectors(0, 5, 2), location, name), lambda: QdrantEngine(location, name)):
+        with pytest.raises(ValueError, match="no collection can be called"):
+            call()
+    assert not Path(location).exists()
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "4"])
+def test_a_batch_size_is_a_count(location: str, size: Any) -> None:
+    with pytest.raises(ValueError, match="`batch_size` must be a whole number of at least 1"):
+        upload(vectors(0, 5, 2), location, "passages", batch_size=size)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_is_a_time(location: str, timeout: float) -> None:
+    with pytest.raises(ValueError, match="the timeout must be a positive number of seconds"):
+        upload(vectors(0, 5, 2), location, "passages", timeout=timeout)
+
+
+def test_an_index_of_no_passages_is_an_error(location: str) -> None:
+    with pytest.raises(ValueError, match="there are no passages to upload"):
+        upload({"repr_hidden": torch.ones(0, 2, 4)}, location, "passages")
+    assert not Path(location).exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_options_that_a_collection_was_made_without_are_refused(location: str, tmp_path: Path, finished: bool) -> None:
+    store = make_store(tmp_path / "store")
+    upload(store, location, "plain")
+    upload(store, location, "scalar", quantization="scalar", texts=False)
+    if not finished:
+        calls = QdrantCalls(location)
+        for name in ("plain", "scalar"):
+            calls(calls.client.delete, name, points_selector=[3])
+        calls.close()
+    missing = 0 if finished else 1
+    with pytest.raises(ValueError, match=r"'plain' was made with another quantization_config: None, not {'scalar"):
+        upload(store, location, "plain", quantization="scalar")
+    with pytest.raises(ValueError, match=r"'plain' was made with texts. Go on without --no-texts"):
+        upload(store, location, "plain", texts=False)
+    with pytest.raises(ValueError, match=r"'scalar' was made with another quantization_config: {'scalar.*'binary"):
+        upload(store, location, "scalar", quantization="binary", texts=False)
+    with pytest.raises(ValueError, match=r"'scalar' was made without texts. Go on with --no-texts"):
+        upload(store, location, "scalar", quantization="scalar")
+    assert upload(store, location, "plain") == missing
+    assert upload(store, location, "scalar", quantization="scalar", texts=False) == missing
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"collections": 5}', '{"collections": {"a": {"vectors": 5}}}']
+)
+def test_a_folder_that_is_not_the_engines_own(location: str, content: str) -> None:
+    Path(location).mkdir()
+    (Path(location) / "meta.json").write_text(content)
+    if content in ("", "{"):  # a new folder, when the disk was full
+        assert upload(vectors(0, 5, 2), location, "passages") == 5
+        return
+    with pytest.raises(ValueError, match=f"{location}: the embedded engine's files are damaged or somebody else's"):
+        upload(vectors(0, 5, 2), location, "passages")
+
+
+@pytest.mark.parametrize("room", [16, 9_000, 13_000, 30_000])
+def test_a_full_disk_under_the_embedded_engine(
+    location: str, tmp_path: Path, room: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "store")
+    arguments = ["index", "--store", str(tmp_path / "store"), "--qdrant", location]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        status = main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 3, said
+    assert "same command" in said
+    assert main(arguments) == 0
+    engine = QdrantEngine(location, "passages")
+    assert engine.ids([0, 29]) == ["passage 0", "passage 29"]
+    engine.close()
+
+
+def test_requests_are_of_bounded_size(engine: QdrantEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CANDIDATES_PER_REQUEST", 7)
+    monkeypatch.setattr(module, "REQUEST_BYTES", 1)
+    queries = vectors(1, 9, k=4)
+    exact = Searcher(Store.open(tmp_path / "store")).search(queries, "fusion_multi_sparse_max", 30, candidates=None)
+    found = Searcher(engine).search(queries, "fusion_multi_sparse_max", 30, candidates=None)
+    assert torch.allclose(found.scores, exact.scores, atol=1e-6)
+    assert found.ids == exact.ids
+
+
+def test_a_passage_that_is_gone_is_said(engine: QdrantEngine) -> None:
+    engine.calls(engine.calls.client.delete, "passages", points_selector=[3])
+    with pytest.raises(
+        EngineError, match=r"no longer holds the passage at position 3\. Run `diffretriever index` again"
+    ):
+        engine.texts([2, 3])
+
+
+def test_vectors_that_are_not_finite_are_not_uploaded(location: str) -> None:
+    passages = vectors(0, 5, 2)
+    passages["repr_hidden"][3, 1, 0] = torch.nan
+    with pytest.raises(ValueError, match="the vectors of '3' hold NaN or infinite values"):
+        upload(passages, location, "passages")

@@ -74,7 +74,7 @@ def test_queries_from_a_store_bring_their_ids(tmp_path: Path) -> None:
 def test_queries_of_another_model_are_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "passages", vectors(0, 20), model="ours", adapter_sha256="a")
     queries = make_store(tmp_path / "queries", vectors(1, 3), side="query", model="theirs", adapter_sha256="b")
-    with pytest.raises(ValueError, match=r"encoded with 'ours', the queries with 'theirs'.*adapter_sha256"):
+    with pytest.raises(ValueError, match=r"made by model 'ours', not 'theirs': `adapter` 'a', not 'b'"):
         Searcher(store).search(queries)
 
 

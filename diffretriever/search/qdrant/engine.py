@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...files.fields import fill
 from ...model.scoring import check_width, mean_vectors
-from ...store.manifest import Settings
+from ...store.manifest import Settings, check_numbers
 from ...store.segments import QueryVectors
 from ..engine import Ranking
 from ..results import pad_rows
 from ..sparse import sum_by_term
 from .calls import EngineError, QdrantCalls
+from .location import check_collection
 
 VECTOR_NAMES = {"single_dense": "dense", "multi_dense": "multi", "sparse_max": "sparse"}
-QUERIES_PER_REQUEST = 16
-PAYLOADS_PER_REQUEST = 1000
+QUERIES_PER_REQUEST, PAYLOADS_PER_REQUEST, CANDIDATES_PER_REQUEST = 16, 1000, 100_000
+SERVER_BYTES = 32 << 20  # of a request, which a server takes unless it was told otherwise
+REQUEST_BYTES = SERVER_BYTES // 2  # that we send
+NUMBER_BYTES = 25  # of one number in JSON, at the most
+
+
+@dataclass(frozen=True)
+class CollectionRecord:
+    """What a collection records about its passages, to refuse others later.
+
+    Args:
+        count: how many there are once the upload is complete.
+        hidden_size: H.
+        sparse: whether they have sparse vectors.
+        texts_sha256: hash of their ids and texts; None for vectors that came without a store.
+        settings: what they were encoded with; None for vectors that came without a store.
+
+    Raises:
+        ValueError: there are no passages.
+    """
+
+    count: int
+    hidden_size: int
+    sparse: bool = False
+    texts_sha256: str | None = None
+    settings: Settings | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"count": 1, "hidden_size": 1})
 
 
 class QdrantEngine:
@@ -28,15 +57,16 @@ class QdrantEngine:
     beforehand; none is a min-max over the candidates with both scores of each.)
 
     Args:
-        location: a server's or cluster's address (http://…, https://…), a folder for the embedded engine.
+        location: a server's or cluster's address (http://…, https://…; port 6333, with a path 80 or 443), or a folder
+            for the embedded engine, which is not made here.
         collection: the collection's name.
         api_key, timeout: see `QdrantCalls`.
         search_params: `qdrant_client.models.SearchParams`: hnsw_ef, exact, quantization …
 
     Raises:
         ImportError: qdrant-client is not installed.
-        EngineError: the engine is away, or the upload is not complete.
-        ValueError: no such collection, or one that `upload` did not make.
+        EngineError: the upload is not complete, or as `QdrantCalls`.
+        FileNotFoundError, ValueError: no such folder or collection, or one that `upload` did not make.
     """
 
     def __init__(
@@ -47,17 +77,17 @@ class QdrantEngine:
         timeout: float = 60.0,
         search_params: Any = None,
     ) -> None:
+        self.collection = check_collection(collection)
         self.calls = QdrantCalls(location, api_key, timeout)
-        self.collection = collection
         self._params = search_params
         try:
-            self._about = collection_metadata(self.calls, collection)
-            self._length = int(self._about["count"])
+            self._about = collection_record(self.calls, collection)
+            self._length = self._about.count
             found = self.calls(self.calls.client.count, collection, exact=True).count
             if found < self._length:
                 raise EngineError(
-                    f"{location}: collection {collection!r} holds {found} of {self._length} passages; its upload was "
-                    "interrupted. Run `diffretriever index` again to complete it."
+                    f"{self.calls.location}: collection {collection!r} holds {found} of {self._length} passages; its "
+                    "upload was interrupted. Run `diffretriever index` again to complete it."
                 )
         except (EngineError, ValueError):
             self.calls.close()
@@ -66,9 +96,7 @@ class QdrantEngine:
     @property
     def settings(self) -> Settings | None:
         """What the passages were encoded with; None for vectors that came without a store."""
-        recorded = self._about["settings"]
-        where = f"{self.calls.location}: collection {self.collection!r}: settings"
-        return None if recorded is None else fill(Settings, recorded, where, others=True)
+        return self._about.settings
 
     def __len__(self) -> int:
         return self._length
@@ -82,8 +110,9 @@ class QdrantEngine:
         asked = [self._query(query, kind) for query in queries.batches(1)]
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         numbers = [number for number, query in enumerate(asked) if query is not None]
-        for start in range(0, len(numbers), QUERIES_PER_REQUEST):
-            part = numbers[start : start + QUERIES_PER_REQUEST]
+        size = max(1, min(QUERIES_PER_REQUEST, REQUEST_BYTES // (NUMBER_BYTES * queries.dense[:1].numel() or 1)))
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
             answers = self._ask([asked[number] for number in part], kind, top_k)
             for number, (positions, scores) in zip(part, answers, strict=True):
                 found[number] = _sorted(positions, scores / self._divisor(queries, kind, number))
@@ -98,8 +127,8 @@ class QdrantEngine:
         for number, (query, wanted) in enumerate(zip(queries.batches(1), positions, strict=True)):
             scores = torch.full((len(wanted),), absent)
             asked = self._query(query, kind)
-            if asked is not None and len(wanted):
-                [(found, values)] = self._ask([asked], kind, len(wanted), wanted.tolist())
+            for part in wanted.split(CANDIDATES_PER_REQUEST) if asked is not None and len(wanted) else ():
+                [(found, values)] = self._ask([asked], kind, len(part), part.tolist())
                 scores[torch.searchsorted(wanted, found)] = values / self._divisor(queries, kind, number)
             results.append(scores)
         return results
@@ -119,7 +148,12 @@ class QdrantEngine:
         for start in range(0, len(different), PAYLOADS_PER_REQUEST):
             part = different[start : start + PAYLOADS_PER_REQUEST]
             points = self.calls(self.calls.client.retrieve, self.collection, ids=part, with_payload=[name])
-            found |= {point.id: point.payload.get(name) for point in points}
+            found |= {point.id: (point.payload or {}).get(name) for point in points}
+        if lost := [position for position in different if position not in found]:
+            raise EngineError(
+                f"{self.calls.location}: collection {self.collection!r} no longer holds the passage at position "
+                f"{lost[0]}. Run `diffretriever index` again."
+            )
         return [found[position] for position in positions]
 
     def _query(self, query: QueryVectors, kind: str) -> Any:
@@ -132,7 +166,7 @@ class QdrantEngine:
             return models.SparseVector(indices=list(weights), values=list(weights.values())) if weights else None
         if not bool(query.mask.any()):
             return None
-        check_width(query.dense.shape[2], self._about["hidden_size"])
+        check_width(query.dense.shape[2], self._about.hidden_size)
         if kind == "single_dense":
             return mean_vectors(query.dense, query.mask)[0][0, 0].tolist()
         return query.dense[query.mask].tolist()
@@ -165,7 +199,7 @@ class QdrantEngine:
         return float(queries.mask[number].sum()) if kind == "multi_dense" else 1.0
 
 
-def collection_metadata(calls: QdrantCalls, collection: str) -> dict[str, Any]:
+def collection_record(calls: QdrantCalls, collection: str) -> CollectionRecord:
     """Return what `upload` recorded about a collection.
 
     Raises:
@@ -182,7 +216,12 @@ def collection_metadata(calls: QdrantCalls, collection: str) -> dict[str, Any]:
         raise ValueError(
             f"{calls.location}: collection {collection!r} was not made by `diffretriever index`; choose another name."
         )
-    return dict(metadata["diffretriever"])
+    return fill(
+        CollectionRecord,
+        metadata["diffretriever"],
+        f"{calls.location}: collection {collection!r}: metadata",
+        others=True,
+    )
 
 
 def _sorted(positions: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
