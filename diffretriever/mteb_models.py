@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from .data.texts import join_title
 from .publishing.releases import DREAM, LLADA, RELEASES
+from .search.modes import SPARSE
 
 # What each mode is in sentence-transformers: the release's revision, the wrapper's name in mteb, its similarity there.
 EMBEDDING_MODES = {
@@ -237,7 +238,7 @@ class FusionSearch:
             is_query,
             batch_size=options.get("batch_size"),
             show_progress_bar=bool(options.get("show_progress_bar", False)),
-            compute_sparse="sparse" in self.mode,
+            compute_sparse=self.mode in SPARSE,
         )
 
     def _best(

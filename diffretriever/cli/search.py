@@ -120,10 +120,7 @@ def _questions(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Namespace) -> None:
-    there = searcher.engine.settings
-    content_filter = True if there is None else bool(there.options.get("content_filter", True))
-    sparse = "sparse" in options.mode
-    query = model.encode_texts([question], is_query=True, compute_sparse=sparse, content_filter=content_filter)
+    query = searcher.encode(model, [question], [options.mode])
     hits = searcher.search(
         query, options.mode, options.top_k, candidates=options.candidates, fusion_weight=options.fusion_weight
     )[0]

@@ -72,7 +72,8 @@ def encoded_corpus(
 ) -> Iterator[Store]:
     """Encode a corpus, resume a store that was begun, or check and reuse one that is there.
 
-    A compressed store (`diffretriever compress`) is taken as it is; only its model is compared.
+    A store that is there keeps the options that it was encoded with (`--no-texts`, `--no-content-filter`,
+    `--sparse-top-k`). A compressed one (`diffretriever compress`) is taken as it is; only its model is compared.
 
     Args:
         model: encodes.
@@ -92,8 +93,13 @@ def encoded_corpus(
             yield _compressed(model, Path(place))
             return
         begun = Plan.read(Path(place)) if Path(place).is_dir() else None
-        chosen = dtype or (begun.settings.dtype if begun else "float16")
-        yield encode_store(model, source, place, dtype=chosen, show_progress_bar=progress)
+        options: dict[str, Any] = {"dtype": "float16"}
+        if begun is not None:
+            options = {"dtype": begun.settings.dtype, "sparse_top_k": begun.settings.sparse_top_k}
+            options |= {name: begun.settings.options.get(name, True) for name in ("content_filter", "keep_texts")}
+        if dtype is not None:
+            options["dtype"] = dtype
+        yield encode_store(model, source, place, show_progress_bar=progress, **options)
 
 
 def _compressed(model: Any, folder: Path) -> Store:

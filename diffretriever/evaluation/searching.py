@@ -59,11 +59,10 @@ def ranked_windows(
     Yields:
         The queries' ids, and their rankings, deep enough for `depth` passages after own ids are left out.
     """
-    sparse = any("sparse" in mode for mode in modes)
     entries = iter(benchmark.queries.items())
     with tqdm(total=len(benchmark.queries), disable=not progress, unit="query", desc="search") as bar:
         while window := dict(islice(entries, QUERY_WINDOW)):
-            vectors = model.encode_texts(list(window.values()), is_query=True, compute_sparse=sparse)
+            vectors = searcher.encode(model, list(window.values()), modes)
             yield list(window), searcher.rank(vectors, reach(benchmark, depth))
             bar.update(len(window))
 
@@ -96,8 +95,7 @@ def query_latency(
 
     def timed(mode: str) -> float:
         def work(text: str) -> None:
-            vectors = model.encode_texts([text], is_query=True, compute_sparse="sparse" in mode)
-            searcher.search(vectors, mode, depth, candidates=depth)
+            searcher.search(searcher.encode(model, [text], [mode]), mode, depth, candidates=depth)
 
         return median_ms(work, spread(queries, count))
 

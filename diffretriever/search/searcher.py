@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..store.segments import QueryVectors, query_vectors
 from .engine import Engine, Ranking
 from .exact import ExactEngine
 from .fusion import Sides, join_sides
-from .modes import CANDIDATES, FUSED, FUSIONS
+from .modes import CANDIDATES, FUSED, FUSIONS, SPARSE
 from .results import Results
 
 BATCH_NUMBERS = 8 * 1024 * 1024  # ranked positions and scores held at once
@@ -138,6 +138,25 @@ class Searcher:
         size = BATCH_NUMBERS // max(1, min(depth or len(self), len(self)))
         parts = list(vectors.batches(size)) or [vectors]
         return Results.joined([self.rank(part, depth).results(mode, top_k, fusion_weight) for part in parts])
+
+    def encode(self, model: Any, queries: Sequence[str], modes: Iterable[str]) -> Mapping[str, Any]:
+        """Encode queries as the passages were encoded: with or without the content filter.
+
+        Args:
+            model: from `AutoModel.from_pretrained`.
+            queries: their texts.
+            modes: the scoring modes to be searched in; sparse vectors are computed where one of them needs them.
+
+        Returns:
+            The output of `encode_texts`.
+        """
+        there = self.engine.settings
+        content_filter = there is None or bool(there.options.get("content_filter", True))
+        sparse = any(mode in SPARSE for mode in modes)
+        encoded: Mapping[str, Any] = model.encode_texts(
+            queries, is_query=True, compute_sparse=sparse, content_filter=content_filter
+        )
+        return encoded
 
     def rank_sides(self, queries: Any, mode: str, candidates: int | None = CANDIDATES) -> Sides:
         """Find the candidates of a fusion and score both sides; `rank_sides(…).fuse(weight, top_k)` ranks them.

@@ -113,8 +113,9 @@ def rank_by_release(model: Any, store: Any, mode: str) -> Ranker:
         raise ValueError("the store keeps no texts to draw negatives from; encode the corpus without --no-texts.")
 
     def rank(queries: Sequence[str], depth: int) -> list[list[str]]:
-        vectors = model.encode_texts(queries, True, compute_sparse="sparse" in mode)
-        found = searcher.search(vectors, mode, depth).positions  # [Q, depth], -1 where there is none
+        found = searcher.search(
+            searcher.encode(model, queries, [mode]), mode, depth
+        ).positions  # [Q, depth], -1 where there is none
         return [[text or "" for text in searcher.engine.texts(row[row >= 0].tolist())] for row in found]
 
     return rank

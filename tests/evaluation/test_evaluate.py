@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from diffretriever.data.benchmark import Benchmark, read_benchmark
 from diffretriever.data.corpus import read_corpus
+from diffretriever.encode.encode_store import encode_store
 from diffretriever.evaluation.evaluate import Options, encoded_corpus, evaluate
 from diffretriever.evaluation.hybrid import WEIGHTS, fuse_runs, index_of
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
@@ -271,3 +272,23 @@ def test_wrong_options_are_said(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         options(**given).measures()
     assert words in str(error.value)
+
+
+def test_a_store_keeps_its_options_and_its_queries_are_encoded_as_it_was(
+    model: Any, benchmark: Benchmark, tmp_path: Path
+) -> None:
+    whole: dict[str, Any] = {"content_filter": False, "sparse_top_k": 30, "keep_texts": False, "dtype": "float32"}
+    made = encode_store(model, benchmark.folder, tmp_path / "store", **whole)
+    asked = list(benchmark.queries.values())
+    sides = [model.encode_texts(asked, is_query=True, content_filter=wanted) for wanted in (True, False)]
+    filtered, unfiltered = (Searcher(made).search(side, "sparse_max", 10) for side in sides)
+    assert not torch.equal(filtered.scores, unfiltered.scores)
+    with encoded_corpus(model, benchmark.folder, tmp_path / "store") as there:
+        assert there.manifest == made.manifest
+        _, runs = evaluate(model, benchmark, there, options(modes=("sparse_max",), latency=1))
+    expected = cut(without_own_id(unfiltered.run(list(benchmark.queries))), 10)
+    assert {query: list(found) for query, found in runs["sparse_max"].items()} == {
+        query: list(found) for query, found in expected.items()
+    }
+    for query, scores in expected.items():
+        assert runs["sparse_max"][query] == pytest.approx(scores, abs=1e-5)

@@ -35,8 +35,10 @@ class MadeUpModel:
         self.side = side
         self.calls: list[tuple[list[str], bool]] = []
 
-    def encode_texts(self, texts: Sequence[str], is_query: bool, compute_sparse: bool = True) -> dict[str, Any]:
-        assert is_query
+    def encode_texts(
+        self, texts: Sequence[str], is_query: bool, compute_sparse: bool = True, content_filter: bool = True
+    ) -> dict[str, Any]:
+        assert (is_query, content_filter) == (True, True)
         self.calls.append((list(texts), compute_sparse))
         rows = torch.tensor([int(text) for text in texts])
         kept = self.side if compute_sparse else {"repr_hidden": self.side["repr_hidden"]}
