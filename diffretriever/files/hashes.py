@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,25 @@ def hash_file(file: Path, start: int = 0) -> str:
         while block := stream.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def with_own_hash(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a JSON file together with a hash of itself, which `check_own_hash` compares."""
+    return {**content, "sha256": hash_json(content)}
+
+
+def check_own_hash(whole: Mapping[str, Any], file: Path, beside: Collection[str] = ()) -> dict[str, Any]:
+    """Return the content of a JSON file that holds a hash of itself.
+
+    Args:
+        whole: what the file holds.
+        file: for messages.
+        beside: fields that stand beside the content and are not hashed.
+
+    Raises:
+        ValueError: it was altered.
+    """
+    content = {name: value for name, value in whole.items() if name != "sha256" and name not in beside}
+    if whole.get("sha256") != hash_json(content):
+        raise ValueError(f"{file}: the content does not match its own hash; it was damaged or edited.")
+    return content

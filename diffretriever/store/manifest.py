@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files.durable import write_whole
 from ..files.fields import fill
-from ..files.hashes import hash_json
+from ..files.hashes import check_own_hash, with_own_hash
 from ..files.lines import read_object
 from .differences import SHA256, differing_fields
 
@@ -206,7 +206,7 @@ def is_recorded_only(name: str) -> bool:
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """Return the content of a JSON file of this store format, with a hash of itself."""
-    whole = {"format": FORMAT, **content, "sha256": hash_json(content)}
+    whole = {"format": FORMAT, **with_own_hash(content)}
     return json.dumps(whole, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
 
 
@@ -220,14 +220,11 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not JSON, of another format, or altered.
     """
-    content = read_object(file)
-    found = content.get("format")
+    whole = read_object(file)
+    found = whole.get("format")
     if found != FORMAT:
-        raise ValueError(f"{file}: the format is {found!r}; this version reads {FORMAT!r}.")
-    own = {name: value for name, value in content.items() if name not in ("format", "sha256")}
-    if content.get("sha256") != hash_json(own):
-        raise ValueError(f"{file}: the content does not match its own hash; it was damaged or edited.")
-    return own
+        raise ValueError(f"{file}: the format is {found!r:.80}; this version reads {FORMAT!r}.")
+    return check_own_hash(whole, file, beside=["format"])
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from diffretriever.files.durable import write_json
+from diffretriever.files.hashes import with_own_hash
 from diffretriever.files.sealed import SEAL_FILE, Damaged, check_seal, seal
 
 
@@ -40,7 +42,14 @@ def test_a_whole_folder_says_what_it_is_about(sealed: Path) -> None:
         (lambda folder: (folder / SEAL_FILE).write_bytes(b"\xff"), "holds a damaged file, "),
         (lambda folder: (folder / SEAL_FILE).write_text("[" * 100_000), "holds a damaged file, .*nested too deeply"),
         (lambda folder: (folder / SEAL_FILE).write_text("[]"), "holds a damaged file, .*expected a JSON object"),
-        (lambda folder: (folder / SEAL_FILE).write_text('{"files": 5}'), "holds an altered manifest.json"),
+        (lambda folder: (folder / SEAL_FILE).write_text('{"files": 5}'), "damaged file, .*not match its own hash"),
+        (lambda folder: write_json(folder / SEAL_FILE, with_own_hash({"about": {}, "files": 5})), "files must be keys"),
+        (lambda folder: write_json(folder / SEAL_FILE, with_own_hash({"about": 5, "files": {}})), "about must be keys"),
+        (lambda folder: write_json(folder / SEAL_FILE, with_own_hash({"about": {}})), "lacks `files`"),
+        (
+            lambda folder: write_json(folder / SEAL_FILE, with_own_hash({"about": {}, "files": {"one": 5}})),
+            r"files\.one: expected keys and values, got int",
+        ),
     ],
 )
 def test_damage_is_told(sealed: Path, harm: Callable[[Path], Any], words: str) -> None:
@@ -54,5 +63,7 @@ def test_an_edited_manifest_is_told(sealed: Path, field: str) -> None:
     content = json.loads((sealed / SEAL_FILE).read_text())
     content[field] = {}
     (sealed / SEAL_FILE).write_text(json.dumps(content))
-    with pytest.raises(Damaged, match=r"holds an altered manifest.json"):
+    with pytest.raises(
+        Damaged, match=r"holds a damaged file, .*manifest\.json: the content does not match its own hash"
+    ):
         check_seal(sealed)
