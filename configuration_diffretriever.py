@@ -11,6 +11,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
+    "AutoModel": "modeling_diffretriever.DiffRetriever",
+}
 BACKBONE_TYPES = ("llada", "dream")
 ROLES = ("system", "user", "assistant")
 # What a saved config.json says about its backbone: each transformers writes the rest, RoPE's base above all, in a way
@@ -171,6 +175,13 @@ class DiffRetrieverConfig(PretrainedConfig):
             setattr(config, name, value)
         config._overrides = (*getattr(config, "_overrides", ()), *overrides)
         config.check()
+        return config
+
+    def merged(self) -> DiffRetrieverConfig:
+        """Return the config of the same model where it lies by itself, its adapter in its weights."""
+        config = deepcopy(self)
+        config.base_model_name_or_path = config.base_model_revision = config.adapter_name_or_path = None
+        config.merge_adapter, config.auto_map, config.architectures = None, AUTO_MAP, ["DiffRetriever"]
         return config
 
     def to_dict(self) -> dict[str, Any]:

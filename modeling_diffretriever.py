@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +17,7 @@ from transformers.utils import ModelOutput
 
 from .adapter_loading import RETRIEVER_FILE, Adapter, merged_state
 from .backbone_loading import (
-    INDEX_FILE,
     NAME_PATTERNS,
-    WEIGHTS_FILE,
     audit_weights,
     check_finite,
     choose_dtype,
@@ -37,6 +33,7 @@ from .backbone_loading import (
 from .batching import check_count, check_ids, check_texts, count_workers, encode_in_order, find_masks, run_side_by_side
 from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes, run_layers
 from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
+from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
 from .sparse_head import confidence_of, sparse_vectors
 from .tokenization_helpers import (
@@ -45,13 +42,9 @@ from .tokenization_helpers import (
     read_retriever_config,
 )
 
-RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*"]
+RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "st_diffretriever.py"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
-AUTO_MAP = {
-    "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
-    "AutoModel": "modeling_diffretriever.DiffRetriever",
-}
 
 
 @dataclass
@@ -172,12 +165,13 @@ class DiffRetriever(PreTrainedModel):
         """Write a folder that loads without backbone or adapter: merged weights, tokenizer, config and code.
 
         Args:
-            save_directory: made if it is not there.
+            save_directory: made if it is not there. An earlier save in it is replaced at once, when all is written.
             kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
-            ValueError: the weights cannot be merged (quantised or offloaded), or are to be pickled.
+            ValueError: the weights cannot be merged (quantised or offloaded), or are to be pickled; or the folder holds
+                another model, which is not overwritten.
         """
         if getattr(self, "hf_quantizer", None) is not None or any(weight.is_meta for weight in self.parameters()):
             raise ValueError("Quantised or offloaded weights cannot be saved merged; load the model without.")
@@ -185,25 +179,18 @@ class DiffRetriever(PreTrainedModel):
             raise ValueError("save_pretrained writes a folder only; call model.push_to_hub(repo_id) to upload one.")
         if kwargs.get("variant") is not None or not kwargs.get("safe_serialization", True):
             raise ValueError("save_pretrained writes model.safetensors; leave out variant and safe_serialization.")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise NotADirectoryError(f"save_pretrained writes a folder, but {folder} is a file.")
+        if not kwargs.get("is_main_process", True):  # the others' weights are the main process's
+            return
         kwargs["state_dict"] = kwargs.get("state_dict") or merged_state(self)
         kwargs["save_original_format"] = False  # transformers 5 would give the weights the backbone's names again
-        for pattern in (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors"):  # of an earlier save, perhaps in use
-            for file in folder.glob(pattern):
-                file.unlink()
-        super().save_pretrained(folder, *args, **kwargs)
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, folder)
-        config = deepcopy(self.config)
-        config.base_model_name_or_path = config.base_model_revision = config.adapter_name_or_path = None
-        config.merge_adapter, config.auto_map = None, AUTO_MAP
-        config.architectures = [type(self).__name__]
-        config.save_pretrained(folder)
-        for source in map(Path, (__file__, *get_relative_import_files(__file__))):
-            if folder.resolve() != source.parent.resolve():
-                shutil.copyfile(source, folder / source.name)
+        with replacing(Path(save_directory)) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, folder)
+            self.config.merged().save_pretrained(folder)
+            copy_files(map(Path, (__file__, *get_relative_import_files(__file__))), folder)
+            if self.loaded_from is not None:
+                copy_files(sentence_transformers_files(self.loaded_from.release, Path(save_directory)), folder)
 
     # ---------------------------------------------------------------------------------------------- forward pass
 

@@ -11,8 +11,7 @@ from transformers import AutoModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..model import modeling_diffretriever
-from ..model.configuration_diffretriever import DiffRetrieverConfig
-from ..model.modeling_diffretriever import AUTO_MAP
+from ..model.configuration_diffretriever import AUTO_MAP, DiffRetrieverConfig
 
 CODE = Path(modeling_diffretriever.__file__)
 PROMPT_ROOM = 1024  # tokens; any retrieval prompt fits, and none is read

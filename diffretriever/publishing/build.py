@@ -17,8 +17,8 @@ from ..model import backbone_loading as backbones
 from ..model import configuration_diffretriever
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE, Adapter
 from ..model.bidirectional_layers import linear_shapes, parameter_shapes
-from ..model.configuration_diffretriever import DiffRetrieverConfig, paper_prompt
-from ..model.modeling_diffretriever import ADAPTER_FILES, AUTO_MAP
+from ..model.configuration_diffretriever import AUTO_MAP, DiffRetrieverConfig, paper_prompt
+from ..model.modeling_diffretriever import ADAPTER_FILES
 from ..model.tokenization_helpers import RetrievalTokenizer, read_retriever_config
 from . import card, probe, record
 from .hub import find_folder

@@ -14,6 +14,7 @@ CODE_FILES = (
     "bidirectional_layers.py",
     "configuration_diffretriever.py",
     "modeling_diffretriever.py",
+    "saved_folder.py",
     "scoring.py",
     "sparse_head.py",
     "tokenization_helpers.py",

@@ -140,7 +140,7 @@ def test_what_is_saved(kind: str, load_release: Load, tmp_path: Path) -> None:
     for name in ("base_model_name_or_path", "base_model_revision", "adapter_name_or_path", "merge_adapter"):
         assert fields.get(name) is None
     assert str(PARITY) not in json.dumps(fields)
-    assert {file.name for file in saved.glob("*.py")} == set(building.CODE_FILES)
+    assert {file.name for file in saved.glob("*.py")} == {*building.CODE_FILES, building.SENTENCE_TRANSFORMERS_FILE}
     assert not (saved / "adapter").exists()
     settings = json.loads((saved / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
