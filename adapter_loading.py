@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 CONFIG_FILE = "adapter_config.json"
@@ -18,27 +18,104 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 RETRIEVER_FILE = "retriever_config.json"
 PREFIX = "base_model.model."
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
-# What adapter_config.json may say where other values would need weights or arithmetic that are not read here.
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (False,),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone's weights too
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
+LARGEST_RANK = 65_536
+# Every field that peft writes into adapter_config.json, with what it may say (rules of `check_fields`): peft never sees
+# the file. "one of": other values would need weights or arithmetic that are not read here, or run code of their own.
+ADAPTER_FIELDS: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("one of", "LORA"),
+    "r": ("whole", 1, LARGEST_RANK),
+    "lora_alpha": ("number", -1e6, 1e6),
+    "rank_pattern": ("object", ("whole", 1, LARGEST_RANK), None),
+    "alpha_pattern": ("object", ("number", -1e6, 1e6), None),
+    "use_rslora": ("flag",),
+    "use_dora": ("flag",),
+    "lora_bias": ("flag",),
+    "target_modules": ("names",),
+    "exclude_modules": ("names", None),
+    "layers_to_transform": ("wholes", None),
+    "layers_pattern": ("names", None),
+    # Of no effect on what the finished weights compute.
+    "auto_mapping": ("object", None),
+    "base_model_name_or_path": ("text", None),
+    "eva_config": ("object", None),
+    "inference_mode": ("flag",),
+    "init_lora_weights": ("one of", True, False, "gaussian", "eva", "orthogonal"),  # others change the backbone, too
+    "lora_dropout": ("number", 0, 1),
+    "megatron_core": ("one of", "megatron.core", None),
+    "peft_version": ("text", None),
+    "qalora_group_size": ("whole", 1, LARGEST_RANK, None),
+    "revision": ("text", None),
+    "task_type": ("text", None),
+    # Must be off.
+    "alora_invocation_tokens": ("one of", None),
+    "arrow_config": ("one of", None),
+    "bias": ("one of", "none"),
+    "corda_config": ("one of", None),
+    "ensure_weight_tying": ("one of", False, None),
+    "fan_in_fan_out": ("one of", False),
+    "layer_replication": ("one of", None, []),
+    "loftq_config": ("one of", {}, None),
+    "megatron_config": ("one of", None),
+    "modules_to_save": ("one of", None, []),
+    "target_parameters": ("one of", None, []),
+    "trainable_token_indices": ("one of", None, [], {}),
+    "use_qalora": ("one of", False, None),
+}
+# The regular expressions that are run: single characters, escapes and classes, each perhaps repeated; alternatives in
+# groups that are neither nested nor repeated. What such an expression can cost is known before it runs.
+_CHARACTER = r"(?:[\w.-]|\\[.dw-]|\[\^?[\w.-]+\])(?:[*+?]\??)?"
+_EXPRESSION = re.compile(rf"\^?(?:{_CHARACTER}|\((?:\?:)?(?:{_CHARACTER}|\|)*\)\??|\|)*\$?")
+LONGEST_EXPRESSION = 1000  # characters
+MOST_EXPRESSIONS = 4096
+MOST_STEPS = 30_000_000  # of all expressions of a file on all layers; a second or two
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What the method's training records beside an adapter: our config's fields there, and what it may say.
+RECORDED = {
+    "num_query_masks": "n_gen_q_tokens",
+    "num_passage_masks": "n_gen_p_tokens",
+    "num_denoise_steps": "num_denoise_steps",
+    "max_length": "max_length",
+    "normalize": "normalize",
+}
+RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("one of", "llada", "llada1", "dream"),
+    "n_gen_q_tokens": ("whole", 1, 1024),
+    "n_gen_p_tokens": ("whole", 1, 1024),
+    "num_denoise_steps": ("whole", 1, 1024),
+    "max_length": ("whole", 1, 1 << 20),
+    "normalize": ("flag",),
+    "mask_token_id": ("whole", 0, 1 << 31),
+    "query_prefix_ids": ("ids",),
+    "query_suffix_ids": ("ids",),
+    "passage_prefix_ids": ("ids",),
+    "passage_suffix_ids": ("ids",),
 }
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # a merge holds at most this many weights in float32 at once (64 MiB)
 
 
+def find_adapter_files(folder: Path) -> tuple[Path, Path]:
+    """Return an adapter's config and weights files.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; it is no LoRA adapter.")
+    if not weights.is_file():
+        pickled = " (adapter_model.bin is pickled and never loaded; save it as safetensors)"
+        hint = pickled if (folder / "adapter_model.bin").is_file() else ""
+        raise FileNotFoundError(f"{weights} is not there{hint}.")
+    return config, weights
+
+
 class Adapter:
-    """An adapter read from disk and checked against its backbone.
+    """An adapter checked against its backbone.
 
     Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
+        folder: where it was read from.
+        fields: adapter_config.json, held against `ADAPTER_FIELDS`.
+        tensors: adapter_model.safetensors.
         linear_shapes: {our module name: (out, in)} of every linear layer of the model.
         our_name: translates an original module name into ours.
         original_name: translates back.
@@ -48,12 +125,14 @@ class Adapter:
         config: peft's LoraConfig with the target modules, ranks and alphas spelled out under our names.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, or the adapter does not fit; the message names the key.
+        ValueError: the adapter does not fit; the message names the file and the field or key.
     """
 
     def __init__(
         self,
         folder: Path,
+        fields: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
         linear_shapes: Mapping[str, tuple[int, int]],
         our_name: Callable[[str], str],
         original_name: Callable[[str], str],
@@ -63,78 +142,89 @@ class Adapter:
         self._shapes = linear_shapes
         self._our_name = our_name
         self._original_name = original_name
-        self.config = self._read_config()
-        self.modules = self._read_modules()
-        self._check_targets()
-        self._spell_out()
+        self._check_expressions(fields)
+        self.modules = self._sort_out(tensors)
+        self._check_targets(fields)
+        self.config = self._spell_out(fields)
         self._check_shapes()
 
-    def _read_config(self) -> Any:
-        if not (self.folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"{self.folder} holds no {CONFIG_FILE}; it is no LoRA adapter.")
-        if not self.file.is_file():
-            pickled = " (adapter_model.bin is pickled and never loaded; save it as safetensors)"
-            hint = pickled if (self.folder / "adapter_model.bin").is_file() else ""
-            raise FileNotFoundError(f"{self.file} is not there{hint}.")
-        try:
-            raw = json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.folder / CONFIG_FILE} is not valid JSON: {error}.") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{self.folder / CONFIG_FILE} must hold a JSON object, got {type(raw).__name__}.")
-        for field, allowed in ALLOWED.items():
-            if raw.get(field, allowed[0]) not in allowed:
-                raise ValueError(
-                    f"{self.folder / CONFIG_FILE}: `{field}` is {raw[field]!r}; only {allowed[0]!r} is supported."
-                )
-        return import_peft().LoraConfig.from_pretrained(str(self.folder))
+    def _check_expressions(self, fields: Mapping[str, Any]) -> None:
+        """Refuse regular expressions that are broken or could take for ever, before any is run."""
+        expressions = [(name, fields[name], 0) for name in _TARGETS[:2] if isinstance(fields.get(name), str)]
+        for name in ("rank_pattern", "alpha_pattern"):  # peft puts `(.*\.)?` before these
+            expressions += [(name, expression, 1) for expression in fields.get(name) or ()]
+        longest = max((len(self._original_name(name)) for name in self._shapes), default=1)
+        steps = 0
+        for number, (field, expression, repeats) in enumerate(expressions):
+            if len(expression) > LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(expression):
+                self._refuse(field, expression, "holds a regular expression that is not read here; spell the names out")
+            steps += len(self._shapes) * count_steps(expression, longest, repeats)
+            if steps > MOST_STEPS or number >= MOST_EXPRESSIONS:
+                self._refuse(field, expression, "would take too long to match; spell fewer names out")
+            try:
+                re.compile(expression)
+            except re.error as error:
+                self._refuse(field, expression, f"holds a broken regular expression ({error})")
+        patterns = fields.get("layers_pattern") or []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if not re.fullmatch(r"\w+", pattern):
+                self._refuse("layers_pattern", pattern, "must hold plain names")
 
-    def _read_modules(self) -> dict[str, dict[str, torch.Tensor]]:
+    def _refuse(self, field: str, value: Any, problem: str) -> None:
+        raise ValueError(f"{self.folder / CONFIG_FILE}: `{field}` {problem}: {shortened(value)}.")
+
+    def _sort_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         modules: dict[str, dict[str, torch.Tensor]] = {}
-        try:
-            tensors = load_file(self.file)
-        except SafetensorError as error:
-            raise ValueError(f"{self.file} is no whole safetensors file ({error}). Fetch it again.") from error
         for key, tensor in tensors.items():
             part = next((part for part in PARTS if key.endswith("." + part)), None)
             if part is None or not key.startswith(PREFIX):
-                raise ValueError(f"{self.file}: unexpected key {key}; expected {PREFIX}<module>.<{'|'.join(PARTS)}>.")
+                raise ValueError(
+                    f"{self.file}: unexpected key {key:.200}; expected {PREFIX}<module>.<{'|'.join(PARTS)}>."
+                )
             name = self._our_name(key[len(PREFIX) : -len(part) - 1])
             if name not in self._shapes:
-                raise ValueError(f"{self.file}: key {key} belongs to no linear layer of this backbone.")
+                raise ValueError(f"{self.file}: key {key:.200} belongs to no linear layer of this backbone.")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{self.file}: {key} holds NaN or infinite values.")
             modules.setdefault(name, {})[part] = tensor
         return modules
 
-    def _check_targets(self) -> None:
+    def _check_targets(self, fields: Mapping[str, Any]) -> None:
         """The layers that the config targets must be those that the file holds."""
-        from_config = import_peft().tuners.tuners_utils.check_target_module_exists
+        peft = import_peft()
+        if not fields.get("target_modules"):
+            self._refuse("target_modules", fields.get("target_modules"), "must name the adapted layers")
+        if fields.get("layers_to_transform") is not None and isinstance(fields["target_modules"], str):
+            self._refuse("layers_to_transform", fields["layers_to_transform"], "needs `target_modules` to be a list")
+        if fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
+            self._refuse("layers_pattern", fields["layers_pattern"], "needs `layers_to_transform`")
+        config = peft.LoraConfig(**{field: fields.get(field) for field in _TARGETS})
         for name in self._shapes:
             original = self._original_name(name)
-            targeted = bool(from_config(self.config, original))
+            targeted = bool(peft.tuners.tuners_utils.check_target_module_exists(config, original))
             if targeted != (name in self.modules):
                 says, holds = ("targets", "holds no") if targeted else ("does not target", "holds")
                 raise ValueError(
                     f"{self.folder / CONFIG_FILE} {says} {original}, but {WEIGHTS_FILE} {holds} weights for it."
                 )
 
-    def _spell_out(self) -> None:
-        """Resolve rank and alpha of each layer by its original name, then address it by ours."""
-        pattern_key = import_peft().utils.other.get_pattern_key
-        given, config = self.config, copy.deepcopy(self.config)
-        config.target_modules = set(self.modules)
-        config.rank_pattern, config.alpha_pattern = {}, {}
-        for name in self.modules:
-            original = self._original_name(name)
-            rank_key = pattern_key(given.rank_pattern.keys(), original)
-            alpha_key = pattern_key(given.alpha_pattern.keys(), original)
-            config.rank_pattern[name] = given.rank_pattern.get(rank_key, given.r)
-            config.alpha_pattern[name] = given.alpha_pattern.get(alpha_key, given.lora_alpha)
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        config.task_type, config.inference_mode = None, True
-        config.init_lora_weights = False  # the file's weights take the place of any
-        self.config = config
+    def _spell_out(self, fields: Mapping[str, Any]) -> Any:
+        """Return peft's config with rank and alpha of each layer, resolved by its original name, under ours."""
+        originals = {name: self._original_name(name) for name in self.modules}
+        resolved = {}
+        for field, everywhere in (("rank_pattern", fields.get("r", 8)), ("alpha_pattern", fields.get("lora_alpha", 8))):
+            patterns = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (fields.get(field) or {}).items()]
+            resolved[field] = {
+                name: next((value for pattern, value in patterns if pattern.match(original)), everywhere)
+                for name, original in originals.items()
+            }
+        return import_peft().LoraConfig(
+            target_modules=set(self.modules),
+            inference_mode=True,
+            init_lora_weights=False,  # the file's weights take the place of any
+            **resolved,
+            **{field: fields.get(field, False) for field in ("use_rslora", "use_dora", "lora_bias")},
+        )
 
     def _check_shapes(self) -> None:
         for name, parts in self.modules.items():
@@ -232,6 +322,24 @@ class Adapter:
             layer.bias[rows] = merged.bias.to(layer.bias.dtype)
 
 
+def count_steps(expression: str, longest: int, repeats: int = 0) -> int:
+    r"""Return an upper bound of the ways in which a regular expression, as `_EXPRESSION` has them, can match a name.
+
+    Args:
+        expression: the expression.
+        longest: characters of the name.
+        repeats: open repetitions (`*`, `+`) besides those of the expression.
+
+    >>> count_steps(r".*\.(q_proj|v_proj)", longest=30)
+    62
+    """
+    repeats += len(re.findall(r"[*+]", expression))  # which share the name's characters out among them
+    steps = math.comb(longest + repeats, repeats) * 2 ** expression.count("?")
+    for alternatives in (*re.findall(r"\(([^)]*)\)", expression), re.sub(r"\([^)]*\)", "", expression)):
+        steps *= alternatives.count("|") + 1
+    return steps
+
+
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's state with unmerged adapters added in float32, under the names of a merged model."""
     state: dict[str, torch.Tensor] = {}
@@ -246,6 +354,80 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
             state[f"{name}.{part}"] = tensor.to(layer.get_base_layer().weight.dtype)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(adapted))}
     return own | state
+
+
+def read_recorded(
+    file: Path, fields: Mapping[str, Any], tokenizer: Any, mask_id: int, render: Callable[..., tuple[str, str]]
+) -> dict[str, Any]:
+    """Read what the method's training recorded beside an adapter, as fields of `DiffRetrieverConfig`.
+
+    Args:
+        file: the adapter's retriever_config.json.
+        fields: what it holds, held against `RETRIEVER_FIELDS`.
+        tokenizer: the tokenizer that the adapter was trained with.
+        mask_id: of its [MASK] token.
+        render: renders a prompt (its three roles) through a tokenizer's chat template: the texts before and after.
+
+    Returns:
+        Budgets, max_length, denoising steps, normalisation, prompts and backbone type.
+
+    Raises:
+        ValueError: a field is missing, or was recorded with another tokenizer.
+    """
+    if missing := [name for name in RETRIEVER_FIELDS if name not in fields]:
+        raise ValueError(f"{file} lacks {', '.join(map(repr, missing))}.")
+    recorded: dict[str, Any] = {ours: fields[theirs] for ours, theirs in RECORDED.items()}
+    for side in ("query", "passage"):
+        try:
+            ids = fields[f"{side}_prefix_ids"], fields[f"{side}_suffix_ids"]
+            recorded[f"{side}_prompt"] = read_prompt(tokenizer, *ids, render)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    if fields["mask_token_id"] != mask_id:
+        raise ValueError(
+            f"{file}: mask_token_id is {fields['mask_token_id']}, the tokenizer's is {mask_id}; they do not fit."
+        )
+    recorded["backbone_type"] = "dream" if fields["model_type"] == "dream" else "llada"
+    return recorded
+
+
+def read_prompt(
+    tokenizer: Any, prefix_ids: list[int], suffix_ids: list[int], render: Callable[..., tuple[str, str]]
+) -> dict[str, str]:
+    """Recover the prompt from the token ids that a training run recorded.
+
+    Args:
+        tokenizer: the tokenizer of the run.
+        prefix_ids: ids before the text.
+        suffix_ids: ids between the text and the masks.
+        render: as for `read_recorded`.
+
+    Returns:
+        The texts of the three roles.
+
+    Raises:
+        ValueError: the ids are no prompt of this tokenizer's chat template, or other ids for the same words.
+    """
+    system, user = "\N{SYMBOL FOR START OF HEADING}", "\N{SYMBOL FOR START OF TEXT}"
+    before, after = render(tokenizer, {"system": system, "user": user + "{text}", "assistant": ""})
+    prefix = tokenizer.decode(prefix_ids, clean_up_tokenization_spaces=False)
+    suffix = tokenizer.decode(suffix_ids, clean_up_tokenization_spaces=False)
+    opening, _, between = before.rstrip(user).partition(system)
+    found = re.fullmatch(f"{re.escape(opening)}(.*){re.escape(between)}(.*)", prefix, re.DOTALL)
+    user_end, closing, assistant = suffix.partition(after or "\0")
+    if not found or not closing:
+        raise ValueError(
+            "The prompt ids recorded for the adapter do not follow the tokenizer's chat template: "
+            f"prefix {prefix!r:.500}, suffix {suffix!r:.500}."
+        )
+    prompt = {"system": found[1], "user": found[2] + "{text}" + user_end, "assistant": assistant}
+    again = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in render(tokenizer, prompt)]
+    if again != [prefix_ids, suffix_ids]:
+        raise ValueError(
+            f"The prompt ids recorded for the adapter read as {prompt!r:.1000}, which this tokenizer turns into other "
+            "ids; the adapter was trained with another tokenizer."
+        )
+    return prompt
 
 
 def import_peft() -> Any:

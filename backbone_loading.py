@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedTokenizerFast
 
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
 BACKBONE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no code, no pickles
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+TOKENIZER_FILES = ("*token*.json", "vocab.json", "merges.txt", "chat_template*", "additional_chat_templates/*")
+LARGEST_TOKENIZER = 32 * 1024 * 1024  # bytes
+SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+LONGEST_SPECIAL_TOKEN = 256  # characters
 CHECKED_ELEMENTS = 4 * 1024 * 1024  # weights looked at together for NaN
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 # LLaDA's module names and ours (LlamaModel's), and Dream's and ours (Qwen2Model's). One regex group a pattern:
 # transformers 5 takes a second one literally. The head's pattern is anchored apart from the blocks' `ff_out`.
@@ -42,64 +40,6 @@ NAME_PATTERNS: dict[str, dict[str, str]] = {
         r"^model\.transformer\.blocks\.(\d+)\.ff_out\b": r"backbone.layers.\1.mlp.down_proj",
     },
     "dream": {r"^model\.": "backbone."},
-}
-
-# What an original config.json must say where a plain Llama or Qwen2 has no such switch.
-FIXED_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "llada": {
-        "activation_type": ("silu",),
-        "alibi": (False,),
-        "attention_layer_norm": (False,),
-        "bias_for_layer_norm": (False, None),
-        "block_group_size": (1, None),
-        "block_type": ("llama",),
-        "clip_qkv": (None,),
-        "include_bias": (False,),
-        "include_qkv_bias": (False, None),
-        "input_emb_norm": (False,),
-        "layer_norm_type": ("rms",),
-        "multi_query_attention": (False, None),
-        "rope": (True,),
-        "rope_full_precision": (True, None),
-        "rope_scaling": (None,),
-        "scale_logits": (False,),
-        "weight_tying": (False,),
-    },
-    "dream": {
-        "hidden_act": ("silu",),
-        "rope_scaling": (None,),
-        "tie_word_embeddings": (False,),
-        "use_sliding_window": (False, None),
-    },
-}
-
-# Our config's field: the original's field.
-CONFIG_FIELDS: dict[str, dict[str, str]] = {
-    "llada": {
-        "vocab_size": "embedding_size",
-        "hidden_size": "d_model",
-        "intermediate_size": "mlp_hidden_size",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "max_position_embeddings": "max_sequence_length",
-        "rms_norm_eps": "rms_norm_eps",
-        "rope_theta": "rope_theta",
-    },
-    "dream": {
-        name: name
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "rope_theta",
-        )
-    },
 }
 
 
@@ -149,9 +89,12 @@ def resolve_folder(
         FileNotFoundError: a path that is not there.
         OSError: the Hub or its cache does not have it.
     """
-    folder = Path(name).expanduser() if beside is None else beside / Path(name).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
+    try:
+        folder = (beside or Path()) / Path(name).expanduser()
+        if folder.is_dir():
+            return folder.resolve()
+    except (OSError, RuntimeError) as error:  # a name too long; no such user's home
+        raise FileNotFoundError(f"{name:.200} is no folder: {error!s:.200}.") from error
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise FileNotFoundError(
             f"{folder} is not there, and {name!r} is no Hub id (organisation/name). If it was moved, pass its new "
@@ -170,21 +113,19 @@ def resolve_folder(
         ) from error
 
 
-def find_weights(config: Any, folder: Path, hub_options: Mapping[str, Any]) -> tuple[Path, str | None]:
-    """Find a release's weights: its own merged ones, or its backbone's, whose config is then read into `config`.
+def find_weights(config: Any, folder: Path, merged: bool, hub_options: Mapping[str, Any]) -> Path:
+    """Find the folder of a release's weights: its own, or its backbone's.
 
     Args:
         config: the release's `DiffRetrieverConfig`.
         folder: the release's folder.
+        merged: whether it holds merged weights of its own.
         hub_options: as for `resolve_folder`.
-
-    Returns:
-        The folder of the weights, and the backbone type whose parameter names they have; None for ours.
 
     Raises:
         ValueError: an option that merged weights cannot take, or no weights anywhere.
     """
-    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
+    if merged:
         for name in ("base_model_name_or_path", "backbone_type", "adapter_name_or_path"):
             if name in config.overrides:
                 raise ValueError(
@@ -192,17 +133,15 @@ def find_weights(config: Any, folder: Path, hub_options: Mapping[str, Any]) -> t
                 )
         if config.backbone_type is None or config.backbone_config is None:
             raise ValueError(f"{folder / 'config.json'} lacks `backbone_type` or `backbone_config` for its weights.")
-        weights, names_of = folder, None
+        weights = folder
     elif config.base_model_name_or_path is None:
         raise ValueError(f"{folder / 'config.json'} names no `base_model_name_or_path`, and {folder} has no weights.")
     else:
         beside = None if "base_model_name_or_path" in config.overrides else folder
         base, revision = str(config.base_model_name_or_path), config.base_model_revision
         weights = resolve_folder(base, beside, revision, hub_options, BACKBONE_FILES)
-        config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
-        names_of = config.backbone_type
     check_no_adapter(weights)
-    return weights, names_of
+    return weights
 
 
 def check_no_adapter(weights: Path) -> None:
@@ -214,156 +153,17 @@ def check_no_adapter(weights: Path) -> None:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object, or say which file is wrong."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def read_backbone_config(folder: Path, backbone_type: str | None = None) -> tuple[str, LlamaConfig | Qwen2Config]:
-    """Read a backbone's original config.json as transformers' own config.
-
-    Args:
-        folder: the backbone's folder.
-        backbone_type: what the release says it is; None accepts either.
-
-    Returns:
-        "llada" or "dream", and the Llama or Qwen2 config.
-
-    Raises:
-        ValueError: another model type, a missing field, or a switch that a Llama or Qwen2 does not have.
-    """
-    file = folder / "config.json"
-    raw = read_json(file)
-    found = str(raw.get("model_type", "")).lower()
-    if found not in NAME_PATTERNS:
-        raise ValueError(
-            f'{file}: model_type is {raw.get("model_type")!r}; DiffRetriever reads "llada" and "Dream" backbones.'
-        )
-    if backbone_type not in (None, found):
-        raise ValueError(f"{file} is a {found} backbone, but the release's `backbone_type` is {backbone_type!r}.")
-    for field, allowed in FIXED_FIELDS[found].items():
-        if raw.get(field, allowed[0]) not in allowed:
-            raise ValueError(f"{file}: `{field}` is {raw[field]!r}; only {allowed[0]!r} is supported.")
-    if found == "llada":
-        raw = _with_llada_defaults(raw)
-    missing = [field for field in CONFIG_FIELDS[found].values() if raw.get(field) is None]
-    if missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)}.")
-    for field in CONFIG_FIELDS[found].values():
-        kind, wanted = (int, "whole") if field not in ("rms_norm_eps", "rope_theta") else ((int, float), "positive")
-        if isinstance(raw[field], bool) or not isinstance(raw[field], kind) or raw[field] <= 0:
-            raise ValueError(f"{file}: `{field}` must be a {wanted} number above 0, got {raw[field]!r}.")
-    values = {ours: raw[theirs] for ours, theirs in CONFIG_FIELDS[found].items()}
-    # Ids stay unset: with a pad id, the embedding would treat the end-of-text token's row as padding.
-    values["mask_token_id"] = raw.get("mask_token_id")
-    values.update(pad_token_id=None, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False, use_cache=False)
-    return found, LlamaConfig(**values) if found == "llada" else Qwen2Config(**values)
-
-
-def _with_llada_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what LLaDA's own configuration class derives."""
-    derived = dict(raw)
-    if raw.get("embedding_size") is None:
-        derived["embedding_size"] = raw.get("vocab_size")
-    if raw.get("n_kv_heads") is None:
-        derived["n_kv_heads"] = raw.get("n_heads")
-    if raw.get("mlp_hidden_size") is None and raw.get("d_model") and raw.get("mlp_ratio"):
-        derived["mlp_hidden_size"] = raw["d_model"] * raw["mlp_ratio"]
-    return derived
-
-
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Read a safetensors file's header and check it against the file's size; no weight is read.
-
-    Returns:
-        {name: {"dtype", "shape", "data_offsets"}}
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, corrupt, pickled, or a git-lfs pointer.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; the checkpoint is incomplete.")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header_bytes = stream.read(length) if length <= min(size - 8, MAX_HEADER) else b""
-    try:
-        header = {name: entry for name, entry in json.loads(header_bytes).items() if name != "__metadata__"}
-        expected = 8 + length + _data_bytes(header)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        what = _not_safetensors(start)
-        raise ValueError(f"{file} is no whole safetensors file ({what}; {size} bytes). Fetch it again.") from error
-    if size != expected:
-        raise ValueError(f"{file} has {size} bytes, its header promises {expected}; it is truncated or corrupt.")
-    return header
-
-
-def _data_bytes(header: dict[str, dict[str, Any]]) -> int:
-    """Return the size of the data that a header describes: tensors end to end, each as large as its shape says."""
-    end = 0
-    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        width = ITEM_BYTES.get(entry["dtype"], 0)
-        if begin != end or (width and stop - begin != width * math.prod(entry["shape"])):
-            raise ValueError("offsets, shapes and dtypes do not fit together")
-        end = stop
-    return end
-
-
-def _not_safetensors(start: bytes) -> str:
-    if start.startswith(b"version "):
-        return "it is a git-lfs pointer, not the weights"
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "it is a pickled torch file, which is never loaded"
-    return "its header is truncated or corrupt"
-
-
-def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Read the headers of a checkpoint's weight files, one or many shards.
-
-    Returns:
-        {original name: (file, header entry)}
-
-    Raises:
-        FileNotFoundError, ValueError: no weights, only pickled ones, a missing or broken shard.
-    """
-    if not (folder / INDEX_FILE).is_file():
-        if not (folder / WEIGHTS_FILE).is_file():
-            pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED_SUFFIXES)
-            hint = f" Pickled files ({', '.join(pickled)}) are never loaded; convert them." if pickled else ""
-            raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}.{hint}")
-        file = folder / WEIGHTS_FILE
-        return {name: (file, entry) for name, entry in read_header(file).items()}
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{folder / INDEX_FILE} must hold `weight_map`, an object from weight names to file names.")
-    headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
-    entries: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name, shard in weight_map.items():
-        if name not in headers[shard]:
-            raise ValueError(f"{folder / INDEX_FILE} places {name} in {shard}, which does not hold it.")
-        entries[name] = (folder / shard, headers[shard][name])
-    for shard, header in headers.items():
-        for name in header.keys() - weight_map.keys():
-            raise ValueError(f"{folder / shard} holds {name}, which {INDEX_FILE} does not list.")
-    return entries
-
-
-def audit_weights(folder: Path, backbone_type: str | None, expected: Mapping[str, Sequence[int]]) -> str:
+def audit_weights(
+    folder: Path,
+    headers: Mapping[str, tuple[Path, Mapping[str, Any]]],
+    backbone_type: str | None,
+    expected: Mapping[str, Sequence[int]],
+) -> str:
     """Check every key and shape of a checkpoint before any weight is read.
 
     Args:
         folder: the checkpoint.
+        headers: what its files hold: {original name: (file, {"dtype", "shape"})}.
         backbone_type: whose names it uses; None for ours (a self-contained release).
         expected: {our parameter name: shape}.
 
@@ -373,11 +173,11 @@ def audit_weights(folder: Path, backbone_type: str | None, expected: Mapping[str
     Raises:
         ValueError: missing or unexpected keys, or another shape; the message names file, key and shapes.
     """
-    found: dict[str, tuple[Path, str, dict[str, Any]]] = {}
-    for name, (file, entry) in read_headers(folder).items():
+    found: dict[str, tuple[Path, str, Mapping[str, Any]]] = {}
+    for name, (file, entry) in headers.items():
         ours = our_name(backbone_type, name) if backbone_type else name
         if ours in found:
-            raise ValueError(f"{file}: {name} and {found[ours][1]} are the same weight under two names.")
+            raise ValueError(f"{file}: {name:.200} and {found[ours][1]:.200} are the same weight under two names.")
         found[ours] = (file, name, entry)
     missing = sorted(expected.keys() - found.keys())
     if missing:
@@ -393,19 +193,19 @@ def audit_weights(folder: Path, backbone_type: str | None, expected: Mapping[str
         if tuple(entry["shape"]) != tuple(shape):
             raise ValueError(f"{file}: {name} has shape {entry['shape']}; config.json asks for {list(shape)}.")
         if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{file}: {name} is stored as {entry['dtype']}; expected BF16, F16 or F32.")
+            raise ValueError(f"{file}: {name} is stored as {shortened(entry['dtype'])}; expected BF16, F16 or F32.")
     return next(iter(found.values()))[2]["dtype"]
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(name[:200] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the tokenizer so that every supported transformers can read it; 5.x alone knows its own class name."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    settings = read_json(file)
+    settings = json.loads(file.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):  # 4.54 wants an object there, and takes a list here
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
@@ -413,7 +213,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         settings.pop(name, None)
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     file = folder / "tokenizer.json"  # half the size without the white space
-    file.write_text(json.dumps(read_json(file), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    rules = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(rules, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def load_tokenizer(folders: list[Path]) -> Any:
@@ -430,12 +231,43 @@ def load_tokenizer(folders: list[Path]) -> Any:
             loader = library.Qwen2TokenizerFast
         else:
             continue
+        for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+            if file.stat().st_size > LARGEST_TOKENIZER:
+                raise ValueError(
+                    f"{file} has {file.stat().st_size} bytes; a tokenizer's have at most {LARGEST_TOKENIZER}."
+                )
+        _check_special_tokens(folder)
         try:
             return loader.from_pretrained(folder)
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise ValueError(f"{folder}: its tokenizer files cannot be read: {error}") from error
+        except BaseException as error:  # the tokenizers library raises plain Exceptions, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{folder}: its tokenizer files cannot be read: {error!s:.300}") from error
     places = " or ".join(map(str, folders))
     raise FileNotFoundError(f"No tokenizer.json, nor vocab.json with merges.txt, in {places}.")
+
+
+def _check_special_tokens(folder: Path) -> None:
+    """Raise ValueError for a long special token: older tokenizers libraries take its length's square of time."""
+    for name in SPECIAL_TOKEN_FILES:
+        try:
+            content = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):  # not there, or for the library to refuse
+            continue
+        if name == "tokenizer.json":
+            content = content.get("added_tokens") if isinstance(content, dict) else None
+        waiting = [content]
+        while waiting:
+            item = waiting.pop()
+            if isinstance(item, dict):
+                waiting += [*item, *(item[field] for field in item if field not in ("chat_template", "name_or_path"))]
+            elif isinstance(item, list):
+                waiting += item
+            elif isinstance(item, str) and len(item) > LONGEST_SPECIAL_TOKEN:
+                raise ValueError(
+                    f"{folder / name} holds a special token of {len(item)} characters, {shortened(item)}; at most "
+                    f"{LONGEST_SPECIAL_TOKEN} are read."
+                )
 
 
 def dtype_argument() -> str:

@@ -6,10 +6,14 @@ import inspect
 import os
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from .checked_files import SIZES, check_fields, check_heads, read_json, refuse_unknown
 
 AUTO_MAP = {
     "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
@@ -36,6 +40,41 @@ BACKBONE_FIELDS = (
     "tie_word_embeddings",
     "use_cache",
 )
+LONGEST_PROMPT = 10_000  # characters of a role's text
+# What our own fields may say, by `check_fields`' rules; the prompts have a check of their own.
+COUNTS = {
+    "num_query_masks": ("whole", 1, 1024),
+    "num_passage_masks": ("whole", 1, 1024),
+    "num_denoise_steps": ("whole", 1, 1024),
+    "max_length": ("whole", 1, 1 << 20),
+    "sparse_top_k": ("whole", 1, 1 << 24),
+}
+RULES: dict[str, tuple[Any, ...]] = COUNTS | {
+    "base_model_name_or_path": ("name", None),
+    "base_model_revision": ("name", None),
+    "adapter_name_or_path": ("name", None),
+    "normalize": ("flag",),
+    "merge_adapter": ("flag", None),
+}
+# What else a config.json may hold: what transformers and its Trainer write. Others could change which weights and whose
+# code transformers loads, so they are the caller's to pass.
+OTHER_FIELDS: dict[str, tuple[Any, ...]] = {
+    "_commit_hash": ("text", None),
+    "_name_or_path": ("text", None),
+    "architectures": ("names", None),
+    "auto_map": ("object", None),
+    "bos_token_id": ("wholes", None),
+    "dtype": ("one of", "bfloat16", "float16", "float32", "float64", None),
+    "eos_token_id": ("wholes", None),
+    "model_type": ("one of", "diffretriever"),
+    "pad_token_id": ("wholes", None),
+    "problem_type": ("one of", None),
+    "release_name": ("text", None),
+    "tie_word_embeddings": ("one of", False, None),
+    "torch_dtype": ("one of", "bfloat16", "float16", "float32", "float64", None),
+    "transformers_version": ("text", None),
+    "use_cache": ("flag", None),
+}
 
 
 @dataclass(frozen=True)
@@ -145,11 +184,22 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.check()
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in transformers; refuses what a release's config.json may not say before anything reads it."""
+        if (file := Path(pretrained_model_name_or_path) / "config.json").is_file():
+            read_json(file)
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        where = f"config.json of {pretrained_model_name_or_path}: "
+        refuse_unknown(where, fields, FIELDS | OTHER_FIELDS.keys())
+        check_fields(where, fields, RULES | OTHER_FIELDS)
+        return fields, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; remembers which fields the caller overrode, since an adapter's own settings yield to
         the caller's but not to the release's."""
         overrides = tuple(name for name in kwargs if name in config_dict or name in FIELDS)
-        kwargs = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in kwargs.items()}
+        kwargs = {name: _plain(value) for name, value in kwargs.items()}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config._overrides = overrides
@@ -226,25 +276,22 @@ class DiffRetrieverConfig(PretrainedConfig):
 
     def check(self) -> None:
         """Raise ValueError for a field that no release can have."""
-        for name in ("base_model_name_or_path", "base_model_revision", "adapter_name_or_path"):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                setattr(self, name, os.fspath(value))
-            elif value is not None and not (isinstance(value, str) and value):
-                raise ValueError(f"config field `{name}` must be a string or null, got {value!r}.")
-        for name, optional in (("normalize", False), ("merge_adapter", True)):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (optional and value is None):
-                raise ValueError(f"config field `{name}` must be true or false{' or null' * optional}, got {value!r}.")
-        for name in ("num_query_masks", "num_passage_masks", "num_denoise_steps", "max_length", "sparse_top_k"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config field `{name}` must be a whole number of at least 1, got {value!r}.")
+        for name in RULES:
+            setattr(self, name, _plain(getattr(self, name)))
+        check_fields("config field ", {name: getattr(self, name) for name in RULES}, RULES)
         if self.backbone_type is not None and self.backbone_type not in BACKBONE_TYPES:
             known = '", "'.join(BACKBONE_TYPES)
-            raise ValueError(f'config field `backbone_type` must be one of "{known}", got {self.backbone_type!r}.')
+            got = shortened(self.backbone_type)
+            raise ValueError(f'config field `backbone_type` must be one of "{known}", got {got}.')
         for name in ("query_prompt", "passage_prompt"):
             check_prompt(name, getattr(self, name))
+
+
+def _plain(value: Any) -> Any:
+    """Return paths and numpy's whole numbers as JSON has them, anything else as it is."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _backbone_fields(config: PretrainedConfig) -> dict[str, Any]:
@@ -256,14 +303,17 @@ def _backbone_fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _read_backbone_fields(fields: dict[str, Any]) -> PretrainedConfig:
-    kinds = ("llama", "qwen2")
-    if fields.get("model_type") not in kinds:
-        raise ValueError(
-            f"config field `backbone_config.model_type` must be one of {kinds}, got {fields.get('model_type')!r}."
-        )
-    missing = [name for name in (*BACKBONE_FIELDS[:9], "rope_theta") if fields.get(name) is None]
+    """Make a Llama or Qwen2 config of what `_backbone_fields` gave."""
+    rules = {"model_type": ("one of", "llama", "qwen2"), "tie_word_embeddings": ("one of", False), **SIZES}
+    rules |= {name: ("whole", 0, 1 << 31, None) for name in BACKBONE_FIELDS if name.endswith("_token_id")}
+    fields = {"model_type": None, **fields}
+    named = {f"backbone_config.{name}": value for name, value in fields.items()}
+    refuse_unknown("config field ", named, [f"backbone_config.{name}" for name in (*BACKBONE_FIELDS, "rope_theta")])
+    check_fields("config field ", named, {f"backbone_config.{name}": rule for name, rule in rules.items()})
+    missing = [name for name in SIZES if fields.get(name) is None]
     if missing:
         raise ValueError(f"config field `backbone_config` lacks {', '.join(missing)}.")
+    check_heads("config field ", fields, {name: f"backbone_config.{name}" for name in SIZES})
     return CONFIG_MAPPING[fields["model_type"]](**fields)
 
 
@@ -274,14 +324,18 @@ def check_prompt(name: str, prompt: Any) -> None:
     if not isinstance(prompt, dict) or set(prompt) != set(ROLES):
         raise ValueError(
             f"config field `{name}` must be null (the paper's wording) or an object with exactly the keys "
-            f"{', '.join(ROLES)}; got {prompt!r}."
+            f"{', '.join(ROLES)}; got {shortened(prompt)}."
         )
     for role in ROLES:
-        if not isinstance(prompt[role], str):
-            raise ValueError(f"config field `{name}.{role}` must be a string, got {prompt[role]!r}.")
+        if not isinstance(prompt[role], str) or len(prompt[role]) > LONGEST_PROMPT:
+            raise ValueError(
+                f"config field `{name}.{role}` must be a string of at most {LONGEST_PROMPT} characters, got "
+                f"{shortened(prompt[role])}."
+            )
     if prompt["user"].count("{text}") != 1:
         raise ValueError(
-            f"config field `{name}.user` must hold the placeholder {{text}} exactly once; got {prompt['user']!r}."
+            f"config field `{name}.user` must hold the placeholder {{text}} exactly once; got "
+            f"{shortened(prompt['user'])}."
         )
 
 

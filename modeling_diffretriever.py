@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ModelOutput
 
-from .adapter_loading import RETRIEVER_FILE, Adapter, merged_state
+from .adapter_loading import (
+    ADAPTER_FIELDS,
+    RETRIEVER_FIELDS,
+    RETRIEVER_FILE,
+    Adapter,
+    find_adapter_files,
+    merged_state,
+    read_recorded,
+)
 from .backbone_loading import (
     NAME_PATTERNS,
     audit_weights,
@@ -32,15 +40,20 @@ from .backbone_loading import (
 )
 from .batching import check_count, check_ids, check_texts, count_workers, encode_in_order, find_masks, run_side_by_side
 from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes, run_layers
+from .checked_files import (
+    check_fields,
+    for_transformers,
+    has_weights,
+    read_backbone_config,
+    read_headers,
+    read_json,
+    read_tensors,
+)
 from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
 from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
 from .sparse_head import confidence_of, sparse_vectors
-from .tokenization_helpers import (
-    PreparedText,
-    RetrievalTokenizer,
-    read_retriever_config,
-)
+from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id, render_prompt
 
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "st_diffretriever.py"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -137,23 +150,28 @@ class DiffRetriever(PreTrainedModel):
         config = DiffRetrieverConfig.to_load(
             folder, config, {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
         )
-        weights, names_of = find_weights(config, folder, hub)
+        merged = has_weights(folder)
+        weights = find_weights(config, folder, merged, hub)
+        if not merged:
+            config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
+        names_of = None if merged else config.backbone_type
         shapes = parameter_shapes(config.backbone_type, config.backbone_config)
-        stored_dtype = audit_weights(weights, names_of, shapes)
+        stored_dtype = audit_weights(weights, read_headers(weights), names_of, shapes)
         tokenizer = load_tokenizer([folder, weights])
         adapter = _read_adapter(config, folder, hub, tokenizer, linear_shapes(shapes))
         if names_of is not None:
             kwargs["key_mapping"] = NAME_PATTERNS[names_of]
         kwargs[dtype_argument()] = choose_dtype(kwargs, stored_dtype)
         kwargs.update(config=config, output_loading_info=True, use_safetensors=True)
-        loaded: Any = super().from_pretrained(weights, *args, **kwargs)
+        with for_transformers(weights) as place:
+            loaded: Any = super().from_pretrained(place, *args, **kwargs)
         model, report = loaded
         problems = {name: found for name in ("missing_keys", "unexpected_keys") if (found := report.get(name))}
         if problems:
-            raise ValueError(f"{weights}: transformers reports {problems}; the weights are not whole.")
+            raise ValueError(f"{weights}: transformers reports {problems!r:.300}; the weights are not whole.")
         model.tokenizer = tokenizer
-        place = None if adapter is None else adapter.folder
-        model.loaded_from = LoadedFrom(folder, weights, place, Path(tokenizer.name_or_path))
+        adapted_from = None if adapter is None else adapter.folder
+        model.loaded_from = LoadedFrom(folder, weights, adapted_from, Path(tokenizer.name_or_path))
         _ = model.texts  # a tokenizer that cannot build the prompts is refused now, not at the first text
         if adapter is not None:
             adapter.add_to(model, model.config.merge_adapter)
@@ -436,10 +454,37 @@ def _read_adapter(
     chosen = "adapter_name_or_path" in config.overrides
     place = resolve_folder(str(config.adapter_name_or_path), None if chosen else folder, None, hub, ADAPTER_FILES)
     if chosen and (place / RETRIEVER_FILE).is_file():
-        recorded = read_retriever_config(place / RETRIEVER_FILE, tokenizer)
+        recorded = read_settings(place / RETRIEVER_FILE, tokenizer)
         if recorded.pop("backbone_type") != kind:
             raise ValueError(f"{place / RETRIEVER_FILE} was trained on another backbone than {kind}.")
         for name, value in recorded.items():
             if name not in config.overrides:
                 setattr(config, name, value)
-    return Adapter(place, layers, lambda name: our_name(kind, name), lambda name: original_name(kind, name))
+    return read_adapter(place, layers, partial(our_name, kind), partial(original_name, kind))
+
+
+def read_settings(file: Path, tokenizer: Any) -> dict[str, Any]:
+    """Read the fields of `DiffRetrieverConfig` that an adapter was trained with, as `read_recorded` returns them."""
+    fields = read_json(file)
+    check_fields(f"{file}: ", fields, RETRIEVER_FIELDS)
+    return read_recorded(file, fields, tokenizer, find_mask_id(tokenizer), render_prompt)
+
+
+def read_adapter(
+    folder: Path,
+    layers: dict[str, tuple[int, int]],
+    our_name: Callable[[str], str],
+    original_name: Callable[[str], str],
+) -> Adapter:
+    """Read an adapter and check that it fits.
+
+    Args:
+        folder: of the adapter.
+        layers, our_name, original_name: the linear layers' shapes and their names, as for `Adapter`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or broken, or the adapter does not fit.
+    """
+    config_file, weights_file = find_adapter_files(folder)
+    fields, tensors = read_json(config_file, ADAPTER_FIELDS), read_tensors(weights_file)
+    return Adapter(folder, fields, tensors, layers, our_name, original_name)

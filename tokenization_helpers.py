@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +25,6 @@ STOPWORDS = frozenset(
     """.split()
 )
 PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-
-# Our config's fields in the retriever_config.json that the method's training writes.
-RETRIEVER_FIELDS = {
-    "backbone_type": "model_type",
-    "num_query_masks": "n_gen_q_tokens",
-    "num_passage_masks": "n_gen_p_tokens",
-    "num_denoise_steps": "num_denoise_steps",
-    "max_length": "max_length",
-    "normalize": "normalize",
-}
 
 # Sentences as NLTK's Punkt splits them without its trained lists: the last . ? or ! of a run of non-blanks ends one if
 # white space or one of these follows; closing quotes and brackets before white space belong to the sentence they end.
@@ -185,73 +175,6 @@ def render_prompt(tokenizer: Any, prompt: dict[str, str]) -> tuple[str, str]:
     return before, after + prompt["assistant"]
 
 
-def read_prompt(tokenizer: Any, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> dict[str, str]:
-    """Recover the prompt from the token ids that a training run recorded (retriever_config.json).
-
-    Args:
-        tokenizer: the tokenizer of the run.
-        prefix_ids: ids before the text.
-        suffix_ids: ids between the text and the masks.
-
-    Returns:
-        The texts of the three roles.
-
-    Raises:
-        ValueError: the ids are no prompt of this tokenizer's chat template, or other ids for the same words.
-    """
-    marks = {"system": "\N{SYMBOL FOR START OF HEADING}", "user": "\N{SYMBOL FOR START OF TEXT}{text}", "assistant": ""}
-    before, after = render_prompt(tokenizer, marks)
-    opening, between = before.rstrip("\N{SYMBOL FOR START OF TEXT}").split("\N{SYMBOL FOR START OF HEADING}")
-    prefix = tokenizer.decode(list(prefix_ids), clean_up_tokenization_spaces=False)
-    suffix = tokenizer.decode(list(suffix_ids), clean_up_tokenization_spaces=False)
-    found = re.fullmatch(f"{re.escape(opening)}(.*){re.escape(between)}(.*)", prefix, re.DOTALL)
-    user_end, closing, assistant = suffix.partition(after)
-    if not found or not closing:
-        raise ValueError(
-            "The prompt ids recorded for the adapter do not follow the tokenizer's chat template: "
-            f"prefix {prefix!r}, suffix {suffix!r}."
-        )
-    prompt = {"system": found[1], "user": found[2] + "{text}" + user_end, "assistant": assistant}
-    again = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in render_prompt(tokenizer, prompt)]
-    if again != [list(prefix_ids), list(suffix_ids)]:
-        raise ValueError(
-            f"The prompt ids recorded for the adapter read as {prompt}, which this tokenizer turns into other ids; "
-            "the adapter was trained with another tokenizer."
-        )
-    return prompt
-
-
-def read_retriever_config(file: Path, tokenizer: Any) -> dict[str, Any]:
-    """Read what the method's training recorded beside an adapter, as fields of `DiffRetrieverConfig`.
-
-    Args:
-        file: the adapter's retriever_config.json.
-        tokenizer: the tokenizer that the adapter was trained with.
-
-    Returns:
-        Budgets, max_length, denoising steps, normalisation, prompts and backbone type.
-
-    Raises:
-        ValueError: a field is missing, or was recorded with another tokenizer.
-    """
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        fields = {ours: raw[theirs] for ours, theirs in RETRIEVER_FIELDS.items()}
-        for side in ("query", "passage"):
-            ids = raw[f"{side}_prefix_ids"], raw[f"{side}_suffix_ids"]
-            fields[f"{side}_prompt"] = read_prompt(tokenizer, *ids)
-        mask_id = raw["mask_token_id"]
-    except KeyError as error:
-        raise ValueError(f"{file} lacks {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    tokenizer_mask = find_mask_id(tokenizer)
-    if mask_id != tokenizer_mask:
-        raise ValueError(f"{file}: mask_token_id is {mask_id}, the tokenizer's is {tokenizer_mask}; they do not fit.")
-    fields["backbone_type"] = {"llada1": "llada"}.get(raw["model_type"], raw["model_type"])
-    return fields
-
-
 class PromptLayout:
     """The fixed parts of one side's sequence: prefix + text (at most `room` tokens) + suffix + [MASK]·K + tail."""
 
@@ -305,12 +228,14 @@ class FramedTokenizer:
         self._word_ids: dict[str, list[int]] = {}
 
     def _plain_ids(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        with in_words(self.tokenizer):
+            return self._plain.encode(text, add_special_tokens=False).ids
 
     def _prompt_ids(self, prompt: dict[str, str]) -> list[list[int]]:
         """Return the ids before and after the text, each part tokenised as one string."""
         parts = render_prompt(self.tokenizer, prompt)
-        return [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        with in_words(self.tokenizer):
+            return [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
 
     def prepare(self, texts: Sequence[str], is_query: bool, content_filter: bool = True) -> list[PreparedText]:
         """Return all that a model needs to know of texts. Special-token strings in a text stay plain text.
@@ -337,18 +262,20 @@ class FramedTokenizer:
         texts = [without_lone_surrogates(text) for text in texts]
         length = 8 * count + 56  # characters; twice as many as `count` tokens of English take
         short = [text if len(text) <= length else "" for text in texts]
-        rows = [encoding.ids[:count] for encoding in self._plain.encode_batch_fast(short, add_special_tokens=False)]
         long = [row for row, text in enumerate(texts) if len(text) > length]
-        encodings = self._plain.encode_batch([texts[row][:length] for row in long], add_special_tokens=False)
-        for row, encoding in zip(long, encodings, strict=True):
-            text, tried, longest = texts[row], length, max(self.LONGEST_BEGINNING, 16 * length)
-            while tried < min(len(text), longest):
-                words = encoding.word_ids
-                if len(words) > count and words[count] <= words[-1] - 2:  # the cut may change the last words' tokens
-                    break
-                tried = min(8 * tried, longest)
-                encoding = self._plain.encode(text[:tried], add_special_tokens=False)
-            rows[row] = encoding.ids[:count]
+        with in_words(self.tokenizer):
+            rows = [encoding.ids[:count] for encoding in self._plain.encode_batch_fast(short, add_special_tokens=False)]
+            encodings = self._plain.encode_batch([texts[row][:length] for row in long], add_special_tokens=False)
+            for row, encoding in zip(long, encodings, strict=True):
+                text, tried, longest = texts[row], length, max(self.LONGEST_BEGINNING, 16 * length)
+                while tried < min(len(text), longest):
+                    words = encoding.word_ids
+                    # The cut may change the last words' tokens.
+                    if len(words) > count and words[count] <= words[-1] - 2:
+                        break
+                    tried = min(8 * tried, longest)
+                    encoding = self._plain.encode(text[:tried], add_special_tokens=False)
+                rows[row] = encoding.ids[:count]
         return rows
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -441,7 +368,7 @@ class RetrievalTokenizer(FramedTokenizer):
     """Builds the sequences that the model reads, and finds text and masks in them again.
 
     Args:
-        tokenizer: a transformers fast tokenizer with chat template, mask, pad and end-of-text tokens.
+        tokenizer: a transformers fast tokenizer with chat template, mask, end-of-turn and end-of-text tokens.
         config: the release's `DiffRetrieverConfig`.
 
     Raises:
@@ -473,9 +400,24 @@ def _plain_backend(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"The tokenizer of {tokenizer.name_or_path!r} is not a fast tokenizer (tokenizer.json).")
-    rules = json.loads(backend.to_str())
-    rules.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    return type(backend).from_str(json.dumps(rules))
+    with in_words(tokenizer):
+        rules = json.loads(backend.to_str())
+        rules.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        return type(backend).from_str(json.dumps(rules))
+
+
+@contextmanager
+def in_words(tokenizer: Any) -> Iterator[None]:
+    """Raise ValueError, naming the tokenizer, for what the tokenizers library raises: plain Exceptions, and panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} (tokenizer.json, tokenizer_config.json) cannot be used: "
+            f"{type(error).__name__}: {error!s:.200}."
+        ) from error
 
 
 def find_mask_id(tokenizer: Any) -> int:

@@ -17,16 +17,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ..model.adapter_loading import Adapter
 from ..model.backbone_loading import (
     audit_weights,
     check_finite,
     check_no_adapter,
     choose_dtype,
     dtype_argument,
-    read_headers,
-    read_json,
 )
+from ..model.checked_files import for_transformers, read_headers, read_json
+from ..model.modeling_diffretriever import read_adapter
 
 CAUSAL: dict[str, Any] = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
 DIFFUSION = ("llada", "dream", "diffretriever")  # model types of what DiffRetriever reads, and of its releases
@@ -68,9 +67,9 @@ def load_causal(folder: Path, method: str, adapter_folder: Path | None, merge: b
     with torch.device("meta"):
         skeleton = CAUSAL[kind](config)
     kwargs[dtype_argument()] = choose_dtype(kwargs, _audit(folder, skeleton))
-    model, report = CAUSAL[kind].from_pretrained(
-        folder, config=config, output_loading_info=True, use_safetensors=True, **kwargs
-    )
+    kwargs.update(config=config, output_loading_info=True, use_safetensors=True)
+    with for_transformers(folder) as place:
+        model, report = CAUSAL[kind].from_pretrained(place, **kwargs)
     if report["missing_keys"]:
         raise ValueError(f"{folder}: transformers left out {sorted(report['missing_keys'])[:5]}.")
     if adapter_folder is not None:
@@ -88,7 +87,7 @@ def _audit(folder: Path, skeleton: PreTrainedModel) -> str:
     for name, (_, entry) in headers.items():
         if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold what transformers computes
             expected[name] = tuple(entry["shape"])
-    return audit_weights(folder, None, expected)
+    return audit_weights(folder, headers, None, expected)
 
 
 def read_causal_config(folder: Path, kind: str) -> PretrainedConfig:
@@ -108,7 +107,7 @@ def read_causal_config(folder: Path, kind: str) -> PretrainedConfig:
 def _add_adapter(model: Any, folder: Path, merge: bool | None, skeleton: nn.Module) -> None:
     linear = {name: layer for name, layer in skeleton.named_modules() if isinstance(layer, nn.Linear)}
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear.items()}
-    adapter = Adapter(folder, shapes, str, str)
+    adapter = read_adapter(folder, shapes, str, str)
     head = model.lm_head
     if "lm_head" in adapter.modules and head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())  # the adapter is the head's, not the embedding's

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.durable import write_json
-from ..model.backbone_loading import read_json
+from ..model.checked_files import read_json
 from ..model.configuration_diffretriever import check_prompt, paper_prompt
 
 CONFIG_FILE = "baseline.json"

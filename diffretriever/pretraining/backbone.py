@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..model.backbone_loading import load_tokenizer, read_backbone_config
+from ..model.backbone_loading import load_tokenizer
+from ..model.checked_files import read_backbone_config
 from ..model.configuration_diffretriever import DiffRetrieverConfig
 from ..model.modeling_diffretriever import DiffRetriever  # made anew here; what is loaded comes from AutoModel alone
 

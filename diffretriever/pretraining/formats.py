@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import nn
 
 from ..files.durable import write_json, write_whole
-from ..model.backbone_loading import CONFIG_FIELDS, WEIGHTS_FILE, load_tokenizer, original_name
+from ..model.backbone_loading import load_tokenizer, original_name
+from ..model.checked_files import CONFIG_FIELDS, WEIGHTS_FILE
 from ..model.configuration_diffretriever import ROLES
 from ..model.tokenization_helpers import find_mask_id
 from .recipe import Shape

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from ..files.hashes import hash_file
 from ..files.lines import read_object
 from ..files.removal import remove_file
 from ..model import backbone_loading as backbones
+from ..model import checked_files as files
 from ..model import configuration_diffretriever
-from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE, Adapter
+from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE
 from ..model.bidirectional_layers import linear_shapes, parameter_shapes
 from ..model.configuration_diffretriever import AUTO_MAP, DiffRetrieverConfig, paper_prompt
-from ..model.modeling_diffretriever import ADAPTER_FILES
-from ..model.tokenization_helpers import RetrievalTokenizer, read_retriever_config
+from ..model.modeling_diffretriever import ADAPTER_FILES, read_adapter, read_settings
+from ..model.tokenization_helpers import RetrievalTokenizer
 from . import card, probe, record
 from .hub import find_folder
 from .releases import BACKBONE_FOLDER, CODE_FILES, RELEASES, SENTENCE_TRANSFORMERS_FILE, check_name, check_repo_id
@@ -156,19 +158,15 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     """Find backbone and adapter, and check that they, tokenizer and settings fit."""
     backbone = find_folder(base, SETTINGS_FILES)
     adapter_folder = None if adapter is None else find_folder(adapter, ADAPTER_FILES)
-    backbone_type, backbone_config = backbones.read_backbone_config(backbone)
+    backbone_type, backbone_config = files.read_backbone_config(backbone)
     shapes = parameter_shapes(backbone_type, backbone_config)
     if any(backbone.glob("*.safetensors")):
-        backbones.audit_weights(backbone, backbone_type, shapes)
+        backbones.audit_weights(backbone, files.read_headers(backbone), backbone_type, shapes)
     tokenizer = backbones.load_tokenizer([folder for folder in (adapter_folder, backbone) if folder is not None])
     fields = dict(settings)
     if adapter_folder is not None:
-        Adapter(
-            adapter_folder,
-            linear_shapes(shapes),
-            lambda name: backbones.our_name(backbone_type, name),
-            lambda name: backbones.original_name(backbone_type, name),
-        )
+        names = (partial(name_in, backbone_type) for name_in in (backbones.our_name, backbones.original_name))
+        read_adapter(adapter_folder, linear_shapes(shapes), *names)
         fields = _with_recorded(adapter_folder, tokenizer, settings, backbone_type)
     config = DiffRetrieverConfig(
         backbone_type=backbone_type,
@@ -194,7 +192,7 @@ def _with_recorded(
             flags = ", ".join("--" + name.replace("_", "-") for name in sorted(missing))
             raise FileNotFoundError(f"{file} is not there, so the adapter's budgets are unknown; pass {flags}.")
         return settings
-    recorded = read_retriever_config(file, tokenizer)
+    recorded = read_settings(file, tokenizer)
     for name, value in {**settings, "backbone_type": backbone_type}.items():
         if recorded[name] != value:
             raise ValueError(f"{file} says {name} = {recorded[name]!r}, but {value!r} was asked for.")
@@ -217,7 +215,7 @@ def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
 
 def _backbone_files(backbone: Path) -> list[str]:
     """Name what belongs to a backbone: its settings by name and its weights by the index, whatever lies beside them."""
-    weights = {file.name for file, _ in backbones.read_headers(backbone).values()}
+    weights = {file.name for file, _ in files.read_headers(backbone).values()}
     return [*BACKBONE_SETTINGS, *sorted(weights)]
 
 
@@ -247,7 +245,7 @@ def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> 
         repo_id,
         recording.known_as,
         parts.backbone.name,
-        backbones.read_backbone_config(parts.backbone)[1].hidden_size,
+        files.read_backbone_config(parts.backbone)[1].hidden_size,
         len(prompt.prefix) + len(prompt.suffix),
         read_object(made / "adapter" / CONFIG_FILE) if adapter_sha256 else None,
         adapter_sha256,

@@ -12,6 +12,7 @@ CODE_FILES = (
     "backbone_loading.py",
     "batching.py",
     "bidirectional_layers.py",
+    "checked_files.py",
     "configuration_diffretriever.py",
     "modeling_diffretriever.py",
     "saved_folder.py",

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from .. import __version__
 from ..files.hashes import hash_file
 from ..model.adapter_loading import WEIGHTS_FILE
-from ..model.backbone_loading import read_headers
+from ..model.checked_files import read_headers
 from .differences import MODEL_OPTIONS, SHA256, tell_apart
 from .manifest import Settings
 from .model_parts import model_parts

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from diffretriever.model import adapter_loading
+from diffretriever.model.checked_files import read_json, read_tensors
 from diffretriever.publishing import build as building
 
 Load = Callable[..., Any]
@@ -215,7 +216,11 @@ def read_adapter(kind: str, folder: Path, model: Any) -> adapter_loading.Adapter
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
     ours = {original_key(kind, name + ".weight").removesuffix(".weight"): name for name in modules}
     theirs = {name: original for original, name in ours.items()}
-    return adapter_loading.Adapter(folder, shapes, lambda name: ours.get(name, name), lambda name: theirs[name])
+    fields = read_json(folder / "adapter_config.json", adapter_loading.ADAPTER_FIELDS)
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    return adapter_loading.Adapter(
+        folder, fields, tensors, shapes, lambda name: ours.get(name, name), lambda name: theirs[name]
+    )
 
 
 def test_the_output_head_is_adapted(tmp_path: Path, build_release: Build, load_release: Load) -> None:
@@ -370,5 +375,7 @@ def test_truncated_adapter(tmp_path: Path, build_release: Build) -> None:
     adapter = copy_adapter("llada-single", tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is no whole safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors has \d+ bytes, its header promises \d+; it is trunc"
+    ):
         load(build_release("tiny-llada"), adapter_name_or_path=adapter)

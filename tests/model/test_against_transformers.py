@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from diffretriever.model.backbone_loading import our_name, read_backbone_config
+from diffretriever.model.backbone_loading import our_name
+from diffretriever.model.checked_files import read_backbone_config
 
 FOLDERS = Path(__file__).parents[1] / "parity" / "backbones"
 TEXTS = ["what causes the seasons on earth?", "", "a cat", "the tilt of the axis " * 8]

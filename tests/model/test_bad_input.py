@@ -273,5 +273,6 @@ class TokenizerWithout:
     ],
 )
 def test_tokenizers_that_will_not_do(changed: dict[str, Any], message: str, own: Any) -> None:
+    lacking = TokenizerWithout(own.tokenizer, **changed)
     with pytest.raises(ValueError, match=message):
-        RetrievalTokenizer(TokenizerWithout(own.tokenizer, **changed), own.config)
+        RetrievalTokenizer(lacking, own.config)

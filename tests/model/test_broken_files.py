@@ -129,7 +129,7 @@ def drop(*keys: str) -> Callable[[Path], Any]:
         (put(UP, 64, 192), r"blocks\.1\.up_proj\.weight has shape \[64, 192\]; config\.json asks for \[192, 64\]"),
         (
             lambda b: edit_weights(b / WEIGHTS, lambda t: t.update({UP: torch.ones(192, 64, dtype=torch.int8)})),
-            r"blocks\.1\.up_proj\.weight is stored as I8; expected BF16, F16 or F32",
+            r"blocks\.1\.up_proj\.weight is stored as 'I8'; expected BF16, F16 or F32",
         ),
     ],
 )
@@ -194,9 +194,9 @@ def config(**changes: Any) -> Callable[[Path], Any]:
         ("llada", config(model_type="llama"), "config\\.json: model_type is 'llama'; DiffRetriever reads"),
         ("llada", config(model_type=REMOVED), r"config\.json: model_type is None"),
         ("llada", config(d_model=REMOVED, rope_theta=None), r"config\.json lacks d_model, rope_theta"),
-        ("llada", config(n_heads="4"), r"config\.json: `n_heads` must be a whole number above 0, got '4'"),
-        ("llada", config(n_layers=0), r"config\.json: `n_layers` must be a whole number above 0, got 0"),
-        ("llada", config(rms_norm_eps=-1), r"config\.json: `rms_norm_eps` must be a positive number"),
+        ("llada", config(n_heads="4"), r"config\.json: `n_heads` must be a whole number of at least 1, got '4'"),
+        ("llada", config(n_layers=0), r"config\.json: `n_layers` must be a whole number of at least 1, got 0"),
+        ("llada", config(rms_norm_eps=-1), r"config\.json: `rms_norm_eps` must be a number of at least 1e-12, got -1"),
         ("llada", config(alibi=True), r"config\.json: `alibi` is True; only False is supported"),
         ("llada", config(weight_tying=True), r"config\.json: `weight_tying` is True; only False"),
         ("llada", config(rope=False), r"config\.json: `rope` is False; only True"),

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,14 @@ import pytest
 import torch
 from checkpoint_folders import KINDS, PARITY
 
-from diffretriever.model import adapter_loading
-from diffretriever.model.adapter_loading import Adapter
+from diffretriever.model.adapter_loading import ADAPTER_FIELDS, Adapter
 from diffretriever.model.backbone_loading import (
-    INDEX_FILE,
     audit_weights,
     original_name,
     our_name,
-    read_backbone_config,
 )
 from diffretriever.model.bidirectional_layers import linear_shapes, parameter_shapes
+from diffretriever.model.checked_files import INDEX_FILE, read_backbone_config, read_headers, read_json
 
 Shapes = dict[str, tuple[int, ...]]
 PARAMETERS = {"llada": 8_015_581_184, "dream": 7_615_616_512}
@@ -126,7 +125,7 @@ def test_every_key_and_shape(kind: str, checkpoint: Callable[[str], Path]) -> No
     folder = checkpoint(kind)
     found, shapes = expected_shapes(folder)
     assert found == kind
-    assert audit_weights(folder, kind, shapes) == "BF16"
+    assert audit_weights(folder, read_headers(folder), kind, shapes) == "BF16"
     assert sum(map(math.prod, shapes.values())) == PARAMETERS[kind]
     assert {original_name(kind, name): shape for name, shape in shapes.items()} == KEYS[kind]
     assert {our_name(kind, name): shape for name, shape in KEYS[kind].items()} == shapes
@@ -140,10 +139,10 @@ def test_one_key_less_or_more_is_seen(kind: str, tmp_path: Path) -> None:
     del keys[gone]
     folder = write_sparse_checkpoint(kind, tmp_path / "less", keys)
     with pytest.raises(ValueError, match=f"lacks 1 of {len(KEYS[kind])} weights: {gone}"):
-        audit_weights(folder, *expected_shapes(folder))
+        audit_weights(folder, read_headers(folder), *expected_shapes(folder))
     folder = write_sparse_checkpoint(kind, tmp_path / "more", KEYS[kind] | {"model.extra.weight": (3, 3)})
     with pytest.raises(ValueError, match=r"1 weights .* no place for: model\.extra\.weight"):
-        audit_weights(folder, *expected_shapes(folder))
+        audit_weights(folder, read_headers(folder), *expected_shapes(folder))
 
 
 LLADA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
@@ -162,25 +161,20 @@ def adapter_keys(kind: str, rank: int = 16) -> Shapes:
     return shapes
 
 
-def read_adapter(kind: str, folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, keys: Shapes) -> Adapter:
-    folder.mkdir()
+def read_adapter(kind: str, folder: Path, checkpoint: Path, keys: Shapes) -> Adapter:
     targets = LLADA_TARGETS if kind == "llada" else DREAM_TARGETS
     peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.05, target_modules=list(targets)).save_pretrained(str(folder))
-    (folder / "adapter_model.safetensors").touch()
+    fields = read_json(folder / "adapter_config.json", ADAPTER_FIELDS)
     zero = torch.zeros(())  # one number seen as every tensor: right shapes, no memory
-    monkeypatch.setattr(adapter_loading, "load_file", lambda file: {k: zero.expand(s) for k, s in keys.items()})
-    _, shapes = expected_shapes(checkpoint)
-    return Adapter(
-        folder, linear_shapes(shapes), lambda name: our_name(kind, name), lambda name: original_name(kind, name)
-    )
+    tensors = {name: zero.expand(shape) for name, shape in keys.items()}
+    layers = linear_shapes(expected_shapes(checkpoint)[1])
+    return Adapter(folder, fields, tensors, layers, partial(our_name, kind), partial(original_name, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_released_adapters_fit(
-    kind: str, tmp_path: Path, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_released_adapters_fit(kind: str, tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     keys = adapter_keys(kind)
-    adapter = read_adapter(kind, tmp_path / "adapter", checkpoint(kind), monkeypatch, keys)
+    adapter = read_adapter(kind, tmp_path / "adapter", checkpoint(kind), keys)
     layers = {"llada": 32, "dream": 28}[kind]
     assert len(adapter.modules) == 7 * layers + (kind == "llada") == len(keys) // 2
     assert ("lm_head" in adapter.modules) == (kind == "llada")
@@ -188,9 +182,7 @@ def test_released_adapters_fit(
     assert set(adapter.config.alpha_pattern.values()) == {64}
 
 
-def test_llada_adapter_without_its_head_is_seen(
-    tmp_path: Path, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llada_adapter_without_its_head_is_seen(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     keys = {name: shape for name, shape in adapter_keys("llada").items() if "transformer.ff_out" not in name}
     with pytest.raises(ValueError, match=r"targets model\.transformer\.ff_out, but .* holds no weights for it"):
-        read_adapter("llada", tmp_path / "adapter", checkpoint("llada"), monkeypatch, keys)
+        read_adapter("llada", tmp_path / "adapter", checkpoint("llada"), keys)

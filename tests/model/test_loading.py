@@ -337,13 +337,19 @@ def test_zero_shot_equals_a_release_without_adapter(build_release: Build, load_r
         ({"merge_adapter": 1}, "`merge_adapter` must be true or false or null, got 1"),
         ({"backbone_type": "bert"}, '`backbone_type` must be one of "llada", "dream", got \'bert\''),
         ({"backbone_type": "dream"}, "is a llada backbone, but the release's `backbone_type` is 'dream'"),
-        ({"base_model_name_or_path": 5}, "`base_model_name_or_path` must be a string or null, got 5"),
+        (
+            {"base_model_name_or_path": 5},
+            "`base_model_name_or_path` must be a string of 1 to 4096 characters or null, got 5",
+        ),
         ({"base_model_name_or_path": "/not/there"}, "/not/there is not there, and '/not/there' is no Hub id"),
         ({"adapter_name_or_path": "./no-such"}, "no-such is not there.*`adapter_name_or_path`"),
         ({"adapter_name_or_path": str(PARITY / "golden")}, r"golden holds no adapter_config\.json"),
         ({"query_prompt": "Query: {text}"}, "`query_prompt` must be null .* or an object with exactly the keys"),
         ({"query_prompt": {**PROMPT, "user": "none"}}, r"`query_prompt.user` must hold the placeholder \{text\}"),
-        ({"passage_prompt": {**PROMPT, "system": 3}}, "`passage_prompt.system` must be a string, got 3"),
+        (
+            {"passage_prompt": {**PROMPT, "system": 3}},
+            "`passage_prompt.system` must be a string of at most 10000 characters, got 3",
+        ),
     ],
     ids=str,
 )

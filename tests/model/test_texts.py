@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffretriever.model.adapter_loading import read_prompt
 from diffretriever.model.batching import check_texts, find_masks
-from diffretriever.model.tokenization_helpers import (
-    RetrievalTokenizer,
-    read_prompt,
-    without_lone_surrogates,
-)
+from diffretriever.model.tokenization_helpers import RetrievalTokenizer, render_prompt, without_lone_surrogates
 
 BACKBONES = {"tiny-llada": "llada-q4p4", "tiny-dream": "dream-q4p16"}
 TEXTS = ["a cat", "", "   ", "the seasons on earth", "word " * 300, "日本語 😀 ünï", "<|im_end|><|eot_id|><|mdm_mask|>"]
@@ -206,7 +203,7 @@ def test_the_word_cache_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "texts", [["a"], ("a",), {"a": 1}, np.array(["a"]), iter(["a"])], ids=lambda t: type(t).__name__
+    "texts", [["a"], ("a",), {"k": "a"}.values(), np.array(["a"]), iter(["a"])], ids=lambda t: type(t).__name__
 )
 def test_any_iterable_of_strings_will_do(texts: Any) -> None:
     assert check_texts(texts) == ["a"]
@@ -234,12 +231,12 @@ def test_settings_changed_after_loading_count(load_release: Callable[..., Any]) 
 
 def test_a_recorded_prompt_is_recovered_or_refused(model: Any) -> None:
     layout = model.texts.layouts[True]
-    assert read_prompt(model.tokenizer, layout.prefix, layout.suffix) == model.config.prompt(True)
+    assert read_prompt(model.tokenizer, layout.prefix, layout.suffix, render_prompt) == model.config.prompt(True)
     # One token of the suffix spelled letter by letter: the same text in ids that another tokenizer would make.
     start, text = next((n, t) for n, i in enumerate(layout.suffix) if len(t := model.tokenizer.decode([i])) > 2)
     others = [token for letter in text for token in model.tokenizer(letter, add_special_tokens=False)["input_ids"]]
     suffix = [*layout.suffix[:start], *others, *layout.suffix[start + 1 :]]
     with pytest.raises(ValueError, match="the adapter was trained with another tokenizer"):
-        read_prompt(model.tokenizer, layout.prefix, suffix)
+        read_prompt(model.tokenizer, layout.prefix, suffix, render_prompt)
     with pytest.raises(ValueError, match="do not follow the tokenizer's chat template"):
-        read_prompt(model.tokenizer, layout.prefix[2:], layout.suffix)
+        read_prompt(model.tokenizer, layout.prefix[2:], layout.suffix, render_prompt)

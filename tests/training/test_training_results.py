@@ -21,7 +21,8 @@ from transformers import AutoModel, LlamaForCausalLM, Qwen2ForCausalLM
 
 from diffretriever.cli.main import main
 from diffretriever.data.pair_files import PairFiles
-from diffretriever.model.backbone_loading import our_name, read_backbone_config
+from diffretriever.model.backbone_loading import our_name
+from diffretriever.model.checked_files import read_backbone_config
 from diffretriever.publishing import build as building
 from diffretriever.training.budget import training_task
 
