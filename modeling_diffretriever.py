@@ -40,6 +40,7 @@ from .backbone_loading import (
 )
 from .batching import check_count, check_ids, check_texts, count_workers, encode_in_order, find_masks, run_side_by_side
 from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes, run_layers
+from .chat_template import render_prompt, render_prompts
 from .checked_files import (
     check_fields,
     for_transformers,
@@ -53,7 +54,7 @@ from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
 from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
 from .sparse_head import confidence_of, sparse_vectors
-from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id, render_prompt
+from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id
 
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "st_diffretriever.py"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -252,7 +253,7 @@ class DiffRetriever(PreTrainedModel):
         settings += tuple(tuple(config.prompt(side).values()) for side in (True, False))
         if self._texts is None or self._texts[0] != settings:
             config.check()
-            self._texts = (settings, RetrievalTokenizer(self.tokenizer, config))
+            self._texts = (settings, RetrievalTokenizer(self.tokenizer, config, render_prompts(self.tokenizer, config)))
         return self._texts[1]
 
     def tokenize(self, texts: Sequence[str], is_query: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -142,39 +142,6 @@ def without_lone_surrogates(text: str) -> str:
     return text
 
 
-def render_prompt(tokenizer: Any, prompt: dict[str, str]) -> tuple[str, str]:
-    """Render a prompt through the tokenizer's chat template and cut it at the text.
-
-    Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        prompt: texts of the roles system, user (with `{text}`) and assistant.
-
-    Returns:
-        Everything before the text, and everything between the text and the masks.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or its template does not show the text once.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template (`chat_template` in "
-            "tokenizer_config.json or chat_template.jinja); the retrieval prompt needs one."
-        )
-    sentinel = "\N{SYMBOL FOR SUBSTITUTE}"  # the prompt is ours, not the user's: nothing in it looks like this
-    messages = [
-        {"role": "system", "content": prompt["system"]},
-        {"role": "user", "content": prompt["user"].replace("{text}", sentinel)},
-    ]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, found, after = rendered.partition(sentinel)
-    if not found or sentinel in after:
-        raise ValueError(
-            f"The chat template of the tokenizer of {tokenizer.name_or_path!r} shows the user's text "
-            f"{rendered.count(sentinel)} times; it must show it once."
-        )
-    return before, after + prompt["assistant"]
-
-
 class PromptLayout:
     """The fixed parts of one side's sequence: prefix + text (at most `room` tokens) + suffix + [MASK]·K + tail."""
 
@@ -231,9 +198,8 @@ class FramedTokenizer:
         with in_words(self.tokenizer):
             return self._plain.encode(text, add_special_tokens=False).ids
 
-    def _prompt_ids(self, prompt: dict[str, str]) -> list[list[int]]:
-        """Return the ids before and after the text, each part tokenised as one string."""
-        parts = render_prompt(self.tokenizer, prompt)
+    def _prompt_ids(self, parts: tuple[str, str]) -> list[list[int]]:
+        """Return the ids before and after the text, each part of the prompt tokenised as one string."""
         with in_words(self.tokenizer):
             return [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
 
@@ -368,23 +334,24 @@ class RetrievalTokenizer(FramedTokenizer):
     """Builds the sequences that the model reads, and finds text and masks in them again.
 
     Args:
-        tokenizer: a transformers fast tokenizer with chat template, mask, end-of-turn and end-of-text tokens.
+        tokenizer: a transformers fast tokenizer with mask, end-of-turn and end-of-text tokens.
         config: the release's `DiffRetrieverConfig`.
+        prompts: the texts before and after a query (True) and a passage (False), from `render_prompts`.
 
     Raises:
-        ValueError: no fast tokenizer, no mask token or chat template, or `max_length` leaves no room for text.
+        ValueError: no fast tokenizer, no mask token, or `max_length` leaves no room for text.
     """
 
     mask_id: int
 
-    def __init__(self, tokenizer: Any, config: Any) -> None:
+    def __init__(self, tokenizer: Any, config: Any, prompts: Mapping[bool, tuple[str, str]]) -> None:
         mask_id = find_mask_id(tokenizer)
         super().__init__(tokenizer)
         self.mask_id, self.max_length = mask_id, config.max_length
         end_of_turn = _special_id(tokenizer, "end-of-turn", ("<|eot_id|>", "<|im_end|>"))
         tail = [*self._plain_ids('"'), end_of_turn, self.end_of_text_id]  # paper Eq. 1
         for is_query, side in ((True, "query"), (False, "passage")):
-            prefix, suffix = self._prompt_ids(config.prompt(is_query))
+            prefix, suffix = self._prompt_ids(prompts[is_query])
             length = len(prefix) + len(suffix)
             if self.max_length <= length:
                 raise ValueError(

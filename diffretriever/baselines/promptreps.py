@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from ..model.chat_template import render_prompt
 from ..model.tokenization_helpers import FramedTokenizer, PromptLayout
 from .baseline import Baseline, BaselineOutput, evaluation_mode
 from .causal import final_states, position_ids
@@ -30,7 +31,7 @@ class PromptRepsTokenizer(FramedTokenizer):
     def __init__(self, tokenizer: Any, config: BaselineConfig) -> None:
         super().__init__(tokenizer)
         for is_query in (True, False):
-            prefix, suffix = self._prompt_ids(config.prompt(is_query))
+            prefix, suffix = self._prompt_ids(render_prompt(tokenizer, config.prompt(is_query)))
             self.layouts[is_query] = PromptLayout(prefix, suffix, config.text_length(is_query), [], [])
 
     def stopping_tokens(self, vocab_size: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..model.batching import find_masks
+from ..model.chat_template import render_prompts
 from ..model.configuration_diffretriever import DiffRetrieverConfig
 from ..model.modeling_diffretriever import DiffRetriever
 from ..model.tokenization_helpers import RetrievalTokenizer
@@ -115,9 +116,10 @@ class StageSteps:
 def prompt_rules(model: DiffRetriever, k: int, room: int) -> RetrievalTokenizer:
     """Return the tokenisation rules for K masks on either side, with room for so many tokens of text."""
     config = DiffRetrieverConfig(num_query_masks=k, num_passage_masks=k)
-    layouts = RetrievalTokenizer(model.tokenizer, config).layouts.values()
+    prompts = render_prompts(model.tokenizer, config)
+    layouts = RetrievalTokenizer(model.tokenizer, config, prompts).layouts.values()
     config.max_length = room + max(len(layout.prefix) + len(layout.suffix) for layout in layouts)
-    return RetrievalTokenizer(model.tokenizer, config)
+    return RetrievalTokenizer(model.tokenizer, config, prompts)
 
 
 def build_optimizer(model: DiffRetriever, stage: Stage) -> torch.optim.AdamW:

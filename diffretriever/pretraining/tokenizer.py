@@ -23,8 +23,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from ..files.durable import write_json, write_text
+from ..model.chat_template import render_prompt
 from ..model.configuration_diffretriever import paper_prompt
-from ..model.tokenization_helpers import render_prompt
 
 PROMPTS = [paper_prompt(side, num_masks) for side in ("query", "passage") for num_masks in (1, 4)]
 PROMPT_REPEATS = 20_000  # so often does training see the prompt: enough for every merge inside its sentences

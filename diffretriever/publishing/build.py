@@ -19,6 +19,7 @@ from ..model import checked_files as files
 from ..model import configuration_diffretriever
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE
 from ..model.bidirectional_layers import linear_shapes, parameter_shapes
+from ..model.chat_template import render_prompts
 from ..model.configuration_diffretriever import AUTO_MAP, DiffRetrieverConfig, paper_prompt
 from ..model.modeling_diffretriever import ADAPTER_FILES, read_adapter, read_settings
 from ..model.tokenization_helpers import RetrievalTokenizer
@@ -175,7 +176,7 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     )
     if adapter_folder is not None:  # trained with these words; the zero-shot model's follow its budgets
         config.query_prompt, config.passage_prompt = config.prompt(True), config.prompt(False)
-    RetrievalTokenizer(tokenizer, config)  # refuses what could not be encoded later
+    RetrievalTokenizer(tokenizer, config, render_prompts(tokenizer, config))  # refuses what could not be encoded later
     origin = None
     if adapter is not None and adapter_folder is not None and not Path(adapter).expanduser().is_dir():
         origin = {"repo_id": adapter, "revision": adapter_folder.name}
@@ -240,7 +241,7 @@ def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> 
     check_repo_id("--repo-id", repo_id)
     weights = made / "adapter" / WEIGHTS_FILE
     adapter_sha256 = hash_file(weights) if weights.is_file() else None
-    prompt = RetrievalTokenizer(parts.tokenizer, config).layouts[True]
+    prompt = RetrievalTokenizer(parts.tokenizer, config, render_prompts(parts.tokenizer, config)).layouts[True]
     facts = card.CardFacts(
         repo_id,
         recording.known_as,

@@ -12,6 +12,7 @@ CODE_FILES = (
     "backbone_loading.py",
     "batching.py",
     "bidirectional_layers.py",
+    "chat_template.py",
     "checked_files.py",
     "configuration_diffretriever.py",
     "modeling_diffretriever.py",

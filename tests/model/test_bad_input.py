@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from diffretriever.model.chat_template import render_prompts
 from diffretriever.model.tokenization_helpers import RetrievalTokenizer
 
 
@@ -269,10 +270,10 @@ class TokenizerWithout:
         ({"chat_template": None}, "has no chat template"),
         ({"backend_tokenizer": None}, r"is not a fast tokenizer \(tokenizer.json\)"),
         ({"get_vocab": dict}, r"has no \[MASK\] token \(looked for <\|mdm_mask\|>, <\|mask\|>"),
-        ({"apply_chat_template": lambda *_, **__: "nothing"}, "shows the user's text 0 times; it must show it once"),
+        ({"get_chat_template": lambda *_, **__: "nothing"}, "shows the user's text 0 times; it must show it once"),
     ],
 )
 def test_tokenizers_that_will_not_do(changed: dict[str, Any], message: str, own: Any) -> None:
     lacking = TokenizerWithout(own.tokenizer, **changed)
     with pytest.raises(ValueError, match=message):
-        RetrievalTokenizer(lacking, own.config)
+        RetrievalTokenizer(lacking, own.config, render_prompts(lacking, own.config))

@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from diffretriever.model.backbone_loading import audit_weights, load_tokenizer, original_name, our_name
 from diffretriever.model.bidirectional_layers import linear_shapes, parameter_shapes
+from diffretriever.model.chat_template import render_prompts
 from diffretriever.model.checked_files import read_backbone_config, read_headers, read_json
 from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
 from diffretriever.model.modeling_diffretriever import read_adapter, read_settings
@@ -350,7 +351,7 @@ def read_whole_backbone(folder: Path) -> None:
 
 def read_whole_tokenizer(folder: Path) -> None:
     tokenizer, config = load_tokenizer([folder]), DiffRetrieverConfig(max_length=2000)
-    RetrievalTokenizer(tokenizer, config).prepare(["a cat", "b"], True, True)
+    RetrievalTokenizer(tokenizer, config, render_prompts(tokenizer, config)).prepare(["a cat", "b"], True, True)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -360,6 +361,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ),
     "config.json": read_whole_backbone,
     INDEX: read_whole_backbone,
+    "tokenizer_config.json": read_whole_tokenizer,
     "tokenizer.json": read_whole_tokenizer,
     "release/config.json": DiffRetrieverConfig.from_pretrained,
 }

@@ -13,7 +13,8 @@ import torch
 
 from diffretriever.model.adapter_loading import read_prompt
 from diffretriever.model.batching import check_texts, find_masks
-from diffretriever.model.tokenization_helpers import RetrievalTokenizer, render_prompt, without_lone_surrogates
+from diffretriever.model.chat_template import render_prompt, render_prompts
+from diffretriever.model.tokenization_helpers import RetrievalTokenizer, without_lone_surrogates
 
 BACKBONES = {"tiny-llada": "llada-q4p4", "tiny-dream": "dream-q4p16"}
 TEXTS = ["a cat", "", "   ", "the seasons on earth", "word " * 300, "日本語 😀 ünï", "<|im_end|><|eot_id|><|mdm_mask|>"]
@@ -187,13 +188,13 @@ def test_a_full_word_cache_changes_nothing(model: Any, monkeypatch: pytest.Monke
     texts = ["red green blue", "green yellow", "red blue violet", "red green blue"]
     expected = model.content_token_ids(texts)
     monkeypatch.setattr(RetrievalTokenizer, "WORD_CACHE_SIZE", 2)
-    fresh = RetrievalTokenizer(model.tokenizer, model.config)
+    fresh = RetrievalTokenizer(model.tokenizer, model.config, render_prompts(model.tokenizer, model.config))
     assert [fresh.content_ids(text) for text in texts] == expected
 
 
 def test_the_word_cache_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RetrievalTokenizer, "WORD_CACHE_SIZE", 100)
-    fresh = RetrievalTokenizer(model.tokenizer, model.config)
+    fresh = RetrievalTokenizer(model.tokenizer, model.config, render_prompts(model.tokenizer, model.config))
     tracemalloc.start()
     for number in range(10_000):
         fresh.content_ids(f"word{number}")

@@ -23,8 +23,8 @@ import publish
 from diffretriever.cli.main import main
 from diffretriever.files.sealed import check_seal, seal
 from diffretriever.model.backbone_loading import load_tokenizer
+from diffretriever.model.chat_template import render_prompt
 from diffretriever.model.configuration_diffretriever import paper_prompt
-from diffretriever.model.tokenization_helpers import render_prompt
 from diffretriever.pretraining.backbone import new_backbone
 from diffretriever.pretraining.corpus import read_corpus
 from diffretriever.pretraining.denoising import Denoiser
