@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from numbers import Integral
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -19,19 +20,38 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 MOST_WORKERS = 8  # each holds the states of a batch
 WINDOW = 8192  # texts that are sorted by length at a time
+_MODES = Lock()  # over the modes of all models
+
+
+def check_kind_of_texts(texts: Any) -> None:
+    """Raise TypeError for what is no series of strings, whatever its entries are, with what to pass instead."""
+    kind, shape = type(texts).__name__, getattr(texts, "shape", None)
+    instead = None
+    if isinstance(texts, (str, bytes, bytearray, memoryview)):
+        instead = f"one {kind}; write [text]"
+    elif not isinstance(texts, Iterable):
+        instead = kind
+    elif isinstance(texts, Mapping):
+        instead = f"{kind}, whose entries have names; pass list(texts.values())"
+    elif isinstance(texts, (set, frozenset)):
+        instead = f"{kind}, which has no order; pass a list"
+    elif isinstance(shape, tuple) and len(shape) != 1:
+        instead = f"{kind} of shape {list(shape)}; pass one column of it, as a list or a series"
+    if instead:
+        raise TypeError(f"`texts` must be a list of strings, got {instead}.")
 
 
 def check_texts(texts: Any, first: int = 0) -> list[str]:
     """Return `texts` as a list, or say which entry is no string; `first` is the number of the first entry.
 
+    Args:
+        texts: a list, tuple, generator, numpy array, pandas Series, column of a dataset, or another series of strings.
+
     Raises:
-        TypeError: one string instead of a list, or an entry that is not a string.
-        ValueError: an empty list.
+        TypeError: something else, as one string or a table; or an entry that is not a string.
+        ValueError: no entry.
     """
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"`texts` must be a list of strings, got one {type(texts).__name__}; write [text].")
-    if not isinstance(texts, Iterable):
-        raise TypeError(f"`texts` must be a list of strings, got {type(texts).__name__}.")
+    check_kind_of_texts(texts)
     texts = list(texts)
     for number, text in enumerate(texts, first):
         if not isinstance(text, str):
@@ -48,13 +68,28 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask (None: all ones) on the CPU, [B, L] each, or say what is wrong with them."""
+def check_side(is_query: Any) -> bool:
+    """Return `is_query`, or raise TypeError for what is neither True nor False, numpy's included."""
+    if type(is_query).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"`is_query` must be True (queries) or False (passages), got {is_query!r:.80}.")
+    return bool(is_query)
+
+
+def check_id_tensor(ids: Any) -> None:
+    """Raise ValueError for what is no tensor of token ids [B, L]."""
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ValueError(f"input_ids must be an integer tensor [B, L], as tokenize() returns it; got {got}.")
+        raise ValueError(
+            f"input_ids must be an integer tensor [B, L], as tokenize() returns it; got {got}. Give texts to "
+            "encode_texts()."
+        )
     if not len(ids):
         raise ValueError("input_ids has no rows; encode at least one text.")
+
+
+def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask (None: all ones) on the CPU, [B, L] each, or say what is wrong with them."""
+    check_id_tensor(ids)
     if mask is None:
         return ids.cpu(), torch.ones(ids.shape, dtype=torch.long)
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
@@ -96,6 +131,27 @@ def batches_by_length(
         size = min(size, batch_size or size)
         yield order[start : start + size]
         start += size
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keep a model in eval mode while any thread encodes with it; the last one gives each module its mode back."""
+    with _MODES:
+        state: Any = model.__dict__.setdefault("_encoding", {"threads": 0, "trained": []})
+        if state["threads"] == 0:
+            state["trained"] = [module for module in model.modules() if module.training]
+            for module in state["trained"]:
+                module.training = False
+        state["threads"] += 1
+    try:
+        yield
+    finally:
+        with _MODES:
+            state["threads"] -= 1
+            if state["threads"] == 0:
+                for module in state["trained"]:
+                    module.training = True
+                state["trained"] = []
 
 
 def count_workers(model: nn.Module) -> int:
@@ -227,18 +283,18 @@ def encode_in_order(
     Returns:
         {name: tensor [N, …]} of what `encode_prepared` returns, in the texts' order, on the CPU.
     """
-    total = len(texts) if isinstance(texts, Sized) else None
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) or total == 0:
-        check_texts(texts)
-    for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
-        if value is not None:
-            check_count(name, value)
+    check_kind_of_texts(texts)
+    is_query, total = check_side(is_query), len(texts) if isinstance(texts, Sized) else None
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+    tokens_per_batch = None if tokens_per_batch is None else check_count("tokens_per_batch", tokens_per_batch)
     budget = tokens_per_batch or (1024 if model.device.type == "cpu" else 16384)
     collected = OrderedResults(total)
     stream = iter(texts)
     with logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar:
         while window := list(islice(stream, WINDOW)):
             window = check_texts(window, first=collected.count)
+            if total is not None and collected.count + len(window) > total:
+                raise ValueError(f"`texts` has a length of {total}, but gave more; pass a list of them.")
             prepared = model.texts.prepare(window, is_query, compute_sparse and content_filter)
             batches = list(batches_by_length([len(text.sequence) for text in prepared], budget, batch_size))
             work = partial(_encode_rows, model, prepared, is_query, compute_sparse, sparse_top_k)
@@ -249,6 +305,8 @@ def encode_in_order(
             collected.close_window(len(window))
     if collected.count == 0:
         check_texts([])
+    if total is not None and collected.count < total:
+        raise ValueError(f"`texts` has a length of {total}, but gave {collected.count}; pass a list of them.")
     return collected.result()
 
 

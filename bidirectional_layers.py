@@ -120,6 +120,12 @@ def run_layers(
     return backbone.norm(hidden)
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Return where a layer's input belongs: where it runs, which is not where the weights of an offloaded one are."""
+    place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return next(layer.parameters()).device if place is None else torch.device(place)
+
+
 def can_trim(layer: nn.Module, implementation: str) -> bool:
     """Whether `trimmed_layer` may stand in for the layer: no hooks or checkpointing to bypass, a mask over keys."""
     watched = hasattr(layer, "_hf_hook") or getattr(layer, "gradient_checkpointing", False)

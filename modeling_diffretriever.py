@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,19 @@ from .backbone_loading import (
     resolve_folder,
     save_tokenizer,
 )
-from .batching import check_count, check_ids, check_texts, count_workers, encode_in_order, find_masks, run_side_by_side
-from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes, run_layers
+from .batching import (
+    check_count,
+    check_id_tensor,
+    check_ids,
+    check_side,
+    check_texts,
+    count_workers,
+    encode_in_order,
+    find_masks,
+    in_eval_mode,
+    run_side_by_side,
+)
+from .bidirectional_layers import build_backbone, device_of, linear_shapes, parameter_shapes, run_layers
 from .chat_template import render_prompt, render_prompts
 from .checked_files import (
     check_fields,
@@ -53,7 +64,7 @@ from .checked_files import (
 from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
 from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
-from .sparse_head import confidence_of, sparse_vectors
+from .sparse_head import sparse_vectors, states_at_masks
 from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id
 
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "st_diffretriever.py"]
@@ -70,12 +81,19 @@ class DiffRetrieverOutput(ModelOutput):
         sparse_indices: int64 [B, T], token ids by falling value; unused slots are 0.
         sparse_values: float32 [B, T], log1p weights; unused slots are 0.0.
         mask_hidden: [B, K, H] in the model's dtype, the final states at the masks (`forward`).
+        side: "query" or "passage" for what was encoded; an attribute, no item.
     """
 
     repr_hidden: torch.Tensor | None = None
     sparse_indices: torch.Tensor | None = None
     sparse_values: torch.Tensor | None = None
     mask_hidden: torch.Tensor | None = None
+    side: ClassVar[str | None] = None
+
+    def on_side(self, is_query: bool) -> DiffRetrieverOutput:
+        """Note which side was encoded, as an attribute: mappings of tensors have no place for it."""
+        self.__dict__["side"] = "query" if is_query else "passage"
+        return self
 
 
 class DiffRetriever(PreTrainedModel):
@@ -122,6 +140,11 @@ class DiffRetriever(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """Return the output head, [V, H]."""
         return self.lm_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids belong: where the embedding runs, which is not where the weights of an offloaded one are."""
+        return device_of(self.backbone.embed_tokens)
 
     # ---------------------------------------------------------------------------------------------- load and save
 
@@ -231,8 +254,9 @@ class DiffRetriever(PreTrainedModel):
         Returns:
             An output with `mask_hidden` [B, K, H].
         """
+        check_id_tensor(input_ids)
         if mask_positions is None:
-            mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.num_masks(is_query))
+            mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.num_masks(check_side(is_query)))
         implementation = self.config._attn_implementation
         hidden = run_layers(self.backbone, input_ids, attention_mask, mask_positions, implementation)
         return DiffRetrieverOutput(mask_hidden=hidden)
@@ -269,7 +293,7 @@ class DiffRetriever(PreTrainedModel):
         Raises:
             TypeError, ValueError: `texts` is not a list of strings, or is empty.
         """
-        return self.texts.pad(self.texts.tokenize(check_texts(texts), is_query))
+        return self.texts.pad(self.texts.tokenize(check_texts(texts), check_side(is_query)))
 
     def content_token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the sorted ids of each text's content words, the vocabulary of its sparse vector (paper §3.3)."""
@@ -304,6 +328,7 @@ class DiffRetriever(PreTrainedModel):
         Raises:
             ValueError: the ids are not this side's, sizes do not match, or an output is not finite.
         """
+        is_query = check_side(is_query)
         host_ids, host_mask = check_ids(input_ids, attention_mask)
         if content_token_ids is not None and not content_filter:
             raise ValueError("content_filter=False lets the whole vocabulary in; leave `content_token_ids` out.")
@@ -315,7 +340,7 @@ class DiffRetriever(PreTrainedModel):
                 content = self.texts.content_lists(text_ids)
             if len(content) != len(host_ids):
                 raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
-        return self._encode(input_ids.long(), host_mask, positions, content, compute_sparse, sparse_top_k)
+        return self._encode(input_ids.long(), host_mask, positions, content, is_query, compute_sparse, sparse_top_k)
 
     @torch.no_grad()
     def encode_prepared(
@@ -341,7 +366,7 @@ class DiffRetriever(PreTrainedModel):
         ids, mask = self.texts.pad([text.sequence for text in prepared])  # int64 [B, L] each
         content = None if prepared[0].content is None else [text.content or [] for text in prepared]
         positions = self.texts.mask_positions(ids, is_query)
-        return self._encode(ids.to(self.device), mask, positions, content, compute_sparse, sparse_top_k)
+        return self._encode(ids.to(self.device), mask, positions, content, is_query, compute_sparse, sparse_top_k)
 
     def _encode(
         self,
@@ -349,6 +374,7 @@ class DiffRetriever(PreTrainedModel):
         host_mask: torch.Tensor,
         positions: torch.Tensor,
         content: Sequence[Sequence[int]] | None,
+        is_query: bool,
         compute_sparse: bool,
         sparse_top_k: int | None,
     ) -> DiffRetrieverOutput:
@@ -356,10 +382,11 @@ class DiffRetriever(PreTrainedModel):
         top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
         top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
         mask = None if host_mask.all() else (host_mask != 0).long().to(ids.device)
-        hidden = self._denoise(ids, mask, positions.to(ids.device))
+        with in_eval_mode(self):
+            hidden = states_at_masks(self, ids, mask, positions.to(ids.device))
         if not torch.isfinite(hidden).all():
             raise ValueError(not_finite(self, hidden))
-        output = DiffRetrieverOutput(repr_hidden=hidden.float())
+        output = DiffRetrieverOutput(repr_hidden=hidden.float()).on_side(is_query)
         if self.config.normalize:
             output["repr_hidden"] = F.normalize(hidden.float(), dim=-1)
         if compute_sparse:
@@ -369,28 +396,6 @@ class DiffRetriever(PreTrainedModel):
             if not torch.isfinite(output["sparse_values"]).all():
                 raise ValueError(not_finite(self, output["sparse_values"]))
         return output
-
-    def _denoise(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-        """Return the states at the masks [B, K, H]; over several steps, each as it was when its mask was filled.
-
-        Multi-step (paper App. A.1): each step fills the K // steps masks that the backbone is surest of and keeps
-        their states; the last step reads the rest.
-        """
-        steps = min(self.config.num_denoise_steps, positions.shape[1])
-        frozen = torch.zeros(positions.shape, dtype=torch.bool, device=ids.device)  # [B, K]
-        kept: torch.Tensor | None = None
-        for step in range(steps):
-            hidden = self(ids, mask, mask_positions=positions).mask_hidden  # [B, K, H]
-            kept = hidden if kept is None else torch.where(frozen.to(hidden.device)[..., None], kept, hidden)
-            if step == steps - 1:
-                break
-            confidence, token = confidence_of(self.lm_head(kept).float(), self.config.backbone_type)  # [B, K] each
-            confidence, token = confidence.to(ids.device), token.to(ids.device)
-            chosen = confidence.masked_fill(frozen, -torch.inf).topk(positions.shape[1] // steps, dim=1).indices
-            ids = ids.scatter(1, positions.gather(1, chosen), token.gather(1, chosen))
-            frozen = frozen.scatter(1, chosen, True)
-        assert kept is not None
-        return kept
 
     def encode_texts(
         self,
@@ -406,7 +411,8 @@ class DiffRetriever(PreTrainedModel):
         """Encode any number of texts, in batches of similar length; on a CPU several batches run side by side.
 
         Args:
-            texts: a list, or any iterator of strings; an iterator is read a window at a time.
+            texts: a list, tuple, numpy array, pandas Series, column of a dataset, or any iterator of strings, which is
+                read a window at a time.
             is_query: True for queries, False for passages.
             batch_size: at most so many texts a batch; None leaves it to the token budget.
             show_progress_bar: draw one, in texts.
@@ -418,7 +424,8 @@ class DiffRetriever(PreTrainedModel):
             As `encode`, for all texts in their order, on the CPU.
 
         Raises:
-            TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0.
+            TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0. More or fewer texts than
+                their `len`.
         """
         options: Any = {
             "compute_sparse": compute_sparse,
@@ -426,7 +433,7 @@ class DiffRetriever(PreTrainedModel):
             "content_filter": content_filter,
         }
         found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
-        return DiffRetrieverOutput(**found)
+        return DiffRetrieverOutput(**found).on_side(is_query)
 
     def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
         """Run `work`, which encodes a batch, on every batch: on a CPU several at a time.

@@ -36,13 +36,15 @@ def score(
         float32 [Q, P], higher is more relevant.
 
     Raises:
-        ValueError: unknown mode, missing fields, dimensions that do not go together.
+        ValueError: unknown mode, missing fields, dimensions that do not go together, sides that are swapped.
     """
     check_mode(mode)
     check_weight(fusion_weight)
     for side, name in ((queries, "queries"), (passages, "passages")):
         if not isinstance(side, Mapping):
             raise ValueError(f"`{name}` must be what encode or encode_texts returned, got {type(side).__name__}.")
+    if getattr(queries, "side", None) == "passage" and getattr(passages, "side", None) == "query":
+        raise ValueError("`queries` are encoded passages (is_query=False) and `passages` queries; swap the two.")
     if mode == "sparse_max":
         return _sparse_scores(queries, passages)
     dense = _dense_scores(queries, passages, FUSED.get(mode, mode))

@@ -107,6 +107,38 @@ def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tup
     return F.pad(indices, (0, top_k - count)), F.pad(values, (0, top_k - count))
 
 
+def states_at_masks(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    """Return the states at the masks; over several steps, each as it was when its mask was filled.
+
+    Multi-step (paper App. A.1): each step fills the K // steps masks that the backbone is surest of and keeps their
+    states; the last step reads the rest.
+
+    Args:
+        model: a DiffRetriever, whose config says how many steps.
+        ids: int64 [B, L].
+        mask: int64 [B, L], 1 for real tokens; None when no row is padded.
+        positions: int64 [B, K], where the masks are.
+
+    Returns:
+        [B, K, H] in the model's dtype.
+    """
+    steps = min(model.config.num_denoise_steps, positions.shape[1])
+    frozen = torch.zeros(positions.shape, dtype=torch.bool, device=ids.device)  # [B, K]
+    kept: torch.Tensor | None = None
+    for step in range(steps):
+        hidden = model(ids, mask, mask_positions=positions).mask_hidden  # [B, K, H]
+        kept = hidden if kept is None else torch.where(frozen.to(hidden.device)[..., None], kept, hidden)
+        if step == steps - 1:
+            break
+        confidence, token = confidence_of(model.lm_head(kept).float(), model.config.backbone_type)  # [B, K] each
+        confidence, token = confidence.to(ids.device), token.to(ids.device)
+        chosen = confidence.masked_fill(frozen, -torch.inf).topk(positions.shape[1] // steps, dim=1).indices
+        ids = ids.scatter(1, positions.gather(1, chosen), token.gather(1, chosen))
+        frozen = frozen.scatter(1, chosen, True)
+    assert kept is not None
+    return kept
+
+
 def confidence_of(logits: torch.Tensor, backbone_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how sure the backbone is of each mask's best token, and that token (paper App. A.1).
 

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -324,7 +325,7 @@ def batching_of(model: Any) -> Any:
     return sys.modules[sys.modules[type(model).__module__].encode_in_order.__module__]
 
 
-@pytest.mark.parametrize("kind", [list, tuple, iter, lambda texts: (text for text in texts), dict.fromkeys])
+@pytest.mark.parametrize("kind", [list, tuple, iter, lambda texts: (text for text in texts), np.array])
 @pytest.mark.parametrize("window", [1, 3, 8, 9, 8192])
 def test_any_source_and_window(small: Any, kind: Any, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = small.encode_texts(TEXTS, is_query=False)
