@@ -231,6 +231,11 @@ def to_text(analysis: Mapping[str, Any]) -> str:
             for name in ("spearman", "kendall")
         ]
         lines.append(f"{mode:<8}" + "".join(f"{cell:>18}" for cell in cells) + f"{found['indifferent']:>14}")
+    tried = {mode: found["table"] for mode, found in analysis["modes"].items() if "table" in found}
+    lines += ["", "K_q by a table of length and entropy, learned on other queries"] if tried else []
+    for mode, found in tried.items():
+        used = ", ".join(f"{count} with {k_q}" for k_q, count in found["budgets"].items())
+        lines.append(f"{mode:<8}{found['score']:10.4f}  {found['difference']:+.4f} (p={found['p']:.1g}); {used}")
     return "\n".join(lines)
 
 

@@ -136,6 +136,31 @@ def test_what_is_no_sweep(
     assert re.search(re.escape(words), capsys.readouterr().err)
 
 
+def test_a_table_learned_on_other_queries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to 5 tokens one mask is best, above it four; a third of the training queries has up to 4 tokens, or 7."""
+    training, other = made_up_sweep(1, queries=90), made_up_sweep(2, queries=30)
+    for sweep in (training, other):
+        for number, features in enumerate(sweep["query_features"].values()):
+            features |= {"length": 2 + number % 9, "entropy": 1.0}
+    for cell in training["grid"]:
+        for query, features in training["query_features"].items():
+            best = 1 if features["length"] <= 5 else 4
+            cell["per_query"]["dense"][query] = float(cell["num_query_masks"] == best)
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    found = analysis_of(tmp_path, other, masks=("--learn", str(tmp_path / "training.json")))["modes"]["dense"]["table"]
+    cells = {(cell["num_query_masks"], cell["num_passage_masks"]): cell["per_query"]["dense"] for cell in other["grid"]}
+    chosen = {query: 1 if values["length"] <= 4 else 4 for query, values in other["query_features"].items()}
+    expected = sum(cells[k_q, 4][query] for query, k_q in chosen.items()) / 30
+    assert found["score"] == pytest.approx(expected)
+    assert found["difference"] == pytest.approx(expected - sum(cells[2, 4].values()) / 30)
+    assert found["budgets"] == {"1": 12, "4": 18}
+    assert f"{expected:.4f}  {found['difference']:+.4f} (p=" in capsys.readouterr().out
+    few = made_up_sweep(3, queries=5)
+    (tmp_path / "training.json").write_text(json.dumps(few))
+    table = analysis_of(tmp_path, other, masks=("--learn", str(tmp_path / "training.json")))["modes"]["dense"]["table"]
+    assert table["budgets"] == {"2": 30}  # too few to learn of: the fixed budget
+
+
 def test_files_of_other_budgets_are_not_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = made_up_sweep(3), made_up_sweep(4)
     other["grid"] = other["grid"][:-1]
