@@ -50,6 +50,7 @@ COUNTS = {
     "sparse_top_k": ("whole", 1, 1 << 24),
 }
 RULES: dict[str, tuple[Any, ...]] = COUNTS | {
+    "denoise_confidence": ("one of", "entropy", "probability"),
     "base_model_name_or_path": ("name", None),
     "base_model_revision": ("name", None),
     "adapter_name_or_path": ("name", None),
@@ -131,6 +132,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         num_query_masks: K_q, masks appended to a query (paper §3.2).
         num_passage_masks: K_p, masks appended to a passage.
         num_denoise_steps: forward passes; above 1 is the multi-step variant (paper App. A.1).
+        denoise_confidence: by which several steps choose the masks to fill: "entropy", the negative entropy of the
+            distribution, as the method's code; or "probability", the best token's, as LLaDA itself decodes.
         max_length: tokens of prefix + text + suffix; the masks and the closing tokens come on top.
         normalize: whether `repr_hidden` is L2-normalised.
         query_prompt: {"system", "user", "assistant"}; the user's turn holds `{text}` once. None is the paper's
@@ -155,6 +158,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         num_query_masks: int = 1,
         num_passage_masks: int = 1,
         num_denoise_steps: int = 1,
+        denoise_confidence: str = "entropy",
         max_length: int = 156,
         normalize: bool = True,
         query_prompt: dict[str, str] | None = None,
@@ -173,6 +177,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.num_query_masks = num_query_masks
         self.num_passage_masks = num_passage_masks
         self.num_denoise_steps = num_denoise_steps
+        self.denoise_confidence = denoise_confidence
         self.max_length = max_length
         self.normalize = normalize
         self.query_prompt = query_prompt
@@ -192,6 +197,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         where = f"config.json of {pretrained_model_name_or_path}: "
         refuse_unknown(where, fields, FIELDS | OTHER_FIELDS.keys())
         check_fields(where, fields, RULES | OTHER_FIELDS)
+        if fields.get("backbone_type") == "llada" and fields.get("num_denoise_steps", 1) > 1:
+            fields.setdefault("denoise_confidence", "probability")  # what it meant before there was this field
         return fields, kwargs
 
     @classmethod

@@ -130,7 +130,7 @@ def states_at_masks(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, po
         kept = hidden if kept is None else torch.where(frozen.to(hidden.device)[..., None], kept, hidden)
         if step == steps - 1:
             break
-        confidence, token = confidence_of(model.lm_head(kept).float(), model.config.backbone_type)  # [B, K] each
+        confidence, token = confidence_of(model.lm_head(kept).float(), model.config.denoise_confidence)  # [B, K] each
         confidence, token = confidence.to(ids.device), token.to(ids.device)
         chosen = confidence.masked_fill(frozen, -torch.inf).topk(positions.shape[1] // steps, dim=1).indices
         ids = ids.scatter(1, positions.gather(1, chosen), token.gather(1, chosen))
@@ -139,18 +139,19 @@ def states_at_masks(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, po
     return kept
 
 
-def confidence_of(logits: torch.Tensor, backbone_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+def confidence_of(logits: torch.Tensor, rule: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how sure the backbone is of each mask's best token, and that token (paper App. A.1).
 
     Args:
         logits: float32 [B, K, V].
-        backbone_type: LLaDA decodes by the best token's probability, Dream by the distribution's negative entropy.
+        rule: "entropy", the distribution's negative entropy, as the method's code has it for both backbones; or
+            "probability", the best token's, by which LLaDA itself decodes.
 
     Returns:
         Confidence float32 and token id int64, [B, K] each.
     """
     log_probability = logits.log_softmax(dim=-1)
     best, token = log_probability.max(dim=-1)
-    if backbone_type == "dream":
-        return (log_probability.exp() * log_probability).sum(dim=-1), token
-    return best.exp(), token
+    if rule == "probability":
+        return best.exp(), token
+    return (log_probability.exp() * log_probability).sum(dim=-1), token

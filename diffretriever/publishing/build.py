@@ -290,6 +290,8 @@ def write_config(config: DiffRetrieverConfig, file: Path) -> None:
     fields = config.to_dict()
     own = ("architectures", "auto_map", "model_type", "release_name", *_OWN_FIELDS)
     kept = {name: fields[name] for name in own if fields.get(name) is not None or name == "base_model_revision"}
+    if config.num_denoise_steps == 1:
+        del kept["denoise_confidence"]  # one step has nothing to choose
     write_json(file, kept)
 
 
@@ -301,6 +303,7 @@ _OWN_FIELDS = (
     "num_query_masks",
     "num_passage_masks",
     "num_denoise_steps",
+    "denoise_confidence",
     "max_length",
     "normalize",
     "query_prompt",

@@ -269,9 +269,9 @@ def plain_steps(model: Any, text: str, is_query: bool, steps: int) -> torch.Tens
         if step == steps - 1:
             break
         probabilities = model.lm_head(hidden).float().softmax(dim=-1)
-        if model.config.backbone_type == "dream":  # by negative entropy
+        if model.config.denoise_confidence == "entropy":
             sure = {p: float((probabilities[p] * probabilities[p].log()).sum()) for p in still_open}
-        else:  # by the best token's probability
+        else:
             sure = {p: float(probabilities[p].max()) for p in still_open}
         for place in sorted(still_open, key=lambda p: -sure[p])[: len(places) // steps]:
             ids[0, place] = probabilities[place].argmax()
@@ -280,9 +280,12 @@ def plain_steps(model: Any, text: str, is_query: bool, steps: int) -> torch.Tens
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 16, 50])
-@pytest.mark.parametrize("case", ["llada-q4p4", "llada-single", "dream-q4p16"])
-def test_several_steps(case: str, steps: int, load_release: Callable[..., Any]) -> None:
-    model = load_release(CASES[case], case, num_denoise_steps=steps)
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [("llada-q4p4", "entropy"), ("llada-q4p4", "probability"), ("llada-single", "entropy"), ("dream-q4p16", "entropy")],
+)
+def test_several_steps(case: str, rule: str, steps: int, load_release: Callable[..., Any]) -> None:
+    model = load_release(CASES[case], case, num_denoise_steps=steps, denoise_confidence=rule)
     texts = TEXTS[:3]
     for is_query in (True, False):
         out = model.encode_texts(texts, is_query)

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from diffretriever.model import backbone_loading
+from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
 from diffretriever.publishing import build as building
 
 Load = Callable[..., Any]
@@ -251,6 +252,7 @@ PROMPT = {"system": "You rank.", "user": 'Text: "{text}".', "assistant": 'It say
         ("num_query_masks", 4),
         ("num_passage_masks", 16),
         ("num_denoise_steps", 2),
+        ("denoise_confidence", "probability"),
         ("max_length", 120),
         ("normalize", False),
         ("sparse_top_k", 5),
@@ -275,6 +277,23 @@ def test_every_field_can_be_set(field: str, value: Any, through: str, build_rele
     assert out.sparse_values.shape == (3, model.config.sparse_top_k)
     norms = out.repr_hidden.norm(dim=-1)
     assert torch.allclose(norms, torch.ones(())) == model.config.normalize
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"backbone_type": "llada", "num_denoise_steps": 2}, "probability"),
+        ({"backbone_type": "llada", "num_denoise_steps": 2, "denoise_confidence": "entropy"}, "entropy"),
+        ({"backbone_type": "llada"}, "entropy"),
+        ({"backbone_type": "dream", "num_denoise_steps": 2}, "entropy"),
+    ],
+)
+def test_releases_from_before_the_rule_was_a_field_keep_theirs(
+    fields: dict[str, Any], rule: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffretriever", **fields}))
+    assert DiffRetrieverConfig.from_pretrained(tmp_path, num_denoise_steps=2).denoise_confidence == rule
+    assert DiffRetrieverConfig.from_pretrained(tmp_path, denoise_confidence="entropy").denoise_confidence == "entropy"
 
 
 def test_more_masks_than_the_release_has(build_release: Build, load_release: Load) -> None:
@@ -332,6 +351,7 @@ def test_zero_shot_equals_a_release_without_adapter(build_release: Build, load_r
         ({"num_query_masks": 1.5}, "`num_query_masks` must be a whole number"),
         ({"num_query_masks": True}, "`num_query_masks` must be a whole number"),
         ({"num_denoise_steps": 0}, "`num_denoise_steps` must be"),
+        ({"denoise_confidence": "margin"}, "`denoise_confidence` is 'margin'; only 'entropy', 'probability' are supp"),
         ({"max_length": 20}, "`max_length` is 20, but the query prompt alone takes"),
         ({"normalize": "yes"}, "`normalize` must be true or false, got 'yes'"),
         ({"merge_adapter": 1}, "`merge_adapter` must be true or false or null, got 1"),

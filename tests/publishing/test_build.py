@@ -30,6 +30,7 @@ from transformers import AutoModel
 
 import publish
 from diffretriever.model import backbone_loading
+from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
 from diffretriever.publishing import build as building
 
 LLADA, DREAM = str(PARITY / "backbones" / "tiny-llada"), str(PARITY / "backbones" / "tiny-dream")
@@ -418,6 +419,12 @@ def test_default_config_is_in_step(tmp_path: Path) -> None:
     fields = read(ROOT / "config.json")
     assert fields["base_model_name_or_path"] == "GSAI-ML/LLaDA-8B-Instruct"
     assert (fields["num_query_masks"], fields["num_passage_masks"], fields["max_length"]) == (1, 1, 156)
+
+
+def test_a_release_of_several_steps_says_by_which_rule(tmp_path: Path) -> None:
+    for steps, rule in ((1, None), (2, "entropy")):
+        building.write_config(DiffRetrieverConfig(backbone_type="llada", num_denoise_steps=steps), tmp_path / "c.json")
+        assert read(tmp_path / "c.json").get("denoise_confidence") == rule
 
 
 def test_recipe_is_that_of_the_released_adapters() -> None:
