@@ -17,6 +17,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 RETRIEVER_FILE = "retriever_config.json"
 PREFIX = "base_model.model."
+ROWS = "token_adapter.trainable_tokens_delta"  # peft's name; they take the place of the rows
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
 LARGEST_RANK = 65_536
 # Every field that peft writes into adapter_config.json, with what it may say (rules of `check_fields`): peft never sees
@@ -58,7 +59,7 @@ ADAPTER_FIELDS: dict[str, tuple[Any, ...]] = {
     "megatron_config": ("one of", None),
     "modules_to_save": ("one of", None, []),
     "target_parameters": ("one of", None, []),
-    "trainable_token_indices": ("one of", None, [], {}),
+    "trainable_token_indices": ("any",),  # rows of the embedding: of Llama and Qwen2 alone, see `_read_rows`
     "use_qalora": ("one of", False, None),
 }
 # The regular expressions that are run: single characters, escapes and classes, each perhaps repeated; alternatives in
@@ -78,12 +79,13 @@ RECORDED = {
     "normalize": "normalize",
 }
 RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
-    "model_type": ("one of", "llada", "llada1", "dream"),
+    "model_type": ("one of", "llada", "llada1", "dream", "llama", "qwen2"),
     "n_gen_q_tokens": ("whole", 1, 1024),
     "n_gen_p_tokens": ("whole", 1, 1024),
     "num_denoise_steps": ("whole", 1, 1024),
     "max_length": ("whole", 1, 1 << 20),
     "normalize": ("flag",),
+    "mask_token": ("name", None),
     "mask_token_id": ("whole", 0, 1 << 31),
     "query_prefix_ids": ("ids",),
     "query_suffix_ids": ("ids",),
@@ -119,9 +121,11 @@ class Adapter:
         linear_shapes: {our module name: (out, in)} of every linear layer of the model.
         our_name: translates an original module name into ours.
         original_name: translates back.
+        embedding: [V, H] of the embedding, of which an adapter may bring rows; None where it may not.
 
     Attributes:
         modules: {our module name: {part: tensor}}, part being one of PARTS.
+        rows: ids of tokens, and their rows [n, H] of the embedding.
         config: peft's LoraConfig with the target modules, ranks and alphas spelled out under our names.
 
     Raises:
@@ -136,6 +140,7 @@ class Adapter:
         linear_shapes: Mapping[str, tuple[int, int]],
         our_name: Callable[[str], str],
         original_name: Callable[[str], str],
+        embedding: tuple[int, ...] | None = None,
     ) -> None:
         self.folder = folder
         self.file = folder / WEIGHTS_FILE
@@ -143,6 +148,8 @@ class Adapter:
         self._our_name = our_name
         self._original_name = original_name
         self._check_expressions(fields)
+        tensors = dict(tensors)
+        self.rows = self._read_rows(fields.get("trainable_token_indices"), tensors, embedding)
         self.modules = self._sort_out(tensors)
         self._check_targets(fields)
         self.config = self._spell_out(fields)
@@ -157,21 +164,43 @@ class Adapter:
         steps = 0
         for number, (field, expression, repeats) in enumerate(expressions):
             if len(expression) > LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(expression):
-                self._refuse(field, expression, "holds a regular expression that is not read here; spell the names out")
+                raise self._misfit(
+                    field, expression, "holds a regular expression that is not read here; spell the names out"
+                )
             steps += len(self._shapes) * count_steps(expression, longest, repeats)
             if steps > MOST_STEPS or number >= MOST_EXPRESSIONS:
-                self._refuse(field, expression, "would take too long to match; spell fewer names out")
+                raise self._misfit(field, expression, "would take too long to match; spell fewer names out")
             try:
                 re.compile(expression)
             except re.error as error:
-                self._refuse(field, expression, f"holds a broken regular expression ({error})")
+                raise self._misfit(field, expression, f"holds a broken regular expression ({error})") from error
         patterns = fields.get("layers_pattern") or []
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if not re.fullmatch(r"\w+", pattern):
-                self._refuse("layers_pattern", pattern, "must hold plain names")
+                raise self._misfit("layers_pattern", pattern, "must hold plain names")
 
-    def _refuse(self, field: str, value: Any, problem: str) -> None:
-        raise ValueError(f"{self.folder / CONFIG_FILE}: `{field}` {problem}: {shortened(value)}.")
+    def _misfit(self, field: str, value: Any, problem: str) -> ValueError:
+        return ValueError(f"{self.folder / CONFIG_FILE}: `{field}` {problem}: {shortened(value)}.")
+
+    def _read_rows(
+        self, given: Any, tensors: dict[str, torch.Tensor], embedding: tuple[int, ...] | None
+    ) -> tuple[list[int], torch.Tensor | None]:
+        """Take the embedding's rows out of the tensors."""
+        if given in (None, [], {}):
+            return [], None
+        field = "trainable_token_indices"
+        if embedding is None:
+            raise self._misfit(field, given, "is not supported for this backbone")
+        ids: Any = given.get("embed_tokens") if isinstance(given, dict) and len(given) == 1 else given
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < embedding[0] for token in ids):
+            raise self._misfit(field, given, f"must list token ids below {embedding[0]} of embed_tokens")
+        key = f"{PREFIX}{self._original_name('backbone.embed_tokens')}.{ROWS}"
+        rows = tensors.pop(key, None)
+        wanted = [len(ids), embedding[1]]
+        if rows is None or list(rows.shape) != wanted or not torch.isfinite(rows).all():
+            found = "is missing" if rows is None else f"has shape {list(rows.shape)}, or holds NaN or infinite values"
+            raise ValueError(f"{self.file}: {key} {found}; `trainable_token_indices` asks for {wanted}.")
+        return ids, rows
 
     def _sort_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -193,11 +222,13 @@ class Adapter:
         """The layers that the config targets must be those that the file holds."""
         peft = import_peft()
         if not fields.get("target_modules"):
-            self._refuse("target_modules", fields.get("target_modules"), "must name the adapted layers")
+            raise self._misfit("target_modules", fields.get("target_modules"), "must name the adapted layers")
         if fields.get("layers_to_transform") is not None and isinstance(fields["target_modules"], str):
-            self._refuse("layers_to_transform", fields["layers_to_transform"], "needs `target_modules` to be a list")
+            raise self._misfit(
+                "layers_to_transform", fields["layers_to_transform"], "needs `target_modules` to be a list"
+            )
         if fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
-            self._refuse("layers_pattern", fields["layers_pattern"], "needs `layers_to_transform`")
+            raise self._misfit("layers_pattern", fields["layers_pattern"], "needs `layers_to_transform`")
         config = peft.LoraConfig(**{field: fields.get(field) for field in _TARGETS})
         for name in self._shapes:
             original = self._original_name(name)
@@ -261,10 +292,21 @@ class Adapter:
         if merge and (quantised or offloaded):
             state = "quantised" if quantised else "offloaded"
             raise ValueError(f"merge_adapter=True, but the backbone is {state}; leave it unset to keep them apart.")
+        if self.rows[1] is not None:
+            self._put_rows(model, self.rows[1])
         if merge is False or quantised or offloaded:
             self.attach(model)
         else:
             self.merge_into(model)
+
+    @torch.no_grad()
+    def _put_rows(self, model: nn.Module, rows: torch.Tensor) -> None:
+        """Put the adapter's rows into the embedding; also where the rest of it is kept apart."""
+        weight = model.get_submodule("backbone.embed_tokens").weight
+        assert isinstance(weight, torch.Tensor)
+        if weight.is_meta:
+            raise ValueError(f"{self.file} brings rows of the embedding, which is offloaded; keep it in memory.")
+        weight[self.rows[0]] = rows.to(weight)
 
     def attach(self, model: nn.Module) -> None:
         """Put the adapter beside the model's weights, in float32, unmerged."""
@@ -353,6 +395,9 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
         for part, tensor in merged.get_base_layer().state_dict().items():
             state[f"{name}.{part}"] = tensor.to(layer.get_base_layer().weight.dtype)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(adapted))}
+    head, embedding = own.get("lm_head.weight"), own.get("backbone.embed_tokens.weight")
+    if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
+        own["lm_head.weight"] = head.clone()  # a tied head; a file has no room for one tensor under two names
     return own | state
 
 
@@ -374,7 +419,7 @@ def read_recorded(
     Raises:
         ValueError: a field is missing, or was recorded with another tokenizer.
     """
-    if missing := [name for name in RETRIEVER_FIELDS if name not in fields]:
+    if missing := [name for name in RETRIEVER_FIELDS if name not in fields and name != "mask_token"]:
         raise ValueError(f"{file} lacks {', '.join(map(repr, missing))}.")
     recorded: dict[str, Any] = {ours: fields[theirs] for ours, theirs in RECORDED.items()}
     for side in ("query", "passage"):
@@ -387,7 +432,8 @@ def read_recorded(
         raise ValueError(
             f"{file}: mask_token_id is {fields['mask_token_id']}, the tokenizer's is {mask_id}; they do not fit."
         )
-    recorded["backbone_type"] = "dream" if fields["model_type"] == "dream" else "llada"
+    recorded["backbone_type"] = "llada" if fields["model_type"] == "llada1" else fields["model_type"]
+    recorded["mask_token"] = fields.get("mask_token")
     return recorded
 
 

@@ -1,4 +1,4 @@
-"""Backbones in their original on-disk formats: LLaDA is a Llama, Dream is a Qwen2, under names of their own."""
+"""Backbones in their original on-disk formats: LLaDA is a Llama and Dream a Qwen2, under names of their own."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ NAME_PATTERNS: dict[str, dict[str, str]] = {
         r"^model\.transformer\.blocks\.(\d+)\.ff_out\b": r"backbone.layers.\1.mlp.down_proj",
     },
     "dream": {r"^model\.": "backbone."},
+    "llama": {r"^model\.": "backbone."},
+    "qwen2": {r"^model\.": "backbone."},
 }
 
 
@@ -158,6 +160,7 @@ def audit_weights(
     headers: Mapping[str, tuple[Path, Mapping[str, Any]]],
     backbone_type: str | None,
     expected: Mapping[str, Sequence[int]],
+    tied: bool = False,
 ) -> str:
     """Check every key and shape of a checkpoint before any weight is read.
 
@@ -166,6 +169,7 @@ def audit_weights(
         headers: what its files hold: {original name: (file, {"dtype", "shape"})}.
         backbone_type: whose names it uses; None for ours (a self-contained release).
         expected: {our parameter name: shape}.
+        tied: whether the embedding serves as the head; a head's own weights are then passed over.
 
     Returns:
         The checkpoint's dtype as safetensors names it ("BF16", "F32", …).
@@ -179,6 +183,9 @@ def audit_weights(
         if ours in found:
             raise ValueError(f"{file}: {name:.200} and {found[ours][1]:.200} are the same weight under two names.")
         found[ours] = (file, name, entry)
+    if tied:
+        found.pop("lm_head.weight", None)
+        expected = {name: shape for name, shape in expected.items() if name != "lm_head.weight"}
     missing = sorted(expected.keys() - found.keys())
     if missing:
         originals = [original_name(backbone_type, name) if backbone_type else name for name in missing]

@@ -25,22 +25,22 @@ class _Float32Frequencies(nn.Module):
 
 
 class Float32LlamaRotaryEmbedding(_Float32Frequencies, LlamaRotaryEmbedding):
-    """LLaDA's rotary embedding."""
+    """LLaDA's rotary embedding, and Llama's."""
 
 
 class Float32Qwen2RotaryEmbedding(_Float32Frequencies, Qwen2RotaryEmbedding):
-    """Dream's rotary embedding."""
+    """Dream's rotary embedding, and Qwen2's."""
 
 
 def build_backbone(backbone_type: str, config: Any) -> PreTrainedModel:
-    """Build LLaDA as a LlamaModel or Dream as a Qwen2Model, without the causal mask.
+    """Build LLaDA as a LlamaModel or Dream as a Qwen2Model, without the causal mask; a Llama or Qwen2 as itself.
 
     Args:
-        backbone_type: "llada" or "dream".
+        backbone_type: "llada", "dream", "llama" or "qwen2".
         config: the Llama or Qwen2 config, its attention implementation chosen.
     """
     backbone: Any
-    if backbone_type == "llada":
+    if backbone_type in ("llada", "llama"):
         backbone = LlamaModel(config)
         backbone.rotary_emb = Float32LlamaRotaryEmbedding(config)
     else:

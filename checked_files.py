@@ -58,6 +58,26 @@ FIXED_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "tie_word_embeddings": ("one of", False),
         "use_sliding_window": ("one of", False, None),
     },
+    "llama": {
+        "attention_bias": ("one of", False, None),
+        "hidden_act": ("one of", "silu"),
+        "mlp_bias": ("one of", False, None),
+        "pretraining_tp": ("one of", 1, None),
+        "tie_word_embeddings": ("flag", None),
+    },
+    "qwen2": {
+        "hidden_act": ("one of", "silu"),
+        "tie_word_embeddings": ("flag", None),
+        "use_sliding_window": ("one of", False, None),
+    },
+}
+# Llama 3's scaling of RoPE, the one besides none that is read.
+ROPE_SCALING: dict[str, tuple[Any, ...]] = {
+    "rope_type": ("one of", "llama3"),
+    "factor": ("number", 1.0, 1e4),
+    "low_freq_factor": ("number", 1e-3, 1e4),
+    "high_freq_factor": ("number", 1e-3, 1e4),
+    "original_max_position_embeddings": ("whole", 1, 1 << 31),
 }
 
 # What the sizes of a backbone may be, by our config's field.
@@ -86,7 +106,7 @@ CONFIG_FIELDS: dict[str, dict[str, str]] = {
         "rms_norm_eps": "rms_norm_eps",
         "rope_theta": "rope_theta",
     },
-    "dream": {name: name for name in SIZES},
+    **{kind: {name: name for name in SIZES} for kind in ("dream", "llama", "qwen2")},
 }
 
 
@@ -216,10 +236,11 @@ def read_backbone_config(folder: Path, backbone_type: str | None = None) -> tupl
 
     Args:
         folder: the backbone's folder.
-        backbone_type: what the release says it is; None accepts either.
+        backbone_type: what the release says it is; None accepts any.
 
     Returns:
-        "llada" or "dream", and the Llama or Qwen2 config.
+        "llada", "dream", "llama" or "qwen2", and the Llama or Qwen2 config. It says `tie_word_embeddings` where the
+        checkpoint has no head of its own.
 
     Raises:
         ValueError: another model type, a missing field, or a switch that a Llama or Qwen2 does not have.
@@ -229,7 +250,8 @@ def read_backbone_config(folder: Path, backbone_type: str | None = None) -> tupl
     found = raw["model_type"].lower() if isinstance(raw.get("model_type"), str) else ""
     if found not in FIXED_FIELDS:
         got = shortened(raw.get("model_type"))
-        raise ValueError(f'{file}: model_type is {got}; DiffRetriever reads "llada" and "Dream" backbones.')
+        known = '"llada", "Dream", "llama" and "qwen2"'
+        raise ValueError(f"{file}: model_type is {got}; DiffRetriever reads {known} backbones.")
     if backbone_type not in (None, found):
         raise ValueError(f"{file} is a {found} backbone, but the release's `backbone_type` is {backbone_type!r}.")
     sizes = {original: SIZES[field] for field, original in CONFIG_FIELDS[found].items()}
@@ -238,6 +260,8 @@ def read_backbone_config(folder: Path, backbone_type: str | None = None) -> tupl
     check_fields(f"{file}: ", {name: raw[name] for name in raw if raw[name] is not None}, sizes | optional)
     if found == "llada":
         raw = _with_llada_defaults(raw)
+    if found in ("llama", "qwen2"):
+        raw = _with_native_defaults(f"{file}: ", raw)
     missing = [name for name in sizes if raw.get(name) is None]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}.")
@@ -247,8 +271,11 @@ def read_backbone_config(folder: Path, backbone_type: str | None = None) -> tupl
     values.update(rms_norm_eps=float(values["rms_norm_eps"]), rope_theta=float(values["rope_theta"]))
     # Ids stay unset: with a pad id, the embedding would treat the end-of-text token's row as padding.
     values["mask_token_id"] = raw.get("mask_token_id")
-    values.update(pad_token_id=None, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False, use_cache=False)
-    return found, LlamaConfig(**values) if found == "llada" else Qwen2Config(**values)
+    tied = found in ("llama", "qwen2") and bool(raw.get("tie_word_embeddings"))
+    values.update(pad_token_id=None, bos_token_id=None, eos_token_id=None, tie_word_embeddings=tied, use_cache=False)
+    if found == "llama":
+        values["rope_scaling"] = raw["rope_scaling"]
+    return found, LlamaConfig(**values) if found in ("llada", "llama") else Qwen2Config(**values)
 
 
 def check_heads(where: str, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -277,6 +304,39 @@ def _with_llada_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("mlp_hidden_size") is None and raw.get("d_model") and raw.get("mlp_ratio"):
         derived["mlp_hidden_size"] = raw["d_model"] * raw["mlp_ratio"]
     return derived
+
+
+def _with_native_defaults(where: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """Bring the spellings of transformers 4 and 5 together, and fill in what its Llama and Qwen2 derive."""
+    derived = dict(raw)
+    if raw.get("num_key_value_heads") is None:
+        derived["num_key_value_heads"] = raw.get("num_attention_heads")
+    check_fields(where, raw, {"rope_parameters": ("object", None), "rope_scaling": ("object", None)})
+    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    derived["rope_theta"] = 10_000.0 if rope.get("rope_theta") is None else rope["rope_theta"]
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
+    scaling.setdefault("rope_type", rope.get("type", "default"))
+    derived["rope_scaling"] = None
+    if scaling["rope_type"] != "default":
+        if raw["model_type"].lower() != "llama":
+            raise ValueError(f"{where}`rope_scaling` of a {raw['model_type']} is not read; only none is supported.")
+        check_rope_scaling(where, scaling)
+        derived["rope_scaling"] = scaling
+    heads, head_width = derived.get("num_attention_heads") or 1, raw.get("head_dim")
+    if head_width is not None and head_width != raw.get("hidden_size", 0) // heads:
+        raise ValueError(
+            f"{where}`head_dim` is {shortened(head_width)}; only hidden_size / num_attention_heads is read."
+        )
+    return derived
+
+
+def check_rope_scaling(where: str, scaling: Mapping[str, Any]) -> None:
+    """Raise ValueError for another scaling of RoPE than Llama 3's, whole and with nothing else."""
+    named = {f"rope_scaling.{name:.80}": value for name, value in scaling.items()}
+    check_fields(where, named, {f"rope_scaling.{name}": rule for name, rule in ROPE_SCALING.items()})
+    if odd := sorted(scaling.keys() ^ ROPE_SCALING.keys()):
+        problem = "lacks" if odd[0] in ROPE_SCALING else "holds, which is not known here,"
+        raise ValueError(f"{where}`rope_scaling` {problem} {odd[0]:.80}.")
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:

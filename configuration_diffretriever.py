@@ -13,13 +13,26 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from .checked_files import SIZES, check_fields, check_heads, read_json, refuse_unknown
+from .checked_files import (
+    ROPE_SCALING,
+    SIZES,
+    check_fields,
+    check_heads,
+    check_rope_scaling,
+    read_json,
+    refuse_unknown,
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
     "AutoModel": "modeling_diffretriever.DiffRetriever",
 }
-BACKBONE_TYPES = ("llada", "dream")
+DIFFUSION_TYPES = ("llada", "dream")
+BACKBONE_TYPES = (
+    *DIFFUSION_TYPES,
+    "llama",
+    "qwen2",
+)  # the latter, trained without [MASK], are read at one all the same
 ROLES = ("system", "user", "assistant")
 # What a saved config.json says about its backbone: each transformers writes the rest, RoPE's base above all, in a way
 # of its own, and 4.54 would pass over 5.x's `rope_parameters` in silence.
@@ -54,6 +67,7 @@ RULES: dict[str, tuple[Any, ...]] = COUNTS | {
     "base_model_name_or_path": ("name", None),
     "base_model_revision": ("name", None),
     "adapter_name_or_path": ("name", None),
+    "mask_token": ("name", None),
     "normalize": ("flag",),
     "merge_adapter": ("flag", None),
 }
@@ -121,12 +135,14 @@ class DiffRetrieverConfig(PretrainedConfig):
     """Everything a release says about itself; each field can be overridden in `from_pretrained`.
 
     Args:
-        backbone_type: "llada" or "dream"; None reads it from the backbone's own config.json.
+        backbone_type: "llada", "dream", "llama" or "qwen2"; None reads it from the backbone's own config.json.
         base_model_name_or_path: Hub id or folder of the backbone in its original format. A relative path starts at
             the release's folder. None for a release that holds its own merged weights.
         base_model_revision: commit, tag or branch of the backbone on the Hub; None means its default branch.
         adapter_name_or_path: the LoRA adapter: a folder inside the release, any other folder, or a Hub id.
             None is the zero-shot model.
+        mask_token: the special token that serves as [MASK] where the backbone has none (llama, qwen2): one that is not
+            in use. None takes the tokenizer's own.
         merge_adapter: True merges the adapter at load, False keeps it beside the weights; None merges unless the
             backbone is quantised or offloaded.
         num_query_masks: K_q, masks appended to a query (paper §3.2).
@@ -154,6 +170,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         adapter_name_or_path: str | None = None,
+        mask_token: str | None = None,
         merge_adapter: bool | None = None,
         num_query_masks: int = 1,
         num_passage_masks: int = 1,
@@ -173,6 +190,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.adapter_name_or_path = adapter_name_or_path
+        self.mask_token = mask_token
         self.merge_adapter = merge_adapter
         self.num_query_masks = num_query_masks
         self.num_passage_masks = num_passage_masks
@@ -233,6 +251,22 @@ class DiffRetrieverConfig(PretrainedConfig):
         config._overrides = (*getattr(config, "_overrides", ()), *overrides)
         config.check()
         return config
+
+    def adopt(self, recorded: dict[str, Any], file: Path) -> None:
+        """Take over what an adapter was trained with, save for what the caller set.
+
+        Args:
+            recorded: fields and values.
+            file: that they are from.
+
+        Raises:
+            ValueError: it was trained on another kind of backbone.
+        """
+        if recorded["backbone_type"] != self.backbone_type:
+            raise ValueError(f"{file} was trained on another backbone than {self.backbone_type}.")
+        for name, value in recorded.items():
+            if name not in self.overrides:
+                setattr(self, name, value)
 
     def merged(self) -> DiffRetrieverConfig:
         """Return the config of the same model where it lies by itself, its adapter in its weights."""
@@ -304,22 +338,31 @@ def _plain(value: Any) -> Any:
 def _backbone_fields(config: PretrainedConfig) -> dict[str, Any]:
     """Return a Llama or Qwen2 config as every supported transformers reads it."""
     fields = {name: getattr(config, name, None) for name in BACKBONE_FIELDS}
-    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}  # transformers 5, and 4
+    fields["tie_word_embeddings"] = False  # a folder of merged weights has the head's own
+    rope = getattr(config, "rope_parameters", None)  # transformers 5; 4 has two fields
+    rope = rope or {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
     fields["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        fields["rope_scaling"] = {name: rope[name] for name in ROPE_SCALING}
     return fields
 
 
 def _read_backbone_fields(fields: dict[str, Any]) -> PretrainedConfig:
     """Make a Llama or Qwen2 config of what `_backbone_fields` gave."""
     rules = {"model_type": ("one of", "llama", "qwen2"), "tie_word_embeddings": ("one of", False), **SIZES}
+    rules["rope_scaling"] = ("object", None)
     rules |= {name: ("whole", 0, 1 << 31, None) for name in BACKBONE_FIELDS if name.endswith("_token_id")}
     fields = {"model_type": None, **fields}
     named = {f"backbone_config.{name}": value for name, value in fields.items()}
-    refuse_unknown("config field ", named, [f"backbone_config.{name}" for name in (*BACKBONE_FIELDS, "rope_theta")])
+    refuse_unknown(
+        "config field ", named, [f"backbone_config.{name}" for name in (*BACKBONE_FIELDS, "rope_theta", "rope_scaling")]
+    )
     check_fields("config field ", named, {f"backbone_config.{name}": rule for name, rule in rules.items()})
     missing = [name for name in SIZES if fields.get(name) is None]
     if missing:
         raise ValueError(f"config field `backbone_config` lacks {', '.join(missing)}.")
+    if fields.get("rope_scaling"):
+        check_rope_scaling("config field `backbone_config`: ", fields["rope_scaling"])
     check_heads("config field ", fields, {name: f"backbone_config.{name}" for name in SIZES})
     return CONFIG_MAPPING[fields["model_type"]](**fields)
 

@@ -61,11 +61,11 @@ from .checked_files import (
     read_json,
     read_tensors,
 )
-from .configuration_diffretriever import FIELDS, DiffRetrieverConfig, LoadedFrom
+from .configuration_diffretriever import DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
 from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
 from .sparse_head import sparse_vectors, states_at_masks
-from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id
+from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id, name_mask_token
 
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "st_diffretriever.py"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -113,6 +113,9 @@ class DiffRetriever(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer"]
+    _keys_to_ignore_on_load_missing = [
+        "lm_head.weight"
+    ]  # of a tied backbone; `audit_weights` saw that no other lacks it
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -180,9 +183,11 @@ class DiffRetriever(PreTrainedModel):
             config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
         names_of = None if merged else config.backbone_type
         shapes = parameter_shapes(config.backbone_type, config.backbone_config)
-        stored_dtype = audit_weights(weights, read_headers(weights), names_of, shapes)
+        headers, tied = read_headers(weights), config.backbone_config.tie_word_embeddings
+        stored_dtype = audit_weights(weights, headers, names_of, shapes, tied)
         tokenizer = load_tokenizer([folder, weights])
-        adapter = _read_adapter(config, folder, hub, tokenizer, linear_shapes(shapes))
+        adapter = _read_adapter(config, folder, hub, tokenizer, shapes)
+        name_mask_token(tokenizer, config.mask_token, config.backbone_type in DIFFUSION_TYPES)
         if names_of is not None:
             kwargs["key_mapping"] = NAME_PATTERNS[names_of]
         kwargs[dtype_argument()] = choose_dtype(kwargs, stored_dtype)
@@ -193,6 +198,8 @@ class DiffRetriever(PreTrainedModel):
         problems = {name: found for name in ("missing_keys", "unexpected_keys") if (found := report.get(name))}
         if problems:
             raise ValueError(f"{weights}: transformers reports {problems!r:.300}; the weights are not whole.")
+        if tied:
+            model.lm_head.weight = model.backbone.embed_tokens.weight
         model.tokenizer = tokenizer
         adapted_from = None if adapter is None else adapter.folder
         model.loaded_from = LoadedFrom(folder, weights, adapted_from, Path(tokenizer.name_or_path))
@@ -257,8 +264,7 @@ class DiffRetriever(PreTrainedModel):
         check_id_tensor(input_ids)
         if mask_positions is None:
             mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.num_masks(check_side(is_query)))
-        implementation = self.config._attn_implementation
-        hidden = run_layers(self.backbone, input_ids, attention_mask, mask_positions, implementation)
+        hidden = run_layers(self.backbone, input_ids, attention_mask, mask_positions, self.config._attn_implementation)
         return DiffRetrieverOutput(mask_hidden=hidden)
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -427,11 +433,8 @@ class DiffRetriever(PreTrainedModel):
             TypeError, ValueError: as `tokenize` and `encode`; an entry's number counts from 0. More or fewer texts than
                 their `len`.
         """
-        options: Any = {
-            "compute_sparse": compute_sparse,
-            "sparse_top_k": sparse_top_k,
-            "content_filter": content_filter,
-        }
+        options: Any = {"compute_sparse": compute_sparse, "sparse_top_k": sparse_top_k}
+        options["content_filter"] = content_filter
         found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
         return DiffRetrieverOutput(**found).on_side(is_query)
 
@@ -439,8 +442,7 @@ class DiffRetriever(PreTrainedModel):
         """Run `work`, which encodes a batch, on every batch: on a CPU several at a time.
 
         Args:
-            work: takes a batch, in some thread.
-            batches: whatever `work` takes.
+            work, batches: the one takes each of the others, in some thread.
 
         Yields:
             Each batch and what `work` returned, in the batches' order.
@@ -453,28 +455,26 @@ class DiffRetriever(PreTrainedModel):
 
 
 def _read_adapter(
-    config: Any, folder: Path, hub: dict[str, Any], tokenizer: Any, layers: dict[str, tuple[int, int]]
+    config: Any, folder: Path, hub: dict[str, Any], tokenizer: Any, shapes: dict[str, tuple[int, ...]]
 ) -> Adapter | None:
-    """Read the adapter; one that the caller chose brings its own budgets and prompts, save those the caller set."""
+    """Read the adapter; one that the caller chose brings its own budgets and prompts."""
     if config.adapter_name_or_path is None:
         return None
     kind = config.backbone_type
     chosen = "adapter_name_or_path" in config.overrides
     place = resolve_folder(str(config.adapter_name_or_path), None if chosen else folder, None, hub, ADAPTER_FILES)
     if chosen and (place / RETRIEVER_FILE).is_file():
-        recorded = read_settings(place / RETRIEVER_FILE, tokenizer)
-        if recorded.pop("backbone_type") != kind:
-            raise ValueError(f"{place / RETRIEVER_FILE} was trained on another backbone than {kind}.")
-        for name, value in recorded.items():
-            if name not in config.overrides:
-                setattr(config, name, value)
-    return read_adapter(place, layers, partial(our_name, kind), partial(original_name, kind))
+        config.adopt(read_settings(place / RETRIEVER_FILE, tokenizer), place / RETRIEVER_FILE)
+    embedding = None if kind in DIFFUSION_TYPES else shapes["backbone.embed_tokens.weight"]
+    return read_adapter(place, linear_shapes(shapes), partial(our_name, kind), partial(original_name, kind), embedding)
 
 
 def read_settings(file: Path, tokenizer: Any) -> dict[str, Any]:
     """Read the fields of `DiffRetrieverConfig` that an adapter was trained with, as `read_recorded` returns them."""
     fields = read_json(file)
     check_fields(f"{file}: ", fields, RETRIEVER_FIELDS)
+    if fields.get("mask_token") is not None:
+        name_mask_token(tokenizer, fields["mask_token"], fields["model_type"] in ("llada1", *DIFFUSION_TYPES))
     return read_recorded(file, fields, tokenizer, find_mask_id(tokenizer), render_prompt)
 
 
@@ -483,16 +483,18 @@ def read_adapter(
     layers: dict[str, tuple[int, int]],
     our_name: Callable[[str], str],
     original_name: Callable[[str], str],
+    embedding: tuple[int, ...] | None = None,
 ) -> Adapter:
     """Read an adapter and check that it fits.
 
     Args:
         folder: of the adapter.
         layers, our_name, original_name: the linear layers' shapes and their names, as for `Adapter`.
+        embedding: as for `Adapter`: of a Llama or Qwen2, whose [MASK] may have a row of the adapter's.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or broken, or the adapter does not fit.
     """
     config_file, weights_file = find_adapter_files(folder)
     fields, tensors = read_json(config_file, ADAPTER_FIELDS), read_tensors(weights_file)
-    return Adapter(folder, fields, tensors, layers, our_name, original_name)
+    return Adapter(folder, fields, tensors, layers, our_name, original_name, embedding)

@@ -352,6 +352,8 @@ class RetrievalTokenizer(FramedTokenizer):
         tail = [*self._plain_ids('"'), end_of_turn, self.end_of_text_id]  # paper Eq. 1
         for is_query, side in ((True, "query"), (False, "passage")):
             prefix, suffix = self._prompt_ids(prompts[is_query])
+            if self.mask_id in (*prefix, *suffix):
+                raise ValueError(f"The {side} prompt holds the token that serves as [MASK] (id {self.mask_id}).")
             length = len(prefix) + len(suffix)
             if self.max_length <= length:
                 raise ValueError(
@@ -387,9 +389,37 @@ def in_words(tokenizer: Any) -> Iterator[None]:
         ) from error
 
 
+def name_mask_token(tokenizer: Any, mask_token: str | None, has_own: bool) -> None:
+    """Give a tokenizer the [MASK] that a release names, where its backbone has none.
+
+    Args:
+        tokenizer: of a backbone.
+        mask_token: one of its special tokens; None leaves the tokenizer as it is.
+        has_own: whether the backbone was trained with a mask token of its own, as LLaDA and Dream were.
+
+    Raises:
+        ValueError: none is named where one must be; or no special token, or one that is in use.
+    """
+    if has_own:
+        if mask_token is not None:
+            raise ValueError(f"config field `mask_token` is {mask_token!r}, but the backbone has a [MASK] of its own.")
+        return
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "mask_token"}
+    used = [word for token in named.values() for word in ([token] if isinstance(token, str) else token)]
+    free = [token for token in special if token not in used] or ["none of them"]
+    choice = f"an unused special token of the tokenizer of {tokenizer.name_or_path!r}, such as {', '.join(free[-3:])}"
+    if (mask_token or tokenizer.mask_token) is None:
+        raise ValueError(f"The backbone has no [MASK] token; name one as `mask_token`: {choice}.")
+    if mask_token is not None and (mask_token not in special or mask_token in named.values()):
+        problem = "is in use" if mask_token in special else "is no special token"
+        raise ValueError(f"config field `mask_token`: {mask_token!r} {problem}; choose {choice}.")
+    tokenizer.mask_token = mask_token or tokenizer.mask_token
+
+
 def find_mask_id(tokenizer: Any) -> int:
-    """Return the id of LLaDA's or Dream's mask token, or raise ValueError."""
-    return _special_id(tokenizer, "[MASK]", ("<|mdm_mask|>", "<|mask|>", tokenizer.mask_token))
+    """Return the id of the mask token, LLaDA's, Dream's or the one that was named, or raise ValueError."""
+    return _special_id(tokenizer, "[MASK]", (tokenizer.mask_token, "<|mdm_mask|>", "<|mask|>"))
 
 
 def _special_id(tokenizer: Any, role: str, names: tuple[str | None, ...]) -> int:

@@ -44,7 +44,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def _add_build(commands: Any) -> None:
     command = add_command(commands, "build", "make a release folder", run_build)
     command.add_argument("release", nargs="?", help=f"a known release: {', '.join(RELEASES)}")
-    command.add_argument("--base", help="backbone: Hub id or folder in LLaDA's or Dream's own format")
+    command.add_argument("--base", help="backbone: Hub id or folder of a LLaDA, Dream, Llama or Qwen2")
     command.add_argument("--adapter", help="training output: folder or Hub id; without it, the zero-shot model")
     command.add_argument("--out", type=Path, required=True, help="the folder to make")
     command.add_argument("--name", help="the release's name (default: the folder's)")
@@ -54,6 +54,7 @@ def _add_build(commands: Any) -> None:
     command.add_argument(
         "--max-length", type=int, help="tokens of prompt and text, where the adapter does not record it"
     )
+    command.add_argument("--mask-token", help="an unused special token that serves as [MASK], for a Llama or Qwen2")
     command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
     command.add_argument("--link-code", action="store_true", help="link to this source tree's code, do not copy it")
     command.add_argument("--force", action="store_true", help="replace the folder if it is there")

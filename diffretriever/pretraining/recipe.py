@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.recipe import read_recipe
-from ..model.configuration_diffretriever import BACKBONE_TYPES
+from ..model.configuration_diffretriever import DIFFUSION_TYPES
 
 STEP_KINDS = ("pairs", "neighbours", "cloze", "denoise")
 
@@ -86,8 +86,8 @@ def read_pretrain_recipe(path: str | Path, **overrides: Any) -> PretrainRecipe:
     """
     recipe = read_recipe(path, PretrainRecipe, overrides)
     where = str(path)
-    if recipe.backbone_type not in BACKBONE_TYPES:
-        known = ", ".join(BACKBONE_TYPES)
+    if recipe.backbone_type not in DIFFUSION_TYPES:
+        known = ", ".join(DIFFUSION_TYPES)
         raise ValueError(f"{where}: unknown backbone_type {recipe.backbone_type!r}; expected one of {known}")
     _check_least(recipe, ("tokenizer_characters", "tokenizer_every", "texts_every", "neighbours", "log_every"), where)
     _check_shape(recipe.shape, f"{where}: shape")

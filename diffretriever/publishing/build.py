@@ -20,9 +20,9 @@ from ..model import configuration_diffretriever
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE
 from ..model.bidirectional_layers import linear_shapes, parameter_shapes
 from ..model.chat_template import render_prompts
-from ..model.configuration_diffretriever import AUTO_MAP, DiffRetrieverConfig, paper_prompt
+from ..model.configuration_diffretriever import AUTO_MAP, DIFFUSION_TYPES, DiffRetrieverConfig, paper_prompt
 from ..model.modeling_diffretriever import ADAPTER_FILES, read_adapter, read_settings
-from ..model.tokenization_helpers import RetrievalTokenizer
+from ..model.tokenization_helpers import RetrievalTokenizer, name_mask_token
 from . import card, probe, record
 from .hub import find_folder
 from .releases import BACKBONE_FOLDER, CODE_FILES, RELEASES, SENTENCE_TRANSFORMERS_FILE, check_name, check_repo_id
@@ -34,7 +34,8 @@ SETTINGS_FILES = ["*.json", "*.jinja", "merges.txt"]  # of a backbone on the Hub
 # Of a backbone that a release brings along; no other JSON file beside it is copied.
 BACKBONE_SETTINGS = """config.json generation_config.json model.safetensors.index.json tokenizer.json
     tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
-SETTINGS = ("num_query_masks", "num_passage_masks", "max_length")
+BUDGETS = ("num_query_masks", "num_passage_masks", "max_length")
+SETTINGS = (*BUDGETS, "mask_token")
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,14 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     backbone_type, backbone_config = files.read_backbone_config(backbone)
     shapes = parameter_shapes(backbone_type, backbone_config)
     if any(backbone.glob("*.safetensors")):
-        backbones.audit_weights(backbone, files.read_headers(backbone), backbone_type, shapes)
+        tied = backbone_config.tie_word_embeddings
+        backbones.audit_weights(backbone, files.read_headers(backbone), backbone_type, shapes, tied)
     tokenizer = backbones.load_tokenizer([folder for folder in (adapter_folder, backbone) if folder is not None])
     fields = dict(settings)
     if adapter_folder is not None:
-        names = (partial(name_in, backbone_type) for name_in in (backbones.our_name, backbones.original_name))
-        read_adapter(adapter_folder, linear_shapes(shapes), *names)
+        ours, theirs = (partial(name_in, backbone_type) for name_in in (backbones.our_name, backbones.original_name))
+        embedding = None if backbone_type in DIFFUSION_TYPES else shapes["backbone.embed_tokens.weight"]
+        read_adapter(adapter_folder, linear_shapes(shapes), ours, theirs, embedding)
         fields = _with_recorded(adapter_folder, tokenizer, settings, backbone_type)
     config = DiffRetrieverConfig(
         backbone_type=backbone_type,
@@ -176,6 +179,7 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     )
     if adapter_folder is not None:  # trained with these words; the zero-shot model's follow its budgets
         config.query_prompt, config.passage_prompt = config.prompt(True), config.prompt(False)
+    name_mask_token(tokenizer, config.mask_token, backbone_type in DIFFUSION_TYPES)
     RetrievalTokenizer(tokenizer, config, render_prompts(tokenizer, config))  # refuses what could not be encoded later
     origin = None
     if adapter is not None and adapter_folder is not None and not Path(adapter).expanduser().is_dir():
@@ -189,7 +193,7 @@ def _with_recorded(
     """Return the settings that the adapter was trained with, refusing others."""
     file = adapter_folder / RETRIEVER_FILE
     if not file.is_file():
-        if missing := set(SETTINGS) - settings.keys():
+        if missing := set(BUDGETS) - settings.keys():
             flags = ", ".join("--" + name.replace("_", "-") for name in sorted(missing))
             raise FileNotFoundError(f"{file} is not there, so the adapter's budgets are unknown; pass {flags}.")
         return settings
@@ -300,6 +304,7 @@ _OWN_FIELDS = (
     "base_model_name_or_path",
     "base_model_revision",
     "adapter_name_or_path",
+    "mask_token",
     "num_query_masks",
     "num_passage_masks",
     "num_denoise_steps",
@@ -354,7 +359,7 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
             "with the package; run publish.py in a checkout, or give --base and --adapter."
         )
     places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
-    settings = {field: getattr(release, field) for field in SETTINGS}
+    settings = {field: value for field in SETTINGS if (value := getattr(release, field)) is not None}
     recording = options.pop("recording", None) or Recording()
     if not release.is_local and recording.repo_id is None:
         recording = replace(recording, repo_id=release.adapter)

@@ -43,6 +43,7 @@ class Release:
         adapter: where its adapter is: a Hub id, or a folder of this source tree.
         num_query_masks, num_passage_masks: K_q and K_p.
         max_length: tokens of prompt and text.
+        mask_token: the special token that serves as [MASK] where the backbone has none.
         recommended: the scoring mode that serves it best; None is `single_dense` for K = 1, else `multi_dense`.
     """
 
@@ -52,6 +53,7 @@ class Release:
     num_passage_masks: int
     max_length: int = 156
     recommended: str | None = None
+    mask_token: str | None = None
 
     @property
     def is_local(self) -> bool:

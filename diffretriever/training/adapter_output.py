@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from ..files.durable import write_json, write_whole
-from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE
+from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, ROWS, WEIGHTS_FILE
 from .adapter_recipe import AdapterRecipe
 from .lora import original_parameters
 
@@ -34,7 +34,9 @@ def save_adapter(model: Any, recipe: AdapterRecipe, out: Path, base: str) -> Non
         raise FloatingPointError(f"{len(broken)} adapter weights hold NaN or infinite values, {broken[0]} among them")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / WEIGHTS_FILE, [save(weights, metadata={"format": "pt"})])
-    write_json(out / CONFIG_FILE, adapter_config(recipe, model.config.backbone_type, base, weights))
+    rows = [model.texts.mask_id] if any(name.endswith(ROWS) for name in weights) else None
+    written = adapter_config(recipe, model.config.backbone_type, base, weights)
+    write_json(out / CONFIG_FILE, written | ({"trainable_token_indices": {"embed_tokens": rows}} if rows else {}))
     if recipe.pooling == "masks":
         write_json(out / RETRIEVER_FILE, retriever_config(model, recipe))
 
@@ -44,12 +46,12 @@ def adapter_config(recipe: AdapterRecipe, backbone_type: str, base: str, weights
 
     Args:
         recipe: rank, alpha, dropout.
-        backbone_type: "llada" or "dream".
+        backbone_type: as the release's config has it.
         base: the backbone's name.
         weights: the original names of the adapter's weights.
     """
     llada = backbone_type == "llada"
-    modules = [name.split(".lora_")[0] for name in weights]
+    modules = [name.split(".lora_")[0] for name in weights if not name.endswith(ROWS)]
     # LLaDA's output head has the name of a projection, so that it is adapted, too, unless it is excluded.
     head = any(module.endswith("model.transformer.ff_out") for module in modules)
     return {
@@ -90,6 +92,8 @@ def retriever_config(model: Any, recipe: AdapterRecipe) -> dict[str, Any]:
         "sparse_weight": recipe.sparse_weight,
         "normalize": True,
     }
+    if model.config.mask_token is not None:
+        config["mask_token"] = model.config.mask_token
     for side, is_query in (("query", True), ("passage", False)):
         layout = model.texts.layouts[is_query]
         config[f"{side}_prefix_ids"], config[f"{side}_suffix_ids"] = list(layout.prefix), list(layout.suffix)

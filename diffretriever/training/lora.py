@@ -8,46 +8,58 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.adapter_loading import PREFIX
+from ..model.adapter_loading import PREFIX, ROWS
 from ..model.backbone_loading import original_name
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def add_lora(model: Any, rank: int, alpha: int, dropout: float, head: bool) -> None:
+def add_lora(model: Any, rank: int, alpha: int, dropout: float, head: bool, mask_row: bool = False) -> None:
     """Freeze a release and put LoRA matrices beside its projections, in float32.
 
     Args:
         model: a DiffRetriever without an adapter.
         rank, alpha, dropout: LoRA's r, alpha and dropout probability.
         head: whether the output head gets them, too.
+        mask_row: whether the embedding's row of [MASK] is trained, too, from the mean of all rows on: the backbone has
+            learned nothing for that token.
     """
     import peft
 
     targets = [*PROJECTIONS, *(["lm_head"] if head else [])]
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
+    rows = {"embed_tokens": [model.texts.mask_id]} if mask_row else None
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        trainable_token_indices=rows,
+    )
+    mean = model.backbone.embed_tokens.weight.detach().float().mean(dim=0, keepdim=True)  # [1, H]
     model.requires_grad_(False)
     peft.inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        trainable = ".lora_" in name
-        parameter.requires_grad_(trainable)
-        if trainable:
-            parameter.data = parameter.data.float()
+    own = lora_parameters(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, parameter in own.items():
+        parameter.data = mean if ROWS in name else parameter.data.float()
+        parameter.requires_grad_(True)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the LoRA matrices of a model by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    """Return the LoRA matrices of a model, and its own rows of the embedding, by name."""
+    return {name: value for name, value in model.named_parameters() if ".lora_" in name or f"{ROWS}.default" in name}
 
 
 def original_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Return the LoRA matrices of a release by the names that adapter files give them, the backbone's original ones.
+    """Return what `lora_parameters` does, by the names that adapter files give them, the backbone's original ones.
 
     For example `base_model.model.model.transformer.blocks.0.attn_out.lora_A.weight`.
     """
     kind = model.config.backbone_type
     own = lora_parameters(model).items()
-    return {PREFIX + original_name(kind, name.replace(".default.weight", ".weight")): value for name, value in own}
+    return {PREFIX + original_name(kind, name.replace(".default", "")): value for name, value in own}
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from ..evaluation.small_task import read_small_task
 from ..files.durable import write_json
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.backbone_loading import save_tokenizer
+from ..model.configuration_diffretriever import DIFFUSION_TYPES
 from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batches import SampledItems
@@ -155,10 +156,12 @@ def base_name(release: str) -> str:
 
 
 def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:
-    """Freeze the release and add LoRA, to LLaDA's head, too, as the released adapters have it."""
+    """Freeze the release and add LoRA: to LLaDA's head, too, as the released adapters have it, and with a row for the
+    [MASK] of a backbone that was trained without one."""
     torch.manual_seed(recipe.seed)
     head = retriever.config.backbone_type == "llada" and recipe.pooling == "masks"
-    add_lora(retriever, recipe.rank, recipe.alpha, recipe.dropout, head)
+    mask_row = retriever.config.backbone_type not in DIFFUSION_TYPES and recipe.pooling == "masks"
+    add_lora(retriever, recipe.rank, recipe.alpha, recipe.dropout, head, mask_row)
     if recipe.gradient_checkpointing:
         checkpoint_layers(retriever)
     return ContrastiveModel(retriever, recipe)

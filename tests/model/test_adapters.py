@@ -309,7 +309,11 @@ def nothing(tensors: dict[str, torch.Tensor]) -> None:
         (nothing, {"init_lora_weights": "pissa"}, "`init_lora_weights` is 'pissa'"),
         (nothing, {"fan_in_fan_out": True}, "`fan_in_fan_out` is True"),
         (nothing, {"layer_replication": [[0, 4], [2, 4]]}, "`layer_replication` is"),
-        (nothing, {"trainable_token_indices": [3]}, r"`trainable_token_indices` is \[3\]"),
+        (
+            nothing,
+            {"trainable_token_indices": [3]},
+            r"`trainable_token_indices` is not supported for this backbone: \[3\]",
+        ),
         (spoil(QUERY + ".lora_A.weight", float("nan")), {}, r"q_proj\.lora_A\.weight holds NaN or infinite values"),
         (spoil(HEAD + ".lora_B.weight", float("-inf")), {}, r"ff_out\.lora_B\.weight holds NaN or infinite values"),
     ],

@@ -240,7 +240,7 @@ SELF_CONTAINED = {
         ),
         (
             {"backbone_config": {**SELF_CONTAINED, "rope_scaling": {"a": 1}}},
-            r"rope_scaling` is a field that is not known",
+            r"`rope_scaling` holds, which is not known here, a",
         ),
         ({"backbone_config": {**SELF_CONTAINED, "hidden_size": [1]}}, r"hidden_size` must be a whole number"),
         (

@@ -355,7 +355,7 @@ def test_zero_shot_equals_a_release_without_adapter(build_release: Build, load_r
         ({"max_length": 20}, "`max_length` is 20, but the query prompt alone takes"),
         ({"normalize": "yes"}, "`normalize` must be true or false, got 'yes'"),
         ({"merge_adapter": 1}, "`merge_adapter` must be true or false or null, got 1"),
-        ({"backbone_type": "bert"}, '`backbone_type` must be one of "llada", "dream", got \'bert\''),
+        ({"backbone_type": "bert"}, '`backbone_type` must be one of "llada", "dream", "llama", "qwen2", got \'bert\''),
         ({"backbone_type": "dream"}, "is a llada backbone, but the release's `backbone_type` is 'dream'"),
         (
             {"base_model_name_or_path": 5},
