@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from ..model.configuration_diffretriever import check_prompt, paper_prompt
 
 CONFIG_FILE = "baseline.json"
 METHODS = ("promptreps", "repllama", "diffembed")
+SPARSE_METHODS = ("promptreps",)
 NAMES = ("base_model_name_or_path", "base_model_revision", "adapter_name_or_path")
-COUNTS = ("num_query_vectors", "num_passage_vectors", "query_length", "passage_length")
 CAPS = ("num_query_vectors", "num_passage_vectors")
+LENGTHS = ("query_length", "passage_length")
+COUNTS = (*CAPS, *LENGTHS)
+# What commands and recipes call a side's number of vectors, as DiffRetriever does.
+BUDGETS = dict(zip(("num_query_masks", "num_passage_masks"), CAPS, strict=True))
 
 
 @dataclass
@@ -44,6 +49,7 @@ class BaselineConfig:
 
     Attributes:
         name_or_path: what `load_baseline` was given.
+        overrides: budgets and lengths that its caller chose, under DiffRetriever's names.
         hidden_size, vocab_size: H and V of the backbone; 0 until it is loaded.
 
     Raises:
@@ -66,6 +72,7 @@ class BaselineConfig:
     sparse_top_k: int | None = None
     num_denoise_steps: int = dataclasses.field(default=1, init=False)
     name_or_path: str = dataclasses.field(default="", init=False)
+    overrides: tuple[str, ...] = dataclasses.field(default=(), init=False)
     hidden_size: int = dataclasses.field(default=0, init=False)
     vocab_size: int = dataclasses.field(default=0, init=False)
 
@@ -77,7 +84,7 @@ class BaselineConfig:
     @property
     def has_sparse(self) -> bool:
         """Whether the method has sparse vectors."""
-        return self.method == "promptreps"
+        return self.method in SPARSE_METHODS
 
     @property
     def max_length(self) -> int:
@@ -91,6 +98,24 @@ class BaselineConfig:
     def num_masks(self, is_query: bool) -> int:
         """Return K of a side under the name that DiffRetriever's config has for it."""
         return self.num_query_vectors if is_query else self.num_passage_vectors
+
+    @property
+    def num_query_masks(self) -> int:
+        """K_q under DiffRetriever's name, as `num_masks`."""
+        return self.num_query_vectors
+
+    @num_query_masks.setter
+    def num_query_masks(self, value: int) -> None:
+        self.num_query_vectors = value
+
+    @property
+    def num_passage_masks(self) -> int:
+        """K_p under DiffRetriever's name, as `num_masks`."""
+        return self.num_passage_vectors
+
+    @num_passage_masks.setter
+    def num_passage_masks(self, value: int) -> None:
+        self.num_passage_vectors = value
 
     def prompt(self, is_query: bool) -> dict[str, str]:
         """Return what stands around the texts of a side, by role; `{text}` is the text."""
@@ -148,6 +173,26 @@ class BaselineConfig:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(BaselineConfig) if field.init)
+
+
+def own_names(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that are given under DiffRetriever's names under a baseline's.
+
+    Args:
+        method: one of METHODS, for messages.
+        settings: fields of either config, and whatever else a model is loaded with.
+
+    Raises:
+        ValueError: one that no baseline has.
+    """
+    if "max_length" in settings:
+        raise ValueError(
+            f"max_length counts the prompt of a DiffRetriever; of {method}, set query_length and passage_length."
+        )
+    if settings.get("num_denoise_steps", 1) != 1:
+        raise ValueError(f"{method} denoises nothing; leave num_denoise_steps at 1.")
+    left_out = ("num_denoise_steps", "denoise_confidence")
+    return {BUDGETS.get(name, name): value for name, value in settings.items() if name not in left_out}
 
 
 def read_config(folder: Path) -> BaselineConfig:

@@ -13,7 +13,7 @@ from ..model.backbone_loading import BACKBONE_FILES, load_tokenizer, resolve_fol
 from ..model.configuration_diffretriever import LoadedFrom
 from .baseline import Baseline
 from .causal import DIFFUSION, load_causal, model_type
-from .configuration import CAPS, CONFIG_FILE, FIELDS, METHODS, BaselineConfig, read_config
+from .configuration import BUDGETS, CAPS, CONFIG_FILE, FIELDS, LENGTHS, METHODS, BaselineConfig, read_config
 from .diffembed import DiffEmbed
 from .diffusion import load_diffusion
 from .promptreps import PromptReps
@@ -70,6 +70,8 @@ def load_baseline(
     tokenizer = getattr(backbone, "tokenizer", None) or load_tokenizer([folder, base])
     model = CLASSES[config.method](config, backbone, tokenizer)
     config.name_or_path = name
+    known = {given: name for name, given in BUDGETS.items()}
+    config.overrides = tuple(known.get(option, option) for option in options if option in (*CAPS, *LENGTHS))
     made_from = getattr(backbone, "loaded_from", None)  # a DiffRetriever's, whose release may name a backbone
     weights = base if made_from is None else made_from.weights
     adapted = adapter if made_from is None else made_from.adapter

@@ -32,7 +32,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--output", required=True, type=Path, help="the store's folder")
     parser.add_argument("--queries", action="store_true", help="the input is queries, not passages")
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="of the stored vectors")
-    parser.add_argument("--num-masks", type=int, help="K of this side (default: the release's)")
+    parser.add_argument("--num-masks", type=int, help="K of this side (default: the model's)")
     parser.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
     parser.add_argument("--sparse-top-k", type=int, help="sparse weights kept a text (default: the release's)")
     parser.add_argument("--no-content-filter", action="store_true", help="let the whole vocabulary weigh")

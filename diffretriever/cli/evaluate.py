@@ -9,7 +9,7 @@ from typing import Any
 
 from .arguments import add_command, add_fusion_options
 from .exit_status import DONE
-from .load_model import add_model_options, load_model
+from .load_model import add_model_options, check_model, choose_modes, load_model
 
 DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
 
@@ -30,8 +30,8 @@ def register(commands: Any) -> None:
 def _what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is evaluated")
     add_model_options(group)
-    group.add_argument("--num-query-masks", type=int, help="K_q (default: the release's)")
-    group.add_argument("--num-passage-masks", type=int, help="K_p (default: the release's)")
+    group.add_argument("--num-query-masks", type=int, help="K_q (default: the model's)")
+    group.add_argument("--num-passage-masks", type=int, help="K_p (default: the model's)")
     group.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
     group.add_argument("--data", required=True, type=Path, help="folder in BEIR's or MS MARCO's layout")
     group.add_argument("--split", default="test", help="BEIR: a file of qrels/; MS MARCO: dev, dl19, dl20")
@@ -41,7 +41,7 @@ def _what(parser: argparse.ArgumentParser) -> None:
 
 def _how(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
-    group.add_argument("--modes", nargs="+", metavar="MODE", help="scoring modes (default: all five)")
+    group.add_argument("--modes", nargs="+", metavar="MODE", help="scoring modes (default: all that the method has)")
     add_fusion_options(group)
     group.add_argument("--metrics", nargs="+", metavar="METRIC", help="default: nDCG@10 RR@10 R@100 R@1000 AP")
     group.add_argument(
@@ -81,10 +81,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..evaluation.evaluate import Options, encoded_corpus, evaluate
     from ..evaluation.metrics import DEFAULT_METRICS
     from ..evaluation.report import read_per_query, to_terminal
-    from ..search.modes import MODES
 
     how = Options(
-        modes=tuple(dict.fromkeys(options.modes or MODES)),
+        modes=choose_modes(check_model(options), options.modes),
         metrics=tuple(dict.fromkeys(options.metrics or DEFAULT_METRICS)),
         fusion_weight=options.fusion_weight,
         fusion=options.fusion,

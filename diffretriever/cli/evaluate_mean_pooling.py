@@ -16,7 +16,6 @@ def register(commands: Any) -> None:
     what = "nDCG@10 of the mean-pooled baseline (DiffEmbed)"
     parser = add_command(commands, "evaluate-mean-pooling", what, run_mean)
     add_model_options(parser, "the zero-shot release that it was trained from: Hub id or folder")
-    parser.add_argument("--adapter", type=Path, help="output of `train` with pooling: mean; without it, zero-shot")
     parser.add_argument("--data", type=Path, required=True, help="BEIR-style folder")
     parser.add_argument("--split", default="test")
     parser.add_argument("--passages", type=count, help="only so many passages, the judged ones among them")
@@ -31,11 +30,10 @@ def run_mean(options: argparse.Namespace) -> int:
     from ..files.durable import write_json
     from ..training.mean_evaluation import evaluate_mean_pooling, recorded_length
 
-    recorded = recorded_length(options.adapter) if options.adapter else None
+    recorded = recorded_length(Path(options.adapter)) if options.adapter else None
     check_release(options.model, options.revision)  # before the data is read
     task = read_small_task(options.data, options.split, options.passages)
-    adapter = str(options.adapter.resolve()) if options.adapter else None
-    model = load_model(options, adapter_name_or_path=adapter, max_length=options.max_length or recorded)
+    model = load_model(options, max_length=options.max_length or recorded)
     figures = evaluate_mean_pooling(model, task, options.run_file)
     if options.json:
         write_json(options.json, figures)

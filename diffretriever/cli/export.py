@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import add_command
 from .exit_status import DONE
-from .load_model import check_release
+from .load_model import add_method_option, check_model
 
 
 def register(commands: Any) -> None:
@@ -17,6 +17,8 @@ def register(commands: Any) -> None:
     parser.add_argument("--store", type=Path, required=True, help="passages or queries")
     parser.add_argument("--output", type=Path, required=True, help="JSONL file: id, contents, vector")
     parser.add_argument("--model", help="the release, for the tokens' names; without it they are numbers")
+    add_method_option(parser)
+    parser.set_defaults(adapter=None, revision=None)
     parser.add_argument("--factor", type=float, default=100.0, help="impact = weight x this (default: %(default)s)")
     parser.add_argument("--no-texts", action="store_true", help="leave the contents empty")
 
@@ -30,7 +32,7 @@ def run_export(options: argparse.Namespace) -> int:
     if options.model:
         from transformers import PreTrainedTokenizerFast
 
-        check_release(options.model)
+        check_model(options)
         tokens = vocabulary_of(PreTrainedTokenizerFast.from_pretrained(options.model))
     lines = impact_lines(open_store(options.store), tokens, options.factor, contents=not options.no_texts)
     print(f"{options.output}: {write_lines(options.output, lines)} texts")

@@ -1,17 +1,21 @@
-"""The one way in which commands find and load a model, on the device that their process should use."""
+"""The one way in which commands find and load a model, of whichever method, on the device that their process uses."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from ..files.lines import read_object
 from ..publishing.hub import find_folder
+from ..search.modes import MODES, SPARSE
 
-RELEASE = "a release: Hub id or folder"
+RELEASE = "a release: Hub id or folder; with --method, a backbone"
 WHERE = 'for example cuda:1; "auto" spreads the model over all (default: the first GPU, else the CPU)'
 DTYPES = ("float32", "bfloat16", "float16")
+OURS = "diffretriever"
+BASELINES = ("promptreps", "repllama", "diffembed")  # as in `baselines.METHODS`, whose import takes seconds
 
 
 def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **more: Any) -> None:
@@ -24,6 +28,8 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
         more: for --model's `add_argument`; without, it is required.
     """
     parser.add_argument("--model", help=what, **(more or {"required": True}))
+    add_method_option(parser)
+    parser.add_argument("--adapter", help="a LoRA adapter of the method, folder or Hub id, in place of the model's own")
     parser.add_argument("--revision", help="of the release on the Hub")
     parser.add_argument(
         "--model-dtype", choices=DTYPES, help="to run the model in (default: bfloat16 on a GPU, float32 on a CPU)"
@@ -31,31 +37,91 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
     parser.add_argument("--device", help=where)
 
 
+def add_method_option(parser: Any) -> None:
+    """Add --method."""
+    told = f"what reads the model (default: what its folder or adapter says, else {OURS})"
+    parser.add_argument("--method", choices=(OURS, *BASELINES), help=told)
+
+
 def load_model(options: argparse.Namespace, **settings: Any) -> Any:
-    """Load a command's model through `AutoModel`.
+    """Load a command's model.
 
     Args:
         options: with the options of `add_model_options`. Without --device, the model goes to this process's GPU
             (accelerate and torchrun number their processes), else to the CPU.
-        settings: more for `from_pretrained`; those that are None were not given.
+        settings: more for `from_pretrained`, budgets and lengths under DiffRetriever's names; those that are None were
+            not given.
 
     Returns:
-        The model, in eval mode.
+        A DiffRetriever or a baseline, in eval mode.
 
     Raises:
-        FileNotFoundError, ValueError: no such model, no release, or as the model's `from_pretrained`.
+        FileNotFoundError, ValueError: as `check_model`, or as the model's `from_pretrained`.
         Passing: the Hub does not answer.
     """
-    check_release(options.model, options.revision)
+    method = check_model(options)
     import torch
-    from transformers import AutoModel
 
     device = options.device or "cpu"
     if options.device is None and torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     given = {"revision": options.revision, "dtype": options.model_dtype, **settings}
-    given = {name: value for name, value in given.items() if value is not None}
-    return AutoModel.from_pretrained(options.model, trust_remote_code=True, device_map=device, **given)
+    given["adapter_name_or_path"] = options.adapter
+    given = {name: value for name, value in given.items() if value is not None} | {"device_map": device}
+    if method in BASELINES:
+        from ..baselines import load_baseline
+        from ..baselines.configuration import own_names
+
+        return load_baseline(options.model, method, **own_names(method, given))
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(options.model, trust_remote_code=True, **given)
+
+
+def check_model(options: argparse.Namespace) -> str:
+    """Refuse what is no model of the method that is asked for, before anything of it is loaded or run.
+
+    Args:
+        options: with --model, --method, --adapter and --revision.
+
+    Returns:
+        The method.
+
+    Raises:
+        FileNotFoundError: no such folder, nor on the Hub.
+        ValueError: a model or adapter of another method, or neither; the message says what to do.
+        Passing: the Hub does not answer.
+    """
+    from ..baselines.configuration import CONFIG_FILE, read_config
+
+    asked, places = options.method, [(options.model, options.revision), (options.adapter, None)]
+    for place, revision in places:
+        if place is None:
+            continue
+        file = find_folder(place, ["config.json", "adapter_config.json", CONFIG_FILE], revision) / CONFIG_FILE
+        if file.is_file():
+            said = read_config(file.parent).method
+            if asked not in (None, said):
+                raise ValueError(f"{file} is of method {said!r}, not {asked!r}.")
+            asked = said
+    if asked in (None, OURS):
+        check_release(options.model, options.revision)
+    return asked or OURS
+
+
+def choose_modes(method: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the scoring modes to use: those asked for, or all that the method has.
+
+    Raises:
+        ValueError: one is asked for that it has not.
+    """
+    from ..baselines.configuration import SPARSE_METHODS
+
+    own = MODES if method in (OURS, *SPARSE_METHODS) else tuple(mode for mode in MODES if mode not in SPARSE)
+    for mode in asked or ():
+        if mode in MODES and mode not in own:
+            raise ValueError(f"{method} has no sparse vectors for mode {mode!r}; its modes are {' and '.join(own)}.")
+    return tuple(dict.fromkeys(asked or own))
 
 
 def check_release(release: str, revision: str | None = None) -> None:
@@ -70,6 +136,7 @@ def check_release(release: str, revision: str | None = None) -> None:
         ValueError: a backbone, an adapter or another model; the message says how to make a release of it.
         Passing: the Hub does not answer.
     """
+    from ..baselines.causal import CAUSAL
     from ..model.adapter_loading import CONFIG_FILE
     from ..model.backbone_loading import NAME_PATTERNS
 
@@ -83,7 +150,10 @@ def check_release(release: str, revision: str | None = None) -> None:
     if str(found).lower() in NAME_PATTERNS:
         raise ValueError(f"{release} is a backbone, not a release; {_build_command(release)}")
     if found != "diffretriever":
-        raise ValueError(f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever".')
+        other = f"; to read it by another method, say which: --method {', '.join(BASELINES)}" if found in CAUSAL else ""
+        raise ValueError(
+            f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever"{other}.'
+        )
 
 
 def _build_command(base: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ..search.modes import MODES
 from .arguments import add_command, count, count_or_none
 from .exit_status import DONE
-from .load_model import RELEASE, add_model_options, check_release, load_model
+from .load_model import RELEASE, add_model_options, check_model, choose_modes, load_model
 
 BM25 = "bm25"
 
@@ -38,7 +38,7 @@ def run_mine(options: argparse.Namespace) -> int:
 
     draws = Draws(options.negatives, options.depth, options.skip, options.seed)
     if options.model != BM25:
-        check_release(options.model, options.revision)  # before the data is read
+        choose_modes(check_model(options), [options.mode])  # before the data is read
     files = PairFiles(options.pairs, options.out.parent)
     with nullcontext(options.corpus) if options.corpus else passages_of(files) as corpus:
         if options.model == BM25:

@@ -14,7 +14,7 @@ from .arguments import add_command, add_fusion_options, add_qdrant_options
 from .console import json_line
 from .display import result_lines
 from .exit_status import DONE
-from .load_model import RELEASE, add_model_options, load_model
+from .load_model import RELEASE, add_model_options, check_model, choose_modes, load_model
 
 if TYPE_CHECKING:
     from ..search.results import Hit
@@ -29,6 +29,7 @@ def register(commands: Any) -> None:
     parser.add_argument("question", nargs="*", help="one or more questions")
     where = "for example cuda (default: the model on the first GPU, else the CPU; exact search on the CPU)"
     add_model_options(parser, f"{RELEASE}; the one that encoded the store", where, default=None)
+    parser.add_argument("--num-masks", type=int, help="K of the questions (default: the model's)")
     parser.add_argument("--store", type=Path, help="the passages: a folder of `diffretriever encode` or `compress`")
     add_qdrant_options(parser, required=False)
     parser.add_argument("--queries", type=Path, help="a store of queries to search for, instead of questions")
@@ -90,7 +91,8 @@ def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     """Load the model and refuse one that did not encode the passages."""
     from ..store.identity import check_searchable, describe_model
 
-    model = load_model(options)
+    choose_modes(check_model(options), [options.mode])
+    model = load_model(options, num_query_masks=options.num_masks)
     there = searcher.engine.settings
     if there is not None:
         check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))

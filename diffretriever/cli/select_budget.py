@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import add_command, add_fusion_option, count
 from .exit_status import DONE
-from .load_model import add_model_options, check_release, load_model
+from .load_model import add_model_options, check_model, choose_modes, load_model
 
 if TYPE_CHECKING:
     from ..evaluation.small_task import SmallTask
@@ -36,11 +36,12 @@ def register(commands: Any) -> None:
 
 def run_budget(options: argparse.Namespace) -> int:
     """Run `diffretriever select-budget`."""
+    from ..evaluation.small_task import NAMES
     from ..files.durable import check_place, write_json
     from ..training.budget import select_budget, table
 
     check_place(options.out)
-    check_release(options.model, options.revision)  # before the data is read
+    choose_modes(check_model(options), list(NAMES.values()))  # before the data is read
     task = replace(_task(options), fusion=options.fusion)
     found = select_budget(load_model(options), task, sorted(set(options.budgets)))
     write_json(options.out, found)

@@ -26,7 +26,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.set_defaults(revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
+    parser.set_defaults(
+        method=None, adapter=None, revision=None, model_dtype=None, device=None
+    )  # the recipe's, and the launcher's
 
 
 def run_train(options: argparse.Namespace) -> int:

@@ -90,6 +90,9 @@ def encode_store(
 
 def _fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
     """Set the sizes that the caller left open to the store's own, else to defaults."""
+    if plan is None and options["sparse_top_k"] and not model.config.sparse_top_k:
+        what = type(model).__name__
+        raise ValueError(f"sparse_top_k is {options['sparse_top_k']}, but {what} has no sparse vectors; leave it out.")
     # 1,024 and 16,384 are what `encode_texts` takes
     defaults = {"shard_size": SHARD_SIZE, "tokens_per_batch": 1024 if model.device.type == "cpu" else 16384}
     for name, default in defaults.items():

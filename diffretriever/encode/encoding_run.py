@@ -148,9 +148,14 @@ class EncodingRun:
     ) -> tuple[ShardContents, Future[PreparedShard | None]]:
         """Return one shard's vectors, and the shard to come: claimed only when half of this one is done."""
         settings, count = self._job.plan.settings, len(shard.texts)
-        dense = torch.empty(count, settings.num_masks, settings.hidden_size)  # float32 [n, K, H]
-        indices = torch.empty(count, settings.sparse_top_k, dtype=torch.int32)
-        values = torch.empty(count, settings.sparse_top_k)
+        texts = [text.text for text in shard.texts] if settings.options["keep_texts"] else None
+        contents = ShardContents(
+            [text.id for text in shard.texts],
+            torch.empty(count, settings.num_masks, settings.hidden_size),
+            torch.empty(count, settings.sparse_top_k, dtype=torch.int32),
+            torch.empty(count, settings.sparse_top_k),
+            texts,
+        )
         coming: Future[PreparedShard | None] | None = None
         done = 0
         encoded = self._job.model.map_batches(partial(self._job.encode, shard), shard.batches)
@@ -158,16 +163,11 @@ class EncodingRun:
             for rows, out in results:
                 if coming is None and 2 * done >= count:
                     coming = preparer.submit(self._source.next_shard)
-                place = torch.tensor(rows)
-                dense[place] = out["repr_hidden"].cpu().float()
-                indices[place] = out["sparse_indices"].cpu().to(torch.int32)
-                values[place] = out["sparse_values"].cpu().float()
+                contents.put(torch.tensor(rows), out)
                 done += len(rows)
                 self._progress.add(len(rows), sum(len(shard.prepared[row].sequence) for row in rows))
                 if self._writing is not None and self._writing.done():
                     self._await_write()  # a full disk is said now, not a shard later
-        texts = [text.text for text in shard.texts] if settings.options["keep_texts"] else None
-        contents = ShardContents([text.id for text in shard.texts], dense, indices, values, texts)
         return contents, coming or preparer.submit(self._source.next_shard)
 
     def _await_write(self) -> None:

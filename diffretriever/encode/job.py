@@ -74,7 +74,8 @@ class EncodingJob:
 
     def prepare(self, number: int, texts: list[Text]) -> PreparedShard:
         """Tokenise one shard's texts, find their content words and cut them into batches."""
-        content_filter = self.plan.settings.options["content_filter"]
+        settings = self.plan.settings
+        content_filter = settings.options["content_filter"] and settings.sparse_top_k > 0
         prepared = self.model.texts.prepare([text.text for text in texts], self.is_query, content_filter)
         # a row's batch depends on the lengths alone, so that whichever process encodes a shard gets the same vectors
         batches = list(batches_by_length([len(text.sequence) for text in prepared], self.tokens_per_batch))

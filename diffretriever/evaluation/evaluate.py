@@ -95,7 +95,7 @@ def encoded_corpus(
         begun = Plan.read(Path(place)) if Path(place).is_dir() else None
         options: dict[str, Any] = {"dtype": "float16"}
         if begun is not None:
-            options = {"dtype": begun.settings.dtype, "sparse_top_k": begun.settings.sparse_top_k}
+            options = {"dtype": begun.settings.dtype, "sparse_top_k": begun.settings.sparse_top_k or None}
             options |= {name: begun.settings.options.get(name, True) for name in ("content_filter", "keep_texts")}
         if dtype is not None:
             options["dtype"] = dtype

@@ -12,7 +12,7 @@ import torch
 from ..model.batching import check_count
 from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, mean_vectors
 from ..store.manifest import Settings
-from ..store.segments import QueryVectors, Segment, resident, segments_of
+from ..store.segments import QueryVectors, Segment, existing, resident, segments_of
 from .engine import Ranking
 from .sparse import Postings, build_postings, join_rows, sparse_of
 from .topk import MAX_POSITIONS, TopK
@@ -134,14 +134,13 @@ class ExactEngine:
 
     def _gather(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return vectors float32 [C, K_p, H] and their mask of the passages at rising positions."""
-        vectors, masks = [], []
-        for segment, rows in self._locate(wanted):
-            vectors.append(segment.rows(rows).to(self.device))
-            mask = segment.mask(0, segment.length)
-            if mask is not None:
-                masks.append(mask[rows.to(mask.device)].to(self.device))
+        held = list(self._locate(wanted))
+        vectors = [segment.rows(rows).to(self.device) for segment, rows in held]
         joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors)  # of one it would be a copy
-        return joined, torch.cat(masks) if masks else None
+        if all(segment.mask(0, 0) is None for segment, _ in held):
+            return joined, None
+        masks = ((existing(segment, 0, segment.length), rows) for segment, rows in held)
+        return joined, torch.cat([mask[rows.to(mask.device)].to(self.device) for mask, rows in masks])
 
     def _locate(self, positions: torch.Tensor) -> Iterator[tuple[Segment, torch.Tensor]]:
         """Yield each segment that holds some of the rising positions, and their rows there."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..files.durable import write_whole
-from .sparse import sum_by_term
+from .sparse import sparse_of, sum_by_term
 
 QUANTISATION = 100.0  # an impact is the weight times this, rounded, as PromptReps and SPLADE exports do
 
@@ -27,12 +27,12 @@ def impact_lines(
         contents: also write the texts, where the store holds them.
 
     Raises:
-        ValueError: a token id outside the vocabulary, or weights that are not finite and positive.
+        ValueError: no sparse vectors, a token id outside the vocabulary, or weights that are not finite and positive.
     """
     if not factor > 0:
         raise ValueError(f"the factor must be positive, got {factor}.")
     for shard in store.shards():
-        indices, values = shard.sparse
+        indices, values = sparse_of(shard)
         for row, text_id in enumerate(shard.ids):
             vector = _impacts(indices[row], values[row], tokens, factor, text_id)
             text = shard.text(row) if contents else None

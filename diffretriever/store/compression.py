@@ -23,6 +23,7 @@ from ..files.durable import TEMPORARY, write_whole
 from ..files.fields import fill
 from ..files.lines import read_object
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry
+from .segments import existing
 from .shard_file import DamagedShardError, ShardFile, write_shard
 from .store import Shard, Store, check_entry, check_tensors, entry_of, refuse_damaged
 
@@ -199,7 +200,9 @@ def _codebook(store: Store, output: Path, about: Mapping[str, str]) -> ShardFile
 def _learn(store: Store, dimensions_per_byte: int, seed: int) -> torch.Tensor:
     """Learn the centroids by k-means from vectors all over the store; float32 [pieces, 256, dimensions]."""
     stride = max(1, len(store) * store.manifest.num_masks // TRAINING_VECTORS)
-    sample = torch.cat([shard.rows(torch.arange(0, len(shard), stride)).flatten(0, 1) for shard in store.shards()])
+    there = [existing(shard, 0, len(shard))[::stride] for shard in store.shards()]
+    rows = [shard.rows(torch.arange(0, len(shard), stride)) for shard in store.shards()]  # [n, K, H] each
+    sample = torch.cat([vectors[mask] for vectors, mask in zip(rows, there, strict=True)])
     if len(sample) < CENTROIDS:
         raise ValueError(
             f"{store.folder}: has {len(sample)} vectors; compression learns {CENTROIDS} centroids and needs as many."
@@ -252,7 +255,7 @@ def _write_compressed(path: Path, shard: Shard, quantiser: Any, codebook: ShardF
         vectors = shard.dense(start, min(start + ENCODE_ROWS, len(shard)))  # [n, K, H]
         found = torch.from_numpy(quantiser.compute_codes(vectors.flatten(0, 1).contiguous().numpy()))
         codes.append(found.view(*vectors.shape[:2], -1))
-    names = ("ids_bytes", "ids_offsets", "texts_bytes", "texts_offsets", "sparse_indices", "sparse_values")
+    names = ["ids_bytes", "ids_offsets", "texts_bytes", "texts_offsets", "sparse_indices", "sparse_values", "repr_mask"]
     tensors = {name: shard.file.tensor(name) for name in names if name in shard.file}
     metadata = {name: shard.file.metadata[name] for name in ("first", "count", "texts_sha256")}
     metadata |= {"from": shard.file.header_sha256, "codebook": codebook.header_sha256}

@@ -10,6 +10,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 # Settings that say how vectors are kept or asked for; all others, and these options, say which model made them.
 NOT_THE_MODEL = ("side", "dtype", "sparse_top_k", "options")
 MODEL_OPTIONS = ("options.normalize", "options.num_denoise_steps")
+METHOD = "model_parts.method"
 # What follows from another setting, which alone is named where both differ.
 FOLLOWS = {"text_tokens": "max_length", "chat_template": "prompts", "num_masks": "num_masks"}
 MOST_NAMED = 3  # differences in a message
@@ -64,6 +65,9 @@ def tell_apart(mine: Any, theirs: Any, differences: Mapping[str, tuple[Any, Any]
     >>> tell_apart(one, other, {"model_parts.adapter.lora_alpha": (64, 16)})
     "made by model 'A', not 'B': `adapter.lora_alpha` 64, not 16"
     """
+    if METHOD in differences:  # from which all else follows
+        one, other = differences[METHOD]
+        return f"made by method {one!r:.80} (model {mine.model!r:.200}), not by {other!r:.80} ({theirs.model!r:.200})"
     lead = "made with other settings"
     if any(name in MODEL_OPTIONS or name.partition(".")[0] not in NOT_THE_MODEL for name in differences):
         lead = f"made by model {mine.model!r:.200}, not {theirs.model!r:.200}"

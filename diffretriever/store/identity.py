@@ -17,6 +17,7 @@ from .. import __version__
 from ..files.hashes import hash_file
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.checked_files import read_headers
+from ..model.configuration_diffretriever import paper_prompt
 from .differences import MODEL_OPTIONS, SHA256, tell_apart
 from .manifest import Settings
 from .model_parts import model_parts
@@ -26,6 +27,8 @@ SHARED = ("weights_sha256", "adapter_sha256", "hidden_size", "vocab_size", "prom
 # What each field that may be chosen for a run decides; chosen, it is no trait of the model.
 CHOICES = {
     "max_length": ("max_length", "model_parts.text_tokens"),
+    "query_length": ("max_length", "model_parts.text_tokens.query"),
+    "passage_length": ("max_length", "model_parts.text_tokens.passage"),
     "num_query_masks": ("model_parts.num_masks.query",),
     "num_passage_masks": ("model_parts.num_masks.passage",),
 }
@@ -108,6 +111,11 @@ def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
     free = {
         field for choice, fields in CHOICES.items() if any(choice in chosen for chosen in choices) for field in fields
     }
+    for side in ("query", "passage"):
+        if f"model_parts.num_masks.{side}" in free and _prompts_follow(passages, queries, side):
+            free |= {f"prompts.{side}", f"model_parts.chat_template.{side}"}
+            if passages.prompts[side] != queries.prompts[side]:  # what they leave of max_length follows, too
+                free.add(f"model_parts.text_tokens.{side}")
     differences = {
         field: values
         for field, values in passages.differences(queries).items()
@@ -118,6 +126,13 @@ def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
         raise ValueError(
             f"{name}: its passages were {tell_apart(passages, queries, differences)}. Encode both with one model."
         )
+
+
+def _prompts_follow(passages: Settings, queries: Settings, side: str) -> bool:
+    """Return whether both have the paper's prompt for their K of a side, which follows from it."""
+    counts = [settings.model_parts.get("num_masks", {}).get(side) for settings in (passages, queries)]
+    prompts = [settings.prompts.get(side) for settings in (passages, queries)]
+    return all(k is not None and prompt == paper_prompt(side, k) for k, prompt in zip(counts, prompts, strict=True))
 
 
 def hash_weights(folder: Path) -> str:

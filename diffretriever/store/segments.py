@@ -178,8 +178,8 @@ def query_vectors(queries: Any) -> QueryVectors:
         vectors, mask, sparse = _tensors_of(queries, "queries")
         ids = None
     else:
-        vectors, sparse = _read_all(segments_of(queries))
-        mask, ids = None, queries.ids()
+        vectors, mask, sparse = _read_all(segments_of(queries))
+        ids = queries.ids()
     dense = vectors.detach().float().cpu()
     mask = torch.ones(dense.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
     if not bool(torch.isfinite(dense[mask]).all()):
@@ -191,10 +191,20 @@ def query_vectors(queries: Any) -> QueryVectors:
     return QueryVectors(dense, mask, sparse, ids)
 
 
-def _read_all(segments: Sequence[Segment]) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+def existing(segment: Segment, start: int, stop: int) -> torch.Tensor:
+    """Return which vectors of consecutive rows exist, bool [stop - start, K], where all do, too."""
+    mask = segment.mask(start, stop)
+    return torch.ones(stop - start, segment.block(0, 1).shape[1], dtype=torch.bool) if mask is None else mask
+
+
+def _read_all(
+    segments: Sequence[Segment],
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return vectors [N, K, H], which of them exist [N, K], and the sparse pair or None."""
     vectors = torch.cat([segment.block(0, segment.length) for segment in segments])
+    mask = torch.cat([existing(segment, 0, segment.length) for segment in segments])
     pairs = [segment.sparse for segment in segments]
     found = [pair for pair in pairs if pair is not None]
     if len(found) < len(pairs):
-        return vectors, None
-    return vectors, (torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found]))
+        return vectors, mask, None
+    return vectors, mask, (torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found]))

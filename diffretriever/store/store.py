@@ -29,6 +29,7 @@ class ShardContents:
         sparse_indices: integer [n, T].
         sparse_values: float [n, T]; unused slots are 0.
         texts: n texts, or None to store none.
+        repr_mask: bool [n, K], which vectors exist; None where all do.
     """
 
     ids: Sequence[str]
@@ -36,6 +37,21 @@ class ShardContents:
     sparse_indices: torch.Tensor
     sparse_values: torch.Tensor
     texts: Sequence[str] | None = None
+    repr_mask: torch.Tensor | None = None
+
+    def put(self, rows: torch.Tensor, encoded: Mapping[str, Any]) -> None:
+        """Fill in what a model returned for some of the texts.
+
+        Args:
+            rows: int64 [b], their numbers.
+            encoded: an output of `encode`, of a model that gives all its texts a mask or none.
+        """
+        if "repr_mask" in encoded and self.repr_mask is None:
+            self.repr_mask = torch.zeros(self.repr_hidden.shape[:2], dtype=torch.bool)
+        for name in ("repr_hidden", "repr_mask", "sparse_indices", "sparse_values"):
+            if name in encoded:
+                held: torch.Tensor = getattr(self, name)
+                held[rows] = encoded[name].cpu().to(held.dtype)
 
 
 class Shard:
@@ -83,12 +99,14 @@ class Shard:
         return self.file.tensor("sparse_values")
 
     @cached_property
-    def sparse(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Segment.sparse`.
+    def sparse(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See `Segment.sparse`; a store whose sparse vectors have no slots has none.
 
         Raises:
             DamagedShardError: a token id outside the vocabulary, or a weight that is negative, NaN or infinite.
         """
+        if not self.sparse_indices.shape[1]:
+            return None
         last = (self._vocab_size or 2**31) - 1
         for name, most in (("sparse_indices", last), ("sparse_values", torch.finfo(self.sparse_values.dtype).max)):
             tensor = self.file.tensor(name)
@@ -119,8 +137,8 @@ class Shard:
         return vectors if self.repr_scale is None else vectors * self.repr_scale[rows][..., None]
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
-        """A store's texts have all their vectors."""
-        return None
+        """See `Segment.mask`."""
+        return self.file.tensor("repr_mask")[start:stop] != 0 if "repr_mask" in self.file else None
 
     def text_id(self, row: int) -> str:
         """See `Segment.text_id`."""
@@ -233,6 +251,8 @@ def check_tensors(file: ShardFile, settings: Settings, count: int, dense: Layout
     """
     slots, weights = (count, settings.sparse_top_k), torch.float32 if settings.dtype == "float32" else torch.float16
     expected = {**dense, "sparse_indices": (torch.int32, slots), "sparse_values": (weights, slots)}
+    if "repr_mask" in file:
+        expected["repr_mask"] = (torch.uint8, (count, settings.num_masks))
     for name in ("ids", "texts"):
         if name == "ids" or f"{name}_bytes" in file or f"{name}_offsets" in file:
             expected |= {f"{name}_bytes": (torch.uint8, (None,)), f"{name}_offsets": (torch.int64, (count + 1,))}
@@ -304,6 +324,7 @@ def shard_tensors(contents: ShardContents, dtype: str) -> dict[str, torch.Tensor
     sizes = {"repr_hidden": len(vectors), "sparse_indices": len(contents.sparse_indices)}
     sizes |= {"sparse_values": len(contents.sparse_values)}
     sizes |= {} if contents.texts is None else {"texts": len(contents.texts)}
+    sizes |= {} if contents.repr_mask is None else {"repr_mask": len(contents.repr_mask)}
     for name, size in sizes.items():
         if size != count:
             raise ValueError(f"a shard has {count} ids, but {name} has {size} rows.")
@@ -315,6 +336,8 @@ def shard_tensors(contents: ShardContents, dtype: str) -> dict[str, torch.Tensor
     else:
         tensors["repr_hidden"] = vectors.to(getattr(torch, dtype))
     value_dtype = torch.float32 if dtype == "float32" else torch.float16
+    if contents.repr_mask is not None:
+        tensors["repr_mask"] = contents.repr_mask.to(torch.uint8)
     tensors["sparse_indices"] = contents.sparse_indices.to(torch.int32)
     tensors["sparse_values"] = contents.sparse_values.to(value_dtype)
     for name in ("repr_scale" if dtype == "int8" else "repr_hidden", "sparse_values"):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ...model.batching import check_count
 from ...model.scoring import mean_vectors
 from ...store.differences import tell_apart, tell_difference
-from ...store.segments import Segment, segments_of
+from ...store.segments import Segment, existing, segments_of
 from ..modes import QUANTIZATIONS
 from ..sparse import sum_by_term
 from .calls import EngineAwayError, QdrantCalls, RequestTooLargeError
@@ -293,8 +293,7 @@ def _points(segment: Segment, rows: list[int], with_texts: bool) -> list[Any]:
 
     chosen = torch.tensor(rows)
     vectors = segment.rows(chosen).cpu()  # [n, K, H]
-    mask = segment.mask(0, segment.length)
-    exists = torch.ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask[chosen]
+    exists = existing(segment, 0, segment.length)[chosen]
     means = mean_vectors(vectors, exists)[0][:, 0]
     sparse = segment.sparse
     points = []
