@@ -136,7 +136,6 @@ def check_release(release: str, revision: str | None = None) -> None:
         ValueError: a backbone, an adapter or another model; the message says how to make a release of it.
         Passing: the Hub does not answer.
     """
-    from ..baselines.causal import CAUSAL
     from ..model.adapter_loading import CONFIG_FILE
     from ..model.backbone_loading import NAME_PATTERNS
 
@@ -148,12 +147,10 @@ def check_release(release: str, revision: str | None = None) -> None:
         raise ValueError(f"{release} is no release, as it holds no config.json; {_build_command('BACKBONE')}")
     found = read_object(folder / "config.json").get("model_type")
     if str(found).lower() in NAME_PATTERNS:
-        raise ValueError(f"{release} is a backbone, not a release; {_build_command(release)}")
+        other = f"Or read it by another method: --method {', '.join(BASELINES)}."
+        raise ValueError(f"{release} is a backbone, not a release; {_build_command(release)} {other}")
     if found != "diffretriever":
-        other = f"; to read it by another method, say which: --method {', '.join(BASELINES)}" if found in CAUSAL else ""
-        raise ValueError(
-            f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever"{other}.'
-        )
+        raise ValueError(f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever".')
 
 
 def _build_command(base: str) -> str:

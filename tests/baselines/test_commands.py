@@ -309,8 +309,8 @@ def test_models_of_another_kind(
     cases = [
         (["--model", diffusion, "--method", "promptreps"], "is a diffusion backbone, read without the causal mask"),
         (["--model", release, "--method", "repllama"], "is a diffusion backbone, read without the causal mask"),
-        (["--model", causal], "to read it by another method, say which: --method promptreps, repllama, diffembed"),
-        (["--model", causal, "--method", "diffretriever"], "has model_type 'llama', not \"diffretriever\""),
+        (["--model", causal], "Or read it by another method: --method promptreps, repllama, diffembed"),
+        (["--model", causal, "--method", "diffretriever"], "is a backbone, not a release; build one with"),
         (["--model", mine, "--method", "promptreps"], "baseline.json is of method 'repllama', not 'promptreps'"),
         (["--model", causal, "--method", "promptreps", "--adapter", mine], "is of method 'repllama', not 'promptreps'"),
         (["--model", release, "--adapter", mine], "causal mask that RepLLaMA could read"),
