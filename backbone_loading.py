@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 BACKBONE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no code, no pickles
 TOKENIZER_FILES = ("*token*.json", "vocab.json", "merges.txt", "chat_template*", "additional_chat_templates/*")
 LARGEST_TOKENIZER = 32 * 1024 * 1024  # bytes
+LARGEST_VOCABULARY = 1 << 20  # four times Gemma's
 SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 LONGEST_SPECIAL_TOKEN = 256  # characters
 CHECKED_ELEMENTS = 4 * 1024 * 1024  # weights looked at together for NaN
@@ -224,11 +225,16 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     file.write_text(json.dumps(rules, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
-def load_tokenizer(folders: list[Path]) -> Any:
+def load_tokenizer(folders: list[Path], vocab_size: int = LARGEST_VOCABULARY) -> Any:
     """Load the fast tokenizer of the first folder that has one; code in the folder is never run.
+
+    Args:
+        folders: where to look, in this order.
+        vocab_size: V, the rows of the backbone's embedding, if it is known.
 
     Raises:
         FileNotFoundError: no folder has tokenizer files.
+        ValueError: they are broken or too large, or have ids that the backbone has not.
     """
     for folder in folders:
         library: Any = transformers  # Dream's tokenizer: Qwen2's rules, special tokens of its own
@@ -245,11 +251,15 @@ def load_tokenizer(folders: list[Path]) -> Any:
                 )
         _check_special_tokens(folder)
         try:
-            return loader.from_pretrained(folder)
+            tokenizer = loader.from_pretrained(folder)
+            largest = max(tokenizer.get_vocab().values(), default=0)
         except BaseException as error:  # the tokenizers library raises plain Exceptions, and panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"{folder}: its tokenizer files cannot be read: {error!s:.300}") from error
+        if largest >= vocab_size:
+            raise ValueError(f"{folder}: its tokenizer has the token id {largest}, of a vocabulary of {vocab_size}.")
+        return tokenizer
     places = " or ".join(map(str, folders))
     raise FileNotFoundError(f"No tokenizer.json, nor vocab.json with merges.txt, in {places}.")
 

@@ -185,7 +185,7 @@ class DiffRetriever(PreTrainedModel):
         shapes = parameter_shapes(config.backbone_type, config.backbone_config)
         headers, tied = read_headers(weights), config.backbone_config.tie_word_embeddings
         stored_dtype = audit_weights(weights, headers, names_of, shapes, tied)
-        tokenizer = load_tokenizer([folder, weights])
+        tokenizer = load_tokenizer([folder, weights], config.vocab_size)
         adapter = _read_adapter(config, folder, hub, tokenizer, shapes)
         name_mask_token(tokenizer, config.mask_token, config.backbone_type in DIFFUSION_TYPES)
         if names_of is not None:

@@ -165,7 +165,8 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     if any(backbone.glob("*.safetensors")):
         tied = backbone_config.tie_word_embeddings
         backbones.audit_weights(backbone, files.read_headers(backbone), backbone_type, shapes, tied)
-    tokenizer = backbones.load_tokenizer([folder for folder in (adapter_folder, backbone) if folder is not None])
+    places = [folder for folder in (adapter_folder, backbone) if folder is not None]
+    tokenizer = backbones.load_tokenizer(places, backbone_config.vocab_size)
     fields = dict(settings)
     if adapter_folder is not None:
         ours, theirs = (partial(name_in, backbone_type) for name_in in (backbones.our_name, backbones.original_name))

@@ -323,6 +323,22 @@ def test_special_tokens_without_end(name: str, fields: dict[str, Any], tmp_path:
     assert len(str(failure.value)) < 500
 
 
+@pytest.mark.usefixtures("within")
+@pytest.mark.parametrize("largest", [2048, 2**31])
+def test_ids_that_the_backbone_has_not(largest: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, release = own_release("llada", tmp_path)
+    rules = json.loads((base / "tokenizer.json").read_text())
+    rules["model"]["vocab"]["never seen"] = largest
+    for folder in (base, release):
+        (folder / "tokenizer.json").write_text(json.dumps(rules))
+    words = f"its tokenizer has the token id {largest}, of a vocabulary of 2048"
+    with pytest.raises(ValueError, match=words):
+        load(release)
+    with pytest.raises(ValueError, match=words):
+        building.build(str(base), tmp_path / "again")
+    assert len(capfd.readouterr().err) < 5000
+
+
 # ------------------------------------------------------------------------------------------ every field of every file
 
 DEEP = "@deep@"
