@@ -76,6 +76,8 @@ RECORDED = {
     "num_passage_masks": "n_gen_p_tokens",
     "num_denoise_steps": "num_denoise_steps",
     "max_length": "max_length",
+    "query_length": "query_length",
+    "passage_length": "passage_length",
     "normalize": "normalize",
 }
 RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -84,6 +86,8 @@ RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
     "n_gen_p_tokens": ("whole", 1, 1024),
     "num_denoise_steps": ("whole", 1, 1024),
     "max_length": ("whole", 1, 1 << 20),
+    "query_length": ("whole", 1, 1 << 20, None),
+    "passage_length": ("whole", 1, 1 << 20, None),
     "normalize": ("flag",),
     "mask_token": ("name", None),
     "mask_token_id": ("whole", 0, 1 << 31),
@@ -92,6 +96,7 @@ RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
     "passage_prefix_ids": ("ids",),
     "passage_suffix_ids": ("ids",),
 }
+OPTIONAL = ("query_length", "passage_length", "mask_token")  # of those, what the method's own code does not record
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # a merge holds at most this many weights in float32 at once (64 MiB)
 
 
@@ -414,14 +419,14 @@ def read_recorded(
         render: renders a prompt (its three roles) through a tokenizer's chat template: the texts before and after.
 
     Returns:
-        Budgets, max_length, denoising steps, normalisation, prompts and backbone type.
+        Budgets, lengths, denoising steps, normalisation, prompts and backbone type.
 
     Raises:
         ValueError: a field is missing, or was recorded with another tokenizer.
     """
-    if missing := [name for name in RETRIEVER_FIELDS if name not in fields and name != "mask_token"]:
+    if missing := [name for name in RETRIEVER_FIELDS if name not in fields and name not in OPTIONAL]:
         raise ValueError(f"{file} lacks {', '.join(map(repr, missing))}.")
-    recorded: dict[str, Any] = {ours: fields[theirs] for ours, theirs in RECORDED.items()}
+    recorded: dict[str, Any] = {ours: fields.get(theirs) for ours, theirs in RECORDED.items()}
     for side in ("query", "passage"):
         try:
             ids = fields[f"{side}_prefix_ids"], fields[f"{side}_suffix_ids"]

@@ -60,8 +60,11 @@ COUNTS = {
     "num_passage_masks": ("whole", 1, 1024),
     "num_denoise_steps": ("whole", 1, 1024),
     "max_length": ("whole", 1, 1 << 20),
+    "query_length": ("whole", 1, 1 << 20, None),
+    "passage_length": ("whole", 1, 1 << 20, None),
     "sparse_top_k": ("whole", 1, 1 << 24),
 }
+LENGTHS = ("query_length", "passage_length")
 RULES: dict[str, tuple[Any, ...]] = COUNTS | {
     "denoise_confidence": ("one of", "entropy", "probability"),
     "base_model_name_or_path": ("name", None),
@@ -151,6 +154,9 @@ class DiffRetrieverConfig(PretrainedConfig):
         denoise_confidence: by which several steps choose the masks to fill: "entropy", the negative entropy of the
             distribution, as the method's code; or "probability", the best token's, as LLaDA itself decodes.
         max_length: tokens of prefix + text + suffix; the masks and the closing tokens come on top.
+        query_length: tokens of a query's text alone, as the method's training counts them (32); None leaves it to
+            `max_length`, and a `max_length` that the caller of `from_pretrained` sets stands in for it.
+        passage_length: the same for passages (156 in the method's training).
         normalize: whether `repr_hidden` is L2-normalised.
         query_prompt: {"system", "user", "assistant"}; the user's turn holds `{text}` once. None is the paper's
             wording for K_q (Table 1).
@@ -177,6 +183,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         num_denoise_steps: int = 1,
         denoise_confidence: str = "entropy",
         max_length: int = 156,
+        query_length: int | None = None,
+        passage_length: int | None = None,
         normalize: bool = True,
         query_prompt: dict[str, str] | None = None,
         passage_prompt: dict[str, str] | None = None,
@@ -197,6 +205,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.num_denoise_steps = num_denoise_steps
         self.denoise_confidence = denoise_confidence
         self.max_length = max_length
+        self.query_length = query_length
+        self.passage_length = passage_length
         self.normalize = normalize
         self.query_prompt = query_prompt
         self.passage_prompt = passage_prompt
@@ -227,7 +237,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         kwargs = {name: _plain(value) for name, value in kwargs.items()}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        config._overrides = overrides
+        config._note_overrides(overrides)
         config.check()
         return result
 
@@ -248,7 +258,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         config: Any = deepcopy(given)
         for name, value in overrides.items():
             setattr(config, name, value)
-        config._overrides = (*getattr(config, "_overrides", ()), *overrides)
+        config._note_overrides(tuple(overrides))
         config.check()
         return config
 
@@ -267,6 +277,14 @@ class DiffRetrieverConfig(PretrainedConfig):
         for name, value in recorded.items():
             if name not in self.overrides:
                 setattr(self, name, value)
+
+    def _note_overrides(self, names: tuple[str, ...]) -> None:
+        """Remember which fields the caller set; their `max_length` would be nothing beside lengths of the text."""
+        if "max_length" in names:
+            for name in set(LENGTHS) - set(names):
+                setattr(self, name, None)
+            names = tuple(dict.fromkeys((*names, *LENGTHS)))
+        self._overrides = (*self.overrides, *names)
 
     def merged(self) -> DiffRetrieverConfig:
         """Return the config of the same model where it lies by itself, its adapter in its weights."""
@@ -309,6 +327,10 @@ class DiffRetrieverConfig(PretrainedConfig):
     def num_masks(self, is_query: bool) -> int:
         """Return K_q or K_p."""
         return self.num_query_masks if is_query else self.num_passage_masks
+
+    def text_length(self, is_query: bool) -> int | None:
+        """Return how many tokens of a text are read; None where `max_length` says it, the prompt included."""
+        return self.query_length if is_query else self.passage_length
 
     def prompt(self, is_query: bool) -> dict[str, str]:
         """Return the prompt of a side: the configured one, else the paper's for its K."""

@@ -61,7 +61,7 @@ from .checked_files import (
     read_json,
     read_tensors,
 )
-from .configuration_diffretriever import DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
+from .configuration_diffretriever import COUNTS, DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
 from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
 from .sparse_head import sparse_vectors, states_at_masks
@@ -275,11 +275,11 @@ class DiffRetriever(PreTrainedModel):
 
     @property
     def texts(self) -> RetrievalTokenizer:
-        """The prompt and tokenisation rules, following the config's budgets, prompts and max_length."""
+        """The prompt and tokenisation rules, following the config's budgets, prompts and lengths."""
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer; load it with from_pretrained, or set model.tokenizer.")
         config = self.config
-        settings = (config.num_query_masks, config.num_passage_masks, config.num_denoise_steps, config.max_length)
+        settings: tuple[Any, ...] = tuple(getattr(config, name) for name in COUNTS)
         settings += tuple(tuple(config.prompt(side).values()) for side in (True, False))
         if self._texts is None or self._texts[0] != settings:
             config.check()

@@ -291,17 +291,18 @@ class DiffRetrieverModule(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of prompt and text; the masks and the closing tokens come on top."""
-        return self.model.config.max_length
+        """Tokens of prompt and text, on the longer side; the masks and the closing tokens come on top."""
+        return max(len(one.prefix) + len(one.suffix) + one.room for one in self.model.texts.layouts.values())
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        before = self.model.config.max_length
-        self.model.config.max_length = value
+        lengths = {"max_length": value, "query_length": None, "passage_length": None}
+        before = {name: getattr(self.model.config, name) for name in lengths}
+        self.model.config.__dict__.update(lengths)
         try:
             _ = self.model.texts  # the model's own checks
         except ValueError:
-            self.model.config.max_length = before
+            self.model.config.__dict__.update(before)
             raise
 
     def get_embedding_dimension(self) -> int:

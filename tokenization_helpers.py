@@ -354,14 +354,14 @@ class RetrievalTokenizer(FramedTokenizer):
             prefix, suffix = self._prompt_ids(prompts[is_query])
             if self.mask_id in (*prefix, *suffix):
                 raise ValueError(f"The {side} prompt holds the token that serves as [MASK] (id {self.mask_id}).")
-            length = len(prefix) + len(suffix)
-            if self.max_length <= length:
+            length, room = len(prefix) + len(suffix), config.text_length(is_query)
+            if room is None and self.max_length <= length:
                 raise ValueError(
                     f"config field `max_length` is {self.max_length}, but the {side} prompt alone takes {length} "
                     f"tokens; set it to at least {length + 1}, better {length + 100}."
                 )
             masks = [self.mask_id] * config.num_masks(is_query)
-            self.layouts[is_query] = PromptLayout(prefix, suffix, self.max_length - length, masks, tail)
+            self.layouts[is_query] = PromptLayout(prefix, suffix, room or self.max_length - length, masks, tail)
 
 
 def _plain_backend(tokenizer: Any) -> Any:

@@ -85,9 +85,7 @@ def systems_of(diffretriever: Any) -> list[System]:
 
     def with_masks(masks: int) -> System:
         def settle(tokens: int) -> None:
-            diffretriever.config.num_query_masks, diffretriever.config.max_length = masks, PROMPT_ROOM + tokens
-            layout = diffretriever.texts.layouts[True]
-            diffretriever.config.max_length = len(layout.prefix) + len(layout.suffix) + tokens
+            diffretriever.config.num_query_masks, diffretriever.config.query_length = masks, tokens
 
         return System("DiffRetriever", masks, diffretriever, settle)
 

@@ -53,7 +53,7 @@ def small_recipe(**changes: Any) -> AdapterRecipe:
 def contrastive_model(release: Path, recipe: AdapterRecipe, seed: int = 3) -> ContrastiveModel:
     """A release with LoRA matrices, both of them random (B starts at zero otherwise)."""
     retriever = AutoModel.from_pretrained(
-        release, trust_remote_code=True, torch_dtype=torch.float32, max_length=recipe.max_length,
+        release, trust_remote_code=True, torch_dtype=torch.float32, **recipe.lengths(),
         num_query_masks=recipe.num_query_masks, num_passage_masks=recipe.num_passage_masks,
     )  # fmt: skip
     model = prepare_model(retriever, recipe)

@@ -13,7 +13,7 @@ from ..files.claims import LEASE
 from ..store.manifest import STORE_DTYPES
 from .arguments import add_command
 from .exit_status import DONE
-from .load_model import add_model_options, load_model
+from .load_model import add_length_options, add_model_options, lengths_of, load_model
 
 DESCRIPTION = """Encode a corpus or queries into a store of vectors.
 
@@ -33,7 +33,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--queries", action="store_true", help="the input is queries, not passages")
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="of the stored vectors")
     parser.add_argument("--num-masks", type=int, help="K of this side (default: the model's)")
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
+    add_length_options(parser)
     parser.add_argument("--sparse-top-k", type=int, help="sparse weights kept a text (default: the release's)")
     parser.add_argument("--no-content-filter", action="store_true", help="let the whole vocabulary weigh")
     parser.add_argument("--no-texts", action="store_true", help="store no texts")
@@ -85,5 +85,5 @@ def _encode(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> Any:
     """Load the model with this side's budget."""
     masks = "num_query_masks" if options.queries else "num_passage_masks"
-    settings = {masks: options.num_masks, "max_length": options.max_length}
+    settings = {masks: options.num_masks, **lengths_of(options)}
     return load_model(options, attn_implementation=options.attn_implementation, **settings)

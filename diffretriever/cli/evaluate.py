@@ -9,7 +9,7 @@ from typing import Any
 
 from .arguments import add_command, add_fusion_options
 from .exit_status import DONE
-from .load_model import add_model_options, check_model, choose_modes, load_model
+from .load_model import add_length_options, add_model_options, check_model, choose_modes, lengths_of, load_model
 
 DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
 
@@ -32,7 +32,7 @@ def _what(parser: argparse.ArgumentParser) -> None:
     add_model_options(group)
     group.add_argument("--num-query-masks", type=int, help="K_q (default: the model's)")
     group.add_argument("--num-passage-masks", type=int, help="K_p (default: the model's)")
-    group.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
+    add_length_options(group)
     group.add_argument("--data", required=True, type=Path, help="folder in BEIR's or MS MARCO's layout")
     group.add_argument("--split", default="test", help="BEIR: a file of qrels/; MS MARCO: dev, dl19, dl20")
     group.add_argument("--store", type=Path, help="folder for the encoded corpus (default: a temporary one)")
@@ -107,7 +107,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options,
         num_query_masks=options.num_query_masks,
         num_passage_masks=options.num_passage_masks,
-        max_length=options.max_length,
+        **lengths_of(options),
     )
     with encoded_corpus(model, options.data, options.store, options.dtype, how.progress) as store:
         sizes = f"{len(benchmark.queries):,} queries, {len(store):,} passages"

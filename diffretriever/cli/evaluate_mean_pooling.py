@@ -28,12 +28,14 @@ def run_mean(options: argparse.Namespace) -> int:
     """Run `diffretriever evaluate-mean-pooling`."""
     from ..evaluation.small_task import read_small_task
     from ..files.durable import write_json
-    from ..training.mean_evaluation import evaluate_mean_pooling, recorded_length
+    from ..training.mean_evaluation import evaluate_mean_pooling, recorded_lengths
 
-    recorded = recorded_length(Path(options.adapter)) if options.adapter else None
+    lengths = recorded_lengths(Path(options.adapter)) if options.adapter else {}
+    if options.max_length:
+        lengths = {"max_length": options.max_length}
     check_release(options.model, options.revision)  # before the data is read
     task = read_small_task(options.data, options.split, options.passages)
-    model = load_model(options, max_length=options.max_length or recorded)
+    model = load_model(options, **lengths)
     figures = evaluate_mean_pooling(model, task, options.run_file)
     if options.json:
         write_json(options.json, figures)

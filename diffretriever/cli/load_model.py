@@ -43,6 +43,18 @@ def add_method_option(parser: Any) -> None:
     parser.add_argument("--method", choices=(OURS, *BASELINES), help=told)
 
 
+def add_length_options(parser: Any) -> None:
+    """Add the options that say where texts are cut."""
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
+    for side in ("query", "passage"):
+        parser.add_argument(f"--{side}-length", type=int, help=f"tokens of a {side}'s text alone, instead")
+
+
+def lengths_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of `add_length_options` say, for `load_model`."""
+    return {name: getattr(options, name) for name in ("max_length", "query_length", "passage_length")}
+
+
 def load_model(options: argparse.Namespace, **settings: Any) -> Any:
     """Load a command's model.
 

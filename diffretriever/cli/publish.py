@@ -54,6 +54,9 @@ def _add_build(commands: Any) -> None:
     command.add_argument(
         "--max-length", type=int, help="tokens of prompt and text, where the adapter does not record it"
     )
+    for side in ("query", "passage"):
+        told = f"tokens of a {side}'s text alone, instead of --max-length"
+        command.add_argument(f"--{side}-length", type=int, help=told)
     command.add_argument("--mask-token", help="an unused special token that serves as [MASK], for a Llama or Qwen2")
     command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
     command.add_argument("--link-code", action="store_true", help="link to this source tree's code, do not copy it")
@@ -104,6 +107,7 @@ def _add_fingerprint_options(command: argparse.ArgumentParser) -> None:
 
 def run_build(options: argparse.Namespace) -> int:
     """Run `publish build`."""
+    from ..model.configuration_diffretriever import LENGTHS
     from ..publishing.build import SETTINGS, build, build_known
     from ..publishing.record import read_record
 
@@ -111,7 +115,7 @@ def run_build(options: argparse.Namespace) -> int:
         raise ValueError("build: give either a known release or --base.")
     if options.release is not None and options.adapter is not None:
         raise ValueError(f"build: --adapter goes with --base; {options.release} has an adapter of its own.")
-    settings = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    settings = {name: value for name in (*SETTINGS, *LENGTHS) if (value := getattr(options, name)) is not None}
     shared = {
         "name": options.name,
         "link_code": options.link_code,
@@ -124,6 +128,7 @@ def run_build(options: argparse.Namespace) -> int:
     else:
         config = build(options.base, options.out, options.adapter, **shared, **settings)
     budgets = f"K_q={config.num_query_masks}, K_p={config.num_passage_masks}, max_length={config.max_length}"
+    budgets += "".join(f", {name}={length}" for name in LENGTHS if (length := getattr(config, name)) is not None)
     print(f"{options.out}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
     absent = read_record(options.out)["fingerprint_absent"]
     if absent:

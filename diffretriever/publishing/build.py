@@ -20,7 +20,7 @@ from ..model import configuration_diffretriever
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, WEIGHTS_FILE
 from ..model.bidirectional_layers import linear_shapes, parameter_shapes
 from ..model.chat_template import render_prompts
-from ..model.configuration_diffretriever import AUTO_MAP, DIFFUSION_TYPES, DiffRetrieverConfig, paper_prompt
+from ..model.configuration_diffretriever import AUTO_MAP, DIFFUSION_TYPES, LENGTHS, DiffRetrieverConfig, paper_prompt
 from ..model.modeling_diffretriever import ADAPTER_FILES, read_adapter, read_settings
 from ..model.tokenization_helpers import RetrievalTokenizer, name_mask_token
 from . import card, probe, record
@@ -80,8 +80,8 @@ def build(
         force: replace a folder that is there already.
         with_backbone: copy a local backbone into the release, which then loads anywhere.
         recording: what to record in release.json; None records no fingerprint.
-        settings: config fields (num_query_masks, num_passage_masks, max_length); with an adapter they must agree with
-            what its retriever_config.json recorded.
+        settings: config fields (num_query_masks, num_passage_masks, max_length, query_length, passage_length); with an
+            adapter they must agree with what its retriever_config.json recorded.
 
     Returns:
         The config that was written.
@@ -194,12 +194,15 @@ def _with_recorded(
     """Return the settings that the adapter was trained with, refusing others."""
     file = adapter_folder / RETRIEVER_FILE
     if not file.is_file():
-        if missing := set(BUDGETS) - settings.keys():
+        given = settings.keys() | ({"max_length"} if settings.keys() >= set(LENGTHS) else set())
+        if missing := set(BUDGETS) - given:
             flags = ", ".join("--" + name.replace("_", "-") for name in sorted(missing))
             raise FileNotFoundError(f"{file} is not there, so the adapter's budgets are unknown; pass {flags}.")
         return settings
     recorded = read_settings(file, tokenizer)
     for name, value in {**settings, "backbone_type": backbone_type}.items():
+        if name in LENGTHS and recorded[name] is None:  # the method's code does not record what it trained with
+            recorded[name] = value
         if recorded[name] != value:
             raise ValueError(f"{file} says {name} = {recorded[name]!r}, but {value!r} was asked for.")
     return recorded
@@ -311,6 +314,7 @@ _OWN_FIELDS = (
     "num_denoise_steps",
     "denoise_confidence",
     "max_length",
+    *LENGTHS,
     "normalize",
     "query_prompt",
     "passage_prompt",

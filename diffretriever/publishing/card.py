@@ -181,7 +181,7 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "single": single,
         "steps": config.num_denoise_steps,
         "hidden_size": facts.hidden_size,
-        "max_length": config.max_length,
+        "longest_input": _longest_input(config),
         "prompt_tokens": facts.prompt_tokens,
         "recommended": (known and known.recommended) or ("single_dense" if single else "multi_dense"),
         "fusion": _fusion(single),
@@ -190,6 +190,14 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "measured": measured,
         "training": paper_figures()["training"] if paper else (measured or {}).get("training"),
     }
+
+
+def _longest_input(config: Any) -> str:
+    """Say how long texts may be."""
+    sides = (config.query_length, config.passage_length)
+    if None in sides:
+        return f"{config.max_length} tokens of prompt and text"
+    return f"{sides[0]} tokens of a query's text or {sides[1]} of a passage's"
 
 
 def _listed(things: list[str]) -> str:

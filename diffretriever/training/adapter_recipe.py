@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 from ..files.recipe import read_recipe
 
 POOLINGS = ("masks", "mean")
+LENGTHS = ("query_length", "passage_length", "max_length")
 DTYPES = ("float32", "bfloat16")
 REPORTS = ("none", "tensorboard", "wandb")
 
@@ -28,7 +29,9 @@ class AdapterRecipe:
     pooling: str = "masks"  # "mean" trains the DiffEmbed baseline: no prompt, no masks, one mean-pooled vector
     num_query_masks: int = 1  # K_q
     num_passage_masks: int = 1  # K_p
-    max_length: int = 156  # tokens of prefix + text + suffix, in training and in the release
+    query_length: int | None = None  # tokens of a query's text alone, in training and in the release; 32, the paper's
+    passage_length: int | None = None  # the same for passages; 156
+    max_length: int | None = None  # in their place: tokens of prefix + text + suffix
     epochs: float = 3.0
     max_steps: int = 0  # stop after so many optimiser steps; 0 leaves it to `epochs`
     global_batch_size: int = 128  # queries a step, over all processes
@@ -41,8 +44,8 @@ class AdapterRecipe:
     alpha: int = 64
     dropout: float = 0.05
     learning_rate: float = 1e-4
-    warmup: float = 0.1  # share of the steps
-    weight_decay: float = 0.0
+    warmup: float = 0.06  # share of the steps
+    weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     bf16: bool = True  # mixed precision
     backbone_dtype: str = "float32"  # of the frozen weights; bfloat16 halves their memory
@@ -55,10 +58,19 @@ class AdapterRecipe:
     eval_passages: int = 5000
     report_to: str = "none"
 
+    def __post_init__(self) -> None:
+        if self.max_length is None:
+            self.query_length = 32 if self.query_length is None else self.query_length
+            self.passage_length = 156 if self.passage_length is None else self.passage_length
+
+    def lengths(self) -> dict[str, int]:
+        """Return the config's fields that say where texts are cut: `max_length`, or each side's."""
+        return {name: value for name in LENGTHS if (value := getattr(self, name)) is not None}
+
     def model_settings(self) -> dict[str, Any]:
         """Return what `from_pretrained` needs to load the release as the recipe wants it."""
-        names = ("max_length", "num_query_masks", "num_passage_masks")
-        return {"dtype": self.backbone_dtype, **{name: getattr(self, name) for name in names}}
+        masks = {name: getattr(self, name) for name in ("num_query_masks", "num_passage_masks")}
+        return {"dtype": self.backbone_dtype, **masks, **self.lengths()}
 
     def total_steps(self, items: int) -> int:
         """Return the optimiser steps of the whole run on so many training items."""
@@ -106,6 +118,11 @@ def read_adapter_recipe(path: str | Path, assignments: Sequence[str] = (), **ove
     """
     changes = dict(map(read_assignment, assignments)) | {k: v for k, v in overrides.items() if v is not None}
     recipe = read_recipe(path, AdapterRecipe, changes)
+    changed = set(LENGTHS) & changes.keys()  # on the command line, one way to say lengths takes the other's place
+    if changed == {"max_length"}:
+        recipe.query_length = recipe.passage_length = None
+    elif changed and "max_length" not in changed:
+        recipe = replace(recipe, max_length=None)
     check_recipe(recipe, str(path))
     return recipe
 
@@ -130,6 +147,8 @@ def read_assignment(text: str) -> tuple[str, Any]:
 _AT_LEAST: dict[str, int] = {
     "num_query_masks": 1,
     "num_passage_masks": 1,
+    "query_length": 1,
+    "passage_length": 1,
     "max_length": 1,
     "max_steps": 0,
     "global_batch_size": 1,
@@ -155,8 +174,13 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
         ValueError: names the key, what it is and what it may be.
     """
     for name, least in _AT_LEAST.items():
-        if getattr(recipe, name) < least:
-            raise ValueError(f"{where}: {name} must be at least {least}, got {getattr(recipe, name)}")
+        value = getattr(recipe, name)
+        if value is not None and value < least:
+            raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
+    if recipe.max_length is not None and len(recipe.lengths()) > 1:
+        raise ValueError(
+            f"{where}: say the lengths of the texts (query_length, passage_length) or max_length, not both"
+        )
     for name in ("temperature", "learning_rate", "epochs", "max_grad_norm"):
         value = getattr(recipe, name)
         if not (value > 0 and math.isfinite(value)):

@@ -8,6 +8,7 @@ from typing import Any
 from ..evaluation.runs import write_run
 from ..evaluation.small_task import SmallTask
 from ..files.lines import read_object
+from .adapter_recipe import LENGTHS
 from .mean_pooling import MEAN_NAMES, as_diffembed
 from .run_record import RUN_FILE
 
@@ -32,8 +33,8 @@ def evaluate_mean_pooling(model: Any, task: SmallTask, run_file: Path | None = N
     return {"ndcg@10": task.ndcg(runs)["dense"], **sizes, "max_length": model.config.max_length}
 
 
-def recorded_length(adapter: Path) -> int:
-    """Return the max_length that a mean-pooled adapter was trained for.
+def recorded_lengths(adapter: Path) -> dict[str, int]:
+    """Return the lengths that a mean-pooled adapter was trained for, as `from_pretrained` takes them.
 
     Raises:
         FileNotFoundError: no run.json in the folder.
@@ -47,4 +48,4 @@ def recorded_length(adapter: Path) -> int:
         raise ValueError(
             f"{adapter} was trained with pooling: {recipe['pooling']}; build a release of it with publish.py instead"
         )
-    return int(recipe["max_length"])
+    return {name: int(recipe[name]) for name in LENGTHS if recipe.get(name) is not None}

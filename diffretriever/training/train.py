@@ -107,7 +107,6 @@ def train_adapter(
 
 def save_result(retriever: Any, recipe: AdapterRecipe, out: Path, record: dict[str, Any]) -> None:
     """Write the adapter, its tokenizer and the run's record."""
-    retriever.config.max_length = recipe.max_length
     save_adapter(retriever, recipe, out, record["base"])
     save_tokenizer(retriever.tokenizer, out)
     write_json(out / RUN_FILE, record)

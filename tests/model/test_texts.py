@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_folders import edit_json
+from transformers import AutoModel
 
 from diffretriever.model.adapter_loading import read_prompt
 from diffretriever.model.batching import check_texts, find_masks
 from diffretriever.model.chat_template import render_prompt, render_prompts
+from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
 from diffretriever.model.tokenization_helpers import RetrievalTokenizer, without_lone_surrogates
 
 BACKBONES = {"tiny-llada": "llada-q4p4", "tiny-dream": "dream-q4p16"}
@@ -98,6 +103,33 @@ def test_what_is_prepared_is_what_locate_finds_again(model: Any, is_query: bool)
     ]
     assert [text.cut for text in prepared] == [text == "word " * 300 for text in TEXTS]
     assert {text.content for text in model.texts.prepare(TEXTS, is_query, content_filter=False)} == {None}
+
+
+def test_lengths_in_tokens_of_the_text(load_release: Callable[..., Any]) -> None:
+    """Each side's own; the prompt and the masks come on top, whatever `max_length` says."""
+    model = load_release("tiny-llada", "llada-q4p4", query_length=3, passage_length=400)
+    for is_query, length in ((True, 3), (False, 400)):
+        fitting, longer = model.texts.prepare(["a " * (length - 1) + "a", "a " * length + "a"], is_query)
+        assert len(fitting.text_ids) == len(longer.text_ids) == length
+        assert (fitting.cut, longer.cut) == (False, True)
+    assert model.tokenize(["a " * 500], is_query=False)[0].shape[1] > model.config.max_length == 256
+
+
+def test_a_max_length_stands_in_for_lengths_of_the_text(build_release: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "lengths"
+    shutil.copytree(build_release("tiny-llada", "llada-q4p4"), folder)
+    edit_json(folder / "config.json", query_length=5, passage_length=7)
+    cases: list[tuple[dict[str, Any], tuple[int | None, int | None]]] = [
+        ({}, (5, 7)),
+        ({"query_length": 9}, (9, 7)),
+        ({"max_length": 120}, (None, None)),
+        ({"max_length": 120, "passage_length": 8}, (None, 8)),
+    ]
+    for options, lengths in cases:
+        config = DiffRetrieverConfig.from_pretrained(folder, **options)
+        assert (config.query_length, config.passage_length) == lengths
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, max_length=120)
+    assert {len(one.prefix) + len(one.suffix) + one.room for one in model.texts.layouts.values()} == {120}
 
 
 def test_a_text_that_just_fits_is_not_cut(model: Any) -> None:

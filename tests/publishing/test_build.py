@@ -427,6 +427,28 @@ def test_a_release_of_several_steps_says_by_which_rule(tmp_path: Path) -> None:
         assert read(tmp_path / "c.json").get("denoise_confidence") == rule
 
 
+def test_lengths_of_the_texts_are_recorded_or_given(tmp_path: Path) -> None:
+    """Those that an adapter's training recorded; where it has none, as the method's code, those of the caller."""
+    lengths: dict[str, Any] = {"query_length": 32, "passage_length": 156}
+    adapter = tmp_path / "adapter"
+    shutil.copytree(SINGLE, adapter)
+    given = building.build(LLADA, tmp_path / "given", str(adapter), **lengths)
+    edit_json(adapter / "retriever_config.json", **lengths)
+    recorded = building.build(LLADA, tmp_path / "recorded", str(adapter))
+    for config, name in ((given, "given"), (recorded, "recorded")):
+        assert (config.query_length, config.passage_length, config.max_length) == (32, 156, 256)
+        assert read(tmp_path / name / "config.json").items() >= lengths.items()
+        card = (tmp_path / name / "README.md").read_text()
+        assert "| longest input | 32 tokens of a query's text or 156 of a passage's; longer texts are cut |" in card
+    with pytest.raises(ValueError, match="says query_length = 32, but 40 was asked for"):
+        building.build(LLADA, tmp_path / "other", str(adapter), query_length=40)
+    (adapter / "retriever_config.json").unlink()
+    budgets: dict[str, Any] = {"num_query_masks": 1, "num_passage_masks": 1}
+    assert building.build(LLADA, tmp_path / "bare", str(adapter), **budgets, **lengths).passage_length == 156
+    with pytest.raises(FileNotFoundError, match=r"so the adapter's budgets are unknown; pass --max-length\."):
+        building.build(LLADA, tmp_path / "bare2", str(adapter), **budgets, query_length=32)
+
+
 def test_recipe_is_that_of_the_released_adapters() -> None:
     recipe, released = read(ROOT / "adapter_config.json"), read(Path(SINGLE) / "adapter_config.json")
     assert (recipe["r"], recipe["lora_alpha"], recipe["lora_dropout"], recipe["bias"]) == (16, 64, 0.05, "none")

@@ -30,8 +30,9 @@ def test_the_papers_recipe() -> None:
     assert dataclasses.replace(single, num_query_masks=4, num_passage_masks=4) == multi
     for name, value in {
         "learning_rate": 1e-4, "epochs": 3.0, "global_batch_size": 128, "hard_negatives": 15, "temperature": 0.01,
-        "sparse_weight": 1.0, "rank": 16, "alpha": 64, "dropout": 0.05, "seed": 42, "max_length": 156, "bf16": True,
-        "num_query_masks": 1, "num_passage_masks": 1, "pooling": "masks",
+        "sparse_weight": 1.0, "rank": 16, "alpha": 64, "dropout": 0.05, "seed": 42, "bf16": True,
+        "num_query_masks": 1, "num_passage_masks": 1, "pooling": "masks", "query_length": 32, "passage_length": 156,
+        "max_length": None, "warmup": 0.06, "weight_decay": 0.01,
     }.items():  # fmt: skip
         assert getattr(single, name) == value, name
         assert getattr(AdapterRecipe(), name) == value, name
@@ -58,8 +59,32 @@ def test_the_tiny_recipes_differ_in_masks_and_pooling_only(name: str, masks: tup
 
 
 @pytest.mark.parametrize(
+    ("text", "assignments", "lengths"),
+    [
+        ("seed: 1", [], {"query_length": 32, "passage_length": 156}),
+        ("query_length: 40", [], {"query_length": 40, "passage_length": 156}),
+        ("max_length: 120", [], {"max_length": 120}),
+        ("query_length: 40", ["max_length=120"], {"max_length": 120}),
+        ("max_length: 120", ["passage_length=90"], {"query_length": 32, "passage_length": 90}),
+    ],
+)
+def test_lengths_are_said_in_one_way(
+    text: str, assignments: list[str], lengths: dict[str, int], tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = read_adapter_recipe(tmp_path / "r.yaml", assignments)
+    assert recipe.lengths() == lengths
+    assert recipe.model_settings().items() >= lengths.items()
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
+        (
+            "max_length: 120\nquery_length: 32",
+            r"lengths of the texts .query_length, passage_length. or max_length, not",
+        ),
+        ("passage_length: 0", r"passage_length must be at least 1, got 0"),
         ("stepz: 3", r"r.yaml: unknown key 'stepz'; expected accumulation_steps, alpha, "),
         ("max_steps: many", r"r.yaml: max_steps must be of type int, got 'many'"),
         ("global_batch_size: 0", r"global_batch_size must be at least 1, got 0"),

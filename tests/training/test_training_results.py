@@ -24,6 +24,7 @@ from diffretriever.data.pair_files import PairFiles
 from diffretriever.model.backbone_loading import our_name
 from diffretriever.model.checked_files import read_backbone_config
 from diffretriever.publishing import build as building
+from diffretriever.training.adapter_output import retriever_config
 from diffretriever.training.budget import training_task
 
 PARITY = Path(__file__).parents[1] / "parity"
@@ -78,6 +79,15 @@ def test_the_layout_is_the_methods_own(trained: dict[str, Any]) -> None:
         assert found[name] == expected[name], name
     assert set(found["target_modules"]) == set(expected["target_modules"])
     assert {"tokenizer.json", "tokenizer_config.json", "run.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_lengths_in_tokens_of_the_text_go_into_the_layout(load_release: Callable[..., Any]) -> None:
+    recipe = small_recipe(max_length=None, query_length=9, passage_length=30)
+    model = load_release("tiny-llada", **recipe.lengths())
+    found = retriever_config(model, recipe)
+    assert (found["query_length"], found["passage_length"]) == (9, 30)
+    around = len(found["passage_prefix_ids"]) + len(found["passage_suffix_ids"])
+    assert found["max_length"] == around + 30  # for tools that know one length for all
 
 
 def test_the_record_names_recipe_and_data(trained: dict[str, Any]) -> None:
