@@ -73,6 +73,7 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
             "normalize": config.normalize,
             "num_denoise_steps": config.num_denoise_steps,
             "model_dtype": str(model.dtype).removeprefix("torch."),
+            **_denoising_rule(config),
             "chosen": sorted(CHOICES.keys() & set(getattr(config, "overrides", ()))),
             **given,
         },
@@ -83,6 +84,12 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
         },
         model_parts=model_parts(model),
     )
+
+
+def _denoising_rule(config: Any) -> dict[str, str]:
+    """Return by which rule several steps fill masks, where it is not the method's own."""
+    rule = getattr(config, "denoise_confidence", "entropy")  # baselines have one step
+    return {"denoise_confidence": rule} if config.num_denoise_steps > 1 and rule != "entropy" else {}
 
 
 def check_searchable(passages: Settings, queries: Settings, name: str) -> None:

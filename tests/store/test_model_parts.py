@@ -96,7 +96,9 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "query-prompt": (change_json(Path("config.json"), query_prompt=PROMPT), "not 'Read {text}'"),
     "passage-budget": (change_json(Path("config.json"), num_passage_masks=2), "num_masks"),
     "query-budget": (change_json(Path("config.json"), num_query_masks=2), "`num_masks.query` 4, not 2."),
-    "steps": (change_json(Path("config.json"), num_denoise_steps=2), "`options.num_denoise_steps` 1, not 2."),
+    "steps": (change_json(Path("config.json"), num_denoise_steps=2), "`options.num_denoise_steps` 1, not 2"),
+    "passage-length": (change_json(Path("config.json"), passage_length=9), "`text_tokens.passage` "),
+    "query-length": (change_json(Path("config.json"), query_length=9), "`text_tokens.query` "),
     "normalize": (change_json(Path("config.json"), normalize=False), "`options.normalize` True, not False."),
     "code": (
         change_text("sparse_head.py", lambda text: text.replace("log1p", "sqrt")),
@@ -172,8 +174,19 @@ def test_the_model_s_own_name_is_told_once(release: Path, store: Store) -> None:
 def test_what_was_chosen_for_a_side_may_differ_from_the_other_s(release: Path, store: Store) -> None:
     chosen = describe_model(load(release, num_query_masks=2, max_length=99), True, "float16")
     check_searchable(store.manifest, chosen, "store")
+    check_searchable(store.manifest, describe_model(load(release, query_length=9), True, "float16"), "store")
     with pytest.raises(ValueError, match=r"`options.num_denoise_steps` 1, not 2\. Encode both"):
         check_searchable(store.manifest, describe_model(load(release, num_denoise_steps=2), True, "float16"), "store")
+
+
+def test_several_steps_by_another_rule_are_another_model(release: Path) -> None:
+    models = [load(release, num_denoise_steps=2, denoise_confidence=rule) for rule in ("entropy", "probability")]
+    passages = [describe_model(model, False, "float16") for model in models]
+    for model, own, other in zip(models, passages, reversed(passages), strict=True):
+        queries = describe_model(model, True, "float16")
+        check_searchable(own, queries, "store")
+        with pytest.raises(ValueError, match="denoise_confidence"):
+            check_searchable(other, queries, "store")
 
 
 def test_a_store_that_records_fewer_parts_is_searched_and_checked(
