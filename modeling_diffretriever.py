@@ -389,7 +389,7 @@ class DiffRetriever(PreTrainedModel):
         top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
         mask = None if host_mask.all() else (host_mask != 0).long().to(ids.device)
         with in_eval_mode(self):
-            hidden = states_at_masks(self, ids, mask, positions.to(ids.device))
+            hidden, _ = states_at_masks(self, ids, mask, positions.to(ids.device))
         if not torch.isfinite(hidden).all():
             raise ValueError(not_finite(self, hidden))
         output = DiffRetrieverOutput(repr_hidden=hidden.float()).on_side(is_query)

@@ -107,11 +107,13 @@ def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tup
     return F.pad(indices, (0, top_k - count)), F.pad(values, (0, top_k - count))
 
 
-def states_at_masks(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+def states_at_masks(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the states at the masks; over several steps, each as it was when its mask was filled.
 
-    Multi-step (paper App. A.1): each step fills the K // steps masks that the backbone is surest of and keeps their
-    states; the last step reads the rest.
+    Multi-step (paper App. A.1): each step fills the K // steps masks that the backbone is surest of and freezes their
+    states, which carry no gradient; the last step reads the rest, with gradient.
 
     Args:
         model: a DiffRetriever, whose config says how many steps.
@@ -120,23 +122,25 @@ def states_at_masks(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, po
         positions: int64 [B, K], where the masks are.
 
     Returns:
-        [B, K, H] in the model's dtype.
+        [B, K, H] in the model's dtype, and which of them are frozen, bool [B, K].
     """
     steps = min(model.config.num_denoise_steps, positions.shape[1])
     frozen = torch.zeros(positions.shape, dtype=torch.bool, device=ids.device)  # [B, K]
     kept: torch.Tensor | None = None
-    for step in range(steps):
-        hidden = model(ids, mask, mask_positions=positions).mask_hidden  # [B, K, H]
-        kept = hidden if kept is None else torch.where(frozen.to(hidden.device)[..., None], kept, hidden)
-        if step == steps - 1:
-            break
-        confidence, token = confidence_of(model.lm_head(kept).float(), model.config.denoise_confidence)  # [B, K] each
-        confidence, token = confidence.to(ids.device), token.to(ids.device)
+    for _ in range(steps - 1):
+        with torch.no_grad():
+            kept = _with_frozen(kept, frozen, model(ids, mask, mask_positions=positions).mask_hidden)  # [B, K, H]
+            sure = confidence_of(model.lm_head(kept).float(), model.config.denoise_confidence)
+        confidence, token = (values.to(ids.device) for values in sure)  # [B, K] each
         chosen = confidence.masked_fill(frozen, -torch.inf).topk(positions.shape[1] // steps, dim=1).indices
         ids = ids.scatter(1, positions.gather(1, chosen), token.gather(1, chosen))
         frozen = frozen.scatter(1, chosen, True)
-    assert kept is not None
-    return kept
+    return _with_frozen(kept, frozen, model(ids, mask, mask_positions=positions).mask_hidden), frozen
+
+
+def _with_frozen(kept: torch.Tensor | None, frozen: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return new states [B, K, H] with those in place that an earlier step has frozen."""
+    return hidden if kept is None else torch.where(frozen.to(hidden.device)[..., None], kept, hidden)
 
 
 def confidence_of(logits: torch.Tensor, rule: str) -> tuple[torch.Tensor, torch.Tensor]:

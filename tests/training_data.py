@@ -55,6 +55,7 @@ def contrastive_model(release: Path, recipe: AdapterRecipe, seed: int = 3) -> Co
     retriever = AutoModel.from_pretrained(
         release, trust_remote_code=True, torch_dtype=torch.float32, **recipe.lengths(),
         num_query_masks=recipe.num_query_masks, num_passage_masks=recipe.num_passage_masks,
+        num_denoise_steps=recipe.num_denoise_steps,
     )  # fmt: skip
     model = prepare_model(retriever, recipe)
     generator = torch.Generator().manual_seed(seed)

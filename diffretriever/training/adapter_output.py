@@ -89,7 +89,7 @@ def retriever_config(model: Any, recipe: AdapterRecipe) -> dict[str, Any]:
         "n_gen_p_tokens": recipe.num_passage_masks,
         "temperature": recipe.temperature,
         "flops_weight": 0.0,
-        "num_denoise_steps": 1,
+        "num_denoise_steps": recipe.num_denoise_steps,
         "sparse_weight": recipe.sparse_weight,
         "normalize": True,
     }

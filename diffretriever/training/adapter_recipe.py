@@ -29,6 +29,7 @@ class AdapterRecipe:
     pooling: str = "masks"  # "mean" trains the DiffEmbed baseline: no prompt, no masks, one mean-pooled vector
     num_query_masks: int = 1  # K_q
     num_passage_masks: int = 1  # K_p
+    num_denoise_steps: int = 1  # forward passes, in training and in the release (paper App. A.1)
     query_length: int | None = None  # tokens of a query's text alone, in training and in the release; 32, the paper's
     passage_length: int | None = None  # the same for passages; 156
     max_length: int | None = None  # in their place: tokens of prefix + text + suffix
@@ -69,8 +70,9 @@ class AdapterRecipe:
 
     def model_settings(self) -> dict[str, Any]:
         """Return what `from_pretrained` needs to load the release as the recipe wants it."""
-        masks = {name: getattr(self, name) for name in ("num_query_masks", "num_passage_masks")}
-        return {"dtype": self.backbone_dtype, **masks, **self.lengths()}
+        names = ("num_query_masks", "num_passage_masks", "num_denoise_steps")
+        masks = {name: getattr(self, name) for name in names}
+        return {"dtype": self.backbone_dtype, "denoise_confidence": "entropy", **masks, **self.lengths()}
 
     def total_steps(self, items: int) -> int:
         """Return the optimiser steps of the whole run on so many training items."""
@@ -147,6 +149,7 @@ def read_assignment(text: str) -> tuple[str, Any]:
 _AT_LEAST: dict[str, int] = {
     "num_query_masks": 1,
     "num_passage_masks": 1,
+    "num_denoise_steps": 1,
     "query_length": 1,
     "passage_length": 1,
     "max_length": 1,
@@ -208,7 +211,8 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
 def _check_pooling(recipe: AdapterRecipe, where: str) -> None:
     if recipe.pooling != "mean":
         return
-    for name, value in (("sparse_weight", 0.0), ("num_query_masks", 1), ("num_passage_masks", 1)):
+    only = {"sparse_weight": 0.0, "num_query_masks": 1, "num_passage_masks": 1, "num_denoise_steps": 1}
+    for name, value in only.items():
         if getattr(recipe, name) != value:
             raise ValueError(
                 f"{where}: pooling: mean has one vector a text and no sparse side; set {name} to {value:g}, "

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..baselines.diffembed import mean_states
 from ..model.scoring import multi_dense
-from ..model.sparse_head import lexical_weights, logits_at
+from ..model.sparse_head import lexical_weights, logits_at, states_at_masks
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
 from .lora import lora_parameters
@@ -30,10 +30,13 @@ class Side:
     Args:
         states: [N, K, H], at the masks, not normalised.
         words: int64 [N, W], ids of each text's content words, padded with -1.
+        frozen: bool [N, K], states of earlier denoising steps, which carry no gradient, nor do their logits (paper App.
+            A.1); None where there is one step.
     """
 
     states: torch.Tensor
     words: torch.Tensor
+    frozen: torch.Tensor | None = None
 
 
 def dense_scores(query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,10 @@ def sparse_weights(side: Side, head: Head, columns: torch.Tensor) -> torch.Tenso
     Returns:
         float32 [N, C].
     """
-    return lexical_weights(head(side.states, columns)) * membership(side.words, columns)
+    logits = head(side.states, columns)  # [N, K, C]
+    if side.frozen is not None:
+        logits = torch.where(side.frozen.to(logits.device)[..., None], logits.detach(), logits)
+    return lexical_weights(logits) * membership(side.words, columns)
 
 
 def membership(words: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -162,10 +168,11 @@ class ContrastiveModel(nn.Module):
         Returns:
             As `contrastive_loss`.
         """
-        query = Side(self.encode(batch["query"], True), batch["query_words"])
-        own = self.encode(batch["passage"], False)
+        states, frozen = self.encode(batch["query"])
+        query = Side(states, batch["query_words"], frozen)
+        own, frozen = self.encode(batch["passage"])
         states, start = gather_rows(own)
-        passage = Side(states, gather_ids(batch["passage_words"]))
+        passage = Side(states, gather_ids(batch["passage_words"]), None if frozen is None else gather_rows(frozen)[0])
         hashes, _ = gather_rows(batch["passage_hashes"])
         targets = torch.arange(len(query.states), device=states.device) + start
         excluded = known_positives(batch["query_hashes"], batch["positive_hashes"], hashes, targets)
@@ -176,8 +183,8 @@ class ContrastiveModel(nn.Module):
                 query, passage, targets, excluded, head, self.recipe.temperature, self.recipe.sparse_weight
             )
 
-    def encode(self, side: dict[str, Any], is_query: bool) -> torch.Tensor:
-        """Return the states of one side's texts [N, K, H], in the order before the chunks were cut.
+    def encode(self, side: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the states of one side's texts [N, K, H], in the order before the chunks were cut, and `Side.frozen`.
 
         With `grad_cache_chunk`, a chunk's activations are dropped after its forward pass and computed again, with
         the same dropout, when its gradient is known (GradCache, arXiv:2101.06983): a large batch then costs the
@@ -186,18 +193,17 @@ class ContrastiveModel(nn.Module):
         found = []
         for chunk in side["chunks"]:
             if self.recipe.grad_cache_chunk and torch.is_grad_enabled():
-                found.append(checkpoint(self._states, chunk, is_query, use_reentrant=False))
+                found.append(checkpoint(self._states, chunk, use_reentrant=False))
             else:
-                found.append(self._states(chunk, is_query))
-        return torch.cat(found)[side["order"]]
+                found.append(self._states(chunk))
+        states, frozen = (torch.cat(parts)[side["order"]] for parts in zip(*found, strict=True))
+        return states, frozen if self.recipe.num_denoise_steps > 1 else None
 
-    def _states(self, chunk: dict[str, torch.Tensor], is_query: bool) -> torch.Tensor:
+    def _states(self, chunk: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.recipe.pooling == "mean":
-            return mean_states(self.retriever.hidden_states(chunk["ids"], chunk["mask"]), chunk["mask"])
-        hidden: torch.Tensor = self.retriever(
-            chunk["ids"], chunk["mask"], is_query=is_query, mask_positions=chunk["positions"]
-        ).mask_hidden
-        return hidden
+            states = mean_states(self.retriever.hidden_states(chunk["ids"], chunk["mask"]), chunk["mask"])
+            return states, torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+        return states_at_masks(self.retriever, chunk["ids"], chunk["mask"], chunk["positions"])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the LoRA matrices only."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,60 @@ def test_only_the_adapter_learns_and_travels(release: Path) -> None:
     state = model.state_dict()
     with pytest.raises(ValueError, match="is not in both the checkpoint and this run's adapter"):
         model.load_state_dict(dict(list(state.items())[1:]))
+
+
+# ------------------------------------------------------------------------------------------------ several steps
+
+
+def two_steps(retriever: Any, text: str, is_query: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two denoising steps over four masks by hand (paper App. A.1): states [4, H] and logits [4, V], with gradient."""
+    ids, mask = retriever.tokenize([text], is_query)
+    places = (ids[0] == retriever.texts.mask_id).nonzero().flatten().tolist()
+    with torch.no_grad():
+        first = retriever.hidden_states(ids, mask)[0]
+        probabilities = retriever.lm_head(first).softmax(dim=-1)
+        sure = {place: float((probabilities[place] * probabilities[place].log()).sum()) for place in places}
+        filled = sorted(places, key=lambda place: -sure[place])[:2]
+        first_logits = retriever.lm_head(first)
+        for place in filled:
+            ids[0, place] = probabilities[place].argmax()
+    second = retriever.hidden_states(ids, mask)[0]
+    states = [first[place] if place in filled else second[place] for place in places]
+    logits = [first_logits[place] if place in filled else retriever.lm_head(second[place]) for place in places]
+    return torch.stack(states), torch.stack(logits)
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("backbone", ["tiny-llada", "tiny-dream"])
+def test_what_an_earlier_step_filled_has_no_gradient(
+    backbone: str, chunk: int, build_release: Callable[..., Path], tmp_path: Path
+) -> None:
+    masks = {"num_query_masks": 4, "num_passage_masks": 4, "num_denoise_steps": 2}
+    recipe = small_recipe(**masks, dropout=0.0, grad_cache_chunk=chunk)
+    model = contrastive_model(build_release(backbone), recipe)
+    records = made_up_pairs(3, negatives=1)
+    loss = model(batch_of(model, records, tmp_path / "p.jsonl"))["loss"]
+    loss.backward()
+    found = gradients(model)
+    model.zero_grad(set_to_none=True)
+    retriever = model.retriever
+    texts = [record["query"] for record in records], [record["positive"] for record in records]
+    texts[1].extend(record["negatives"][0] for record in records)
+    sides = [[two_steps(retriever, text, side == 0) for text in texts[side]] for side in (0, 1)]
+    words = [[set(ids) for ids in retriever.content_token_ids(side)] for side in texts]
+    expected = torch.zeros(())
+    for number, (states, logits) in enumerate(sides[0]):
+        dense, sparse = [], []
+        for place, (there, others) in enumerate(sides[1]):
+            cosine = F.normalize(states, dim=-1) @ F.normalize(there, dim=-1).T
+            dense.append(cosine.amax(dim=1).mean() / recipe.temperature)
+            shared = sorted(words[0][number] & words[1][place])
+            weights = [torch.log1p(F.relu(side[:, shared].amax(dim=0))) for side in (logits, others)]
+            sparse.append((weights[0] * weights[1]).sum())
+        for scores in (dense, sparse):
+            expected = expected - torch.stack(scores).log_softmax(dim=0)[number] / 3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    expected.backward()
+    for name, gradient in gradients(model).items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-3 * scale, msg=name)

@@ -97,6 +97,7 @@ def test_lengths_are_said_in_one_way(
         ("pooling: max", r"pooling must be one of masks, mean, got 'max'"),
         ("report_to: email", r"report_to must be one of none, tensorboard, wandb, got 'email'"),
         ("pooling: mean", r"pooling: mean has one vector a text and no sparse side; set sparse_weight to 0, got 1"),
+        ("pooling: mean\nsparse_weight: 0\nnum_denoise_steps: 2", r"no sparse side; set num_denoise_steps to 1, got 2"),
         ("bf16: 1", r"bf16 must be of type bool, got 1"),
         (
             "global_batch_size: 1\nhard_negatives: 0",

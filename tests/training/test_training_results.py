@@ -82,10 +82,10 @@ def test_the_layout_is_the_methods_own(trained: dict[str, Any]) -> None:
 
 
 def test_lengths_in_tokens_of_the_text_go_into_the_layout(load_release: Callable[..., Any]) -> None:
-    recipe = small_recipe(max_length=None, query_length=9, passage_length=30)
+    recipe = small_recipe(max_length=None, query_length=9, passage_length=30, num_denoise_steps=2)
     model = load_release("tiny-llada", **recipe.lengths())
     found = retriever_config(model, recipe)
-    assert (found["query_length"], found["passage_length"]) == (9, 30)
+    assert (found["query_length"], found["passage_length"], found["num_denoise_steps"]) == (9, 30, 2)
     around = len(found["passage_prefix_ids"]) + len(found["passage_suffix_ids"])
     assert found["max_length"] == around + 30  # for tools that know one length for all
 
