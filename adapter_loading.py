@@ -78,6 +78,7 @@ RECORDED = {
     "max_length": "max_length",
     "query_length": "query_length",
     "passage_length": "passage_length",
+    "cut_in_training": "cut_in_training",
     "normalize": "normalize",
 }
 RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -88,6 +89,7 @@ RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
     "max_length": ("whole", 1, 1 << 20),
     "query_length": ("whole", 1, 1 << 20, None),
     "passage_length": ("whole", 1, 1 << 20, None),
+    "cut_in_training": ("object", ("number", 0, 1), None),
     "normalize": ("flag",),
     "mask_token": ("name", None),
     "mask_token_id": ("whole", 0, 1 << 31),
@@ -96,7 +98,8 @@ RETRIEVER_FIELDS: dict[str, tuple[Any, ...]] = {
     "passage_prefix_ids": ("ids",),
     "passage_suffix_ids": ("ids",),
 }
-OPTIONAL = ("query_length", "passage_length", "mask_token")  # of those, what the method's own code does not record
+# Of those, what the method's own code does not record:
+OPTIONAL = ("query_length", "passage_length", "cut_in_training", "mask_token")
 CHUNK_ELEMENTS = 16 * 1024 * 1024  # a merge holds at most this many weights in float32 at once (64 MiB)
 
 

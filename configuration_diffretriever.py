@@ -72,6 +72,7 @@ RULES: dict[str, tuple[Any, ...]] = COUNTS | {
     "adapter_name_or_path": ("name", None),
     "mask_token": ("name", None),
     "normalize": ("flag",),
+    "cut_in_training": ("object", ("number", 0, 1), None),
     "merge_adapter": ("flag", None),
 }
 # What else a config.json may hold: what transformers and its Trainer write. Others could change which weights and whose
@@ -157,6 +158,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         query_length: tokens of a query's text alone, as the method's training counts them (32); None leaves it to
             `max_length`, and a `max_length` that the caller of `from_pretrained` sets stands in for it.
         passage_length: the same for passages (156 in the method's training).
+        cut_in_training: {"query", "passage": share of the training's texts that were cut}; None where it is not known.
         normalize: whether `repr_hidden` is L2-normalised.
         query_prompt: {"system", "user", "assistant"}; the user's turn holds `{text}` once. None is the paper's
             wording for K_q (Table 1).
@@ -185,6 +187,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         max_length: int = 156,
         query_length: int | None = None,
         passage_length: int | None = None,
+        cut_in_training: dict[str, float] | None = None,
         normalize: bool = True,
         query_prompt: dict[str, str] | None = None,
         passage_prompt: dict[str, str] | None = None,
@@ -207,6 +210,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.max_length = max_length
         self.query_length = query_length
         self.passage_length = passage_length
+        self.cut_in_training = cut_in_training
         self.normalize = normalize
         self.query_prompt = query_prompt
         self.passage_prompt = passage_prompt

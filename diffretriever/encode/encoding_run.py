@@ -19,6 +19,7 @@ from ..store.manifest import MANIFEST_FILE, Manifest, ShardEntry
 from ..store.plan import CLAIMS_FOLDER, PLAN_FILE
 from ..store.shard_file import ShardFile, write_shard
 from ..store.store import ShardContents, Store, damaged_shards, entry_of, shard_tensors
+from .cut_texts import cut_warning
 from .job import EncodingJob, PreparedShard
 from .shard_source import POLL, ShardSource, claim_name
 
@@ -80,6 +81,7 @@ class EncodingRun:
         self._source = ShardSource(job, self._claims)
         self._progress = Progress(job.plan.survey.count, "query" if job.is_query else "passage", show_progress_bar)
         self._written: set[int] = set()
+        self._encoded = self._cut = 0  # texts, and those of them that were cut
         self._writing: Future[None] | None = None
 
     def finish(self) -> Store:
@@ -99,6 +101,8 @@ class EncodingRun:
                     self._encode_missing()
                     self._source.read_rest()
                     self._conclude()
+                    if warning := cut_warning(self._job.model, self._job.is_query, self._cut, self._encoded):
+                        self._job.tell(f"{self._job.folder}: {warning}")
                 finished = True
             finally:
                 self._source.stopped.set()
@@ -168,6 +172,8 @@ class EncodingRun:
                 self._progress.add(len(rows), sum(len(shard.prepared[row].sequence) for row in rows))
                 if self._writing is not None and self._writing.done():
                     self._await_write()  # a full disk is said now, not a shard later
+        self._encoded += count
+        self._cut += sum(text.cut for text in shard.prepared)
         return contents, coming or preparer.submit(self._source.next_shard)
 
     def _await_write(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.benchmark import Benchmark, note_unknown_passages, read_benchmark
 from ..data.corpus import read_corpus
+from ..encode.cut_texts import cut_warning
 from ..encode.encode_store import encode_store
 from ..search.modes import FUSED
 from ..search.searcher import Searcher
@@ -49,6 +50,7 @@ def evaluate(
     notes = benchmark.notes + note_unknown_passages(benchmark, set(store.ids()))
     bm25 = index_of(read_corpus(benchmark.folder)) if options.bm25 else None
     systems, weights = Systems(model, Searcher(store, fusion=options.fusion), bm25, options), Weights()
+    notes += _notes_on_cuts(model, benchmark)
     if options.fusion == "runs" and FUSED.keys() & set(options.modes):
         notes.append("The fusion modes fuse the two sides' rankings alone, as the paper's tables do.")
     if options.tune_split is not None:
@@ -64,6 +66,15 @@ def evaluate(
         pairs = pairs_of(rows, options.baseline, options.counterpart)
         comparisons = compare(rows, pairs, options.correction)
     return Evaluation(title, rows, latency, comparisons, options.correction, notes), runs
+
+
+def _notes_on_cuts(model: Any, benchmark: Benchmark) -> list[str]:
+    """Say where queries are cut more often than in training; encoding the corpus says it of passages."""
+    if getattr(model.config, "cut_in_training", None) is None:
+        return []
+    prepared = model.texts.prepare(list(benchmark.queries.values()), True, content_filter=False)
+    warning = cut_warning(model, True, sum(text.cut for text in prepared), len(prepared))
+    return [] if warning is None else [warning]
 
 
 @contextmanager

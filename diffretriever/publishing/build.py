@@ -315,6 +315,7 @@ _OWN_FIELDS = (
     "denoise_confidence",
     "max_length",
     *LENGTHS,
+    "cut_in_training",
     "normalize",
     "query_prompt",
     "passage_prompt",

@@ -84,6 +84,7 @@ def retriever_config(model: Any, recipe: AdapterRecipe) -> dict[str, Any]:
         "hidden_size": model.config.hidden_size,
         "max_length": max(len(one.prefix) + len(one.suffix) + one.room for one in model.texts.layouts.values()),
         **recipe.lengths(),
+        **({"cut_in_training": cut} if (cut := model.config.cut_in_training) else {}),
         "n_gen_tokens": recipe.num_passage_masks,
         "n_gen_q_tokens": recipe.num_query_masks,
         "n_gen_p_tokens": recipe.num_passage_masks,

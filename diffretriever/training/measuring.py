@@ -16,7 +16,9 @@ from .epochs import EpochSampler
 SAMPLED = 500  # items that are measured
 
 
-def measure_texts(files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRecipe) -> list[str]:
+def measure_texts(
+    files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRecipe
+) -> tuple[list[str], dict[str, float]]:
     """Measure an even sample of the texts.
 
     Args:
@@ -25,14 +27,14 @@ def measure_texts(files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRe
         recipe: mask budgets.
 
     Returns:
-        A line for each side: how many are cut.
+        A line for each side: how many are cut; and {"query", "passage": their share}.
 
     Raises:
         ValueError: K masks for texts that have fewer tokens than K, all of them.
     """
     numbers = range(0, len(files), max(1, len(files) // SAMPLED))
     sampled = [files[number] for number in numbers]
-    lines = []
+    lines, shares = [], {}
     sides = (("query", True, [item.query for item in sampled]), ("passage", False, [i.positives[0] for i in sampled]))
     for side, is_query, texts in sides:
         prepared = rules.prepare(texts, is_query, content_filter=False)
@@ -46,7 +48,8 @@ def measure_texts(files: PairFiles, rules: RetrievalTokenizer, recipe: AdapterRe
             )
         cut, room = sum(text.cut for text in prepared), rules.layouts[is_query].room
         lines.append(f"{cut} of {len(texts)} sampled {plural} are longer than {room} tokens and are cut")
-    return lines
+        shares[side] = round(cut / len(texts), 4)
+    return lines, shares
 
 
 def measure_candidates(items: SampledItems, recipe: AdapterRecipe) -> list[str]:

@@ -93,7 +93,8 @@ def train_adapter(
     if is_main():
         record["release"] = release_identity(retriever)
         check_same_run(kept, record)
-    say(describe(files, recipe), *alone, *measure_texts(files, retriever.texts, recipe))
+    lengths, retriever.config.cut_in_training = measure_texts(files, retriever.texts, recipe)
+    say(describe(files, recipe), *alone, *lengths)
     model = prepare_model(retriever, recipe)
     trainer = RetrievalTrainer(model, items, recipe, arguments, record)
     if task is not None:

@@ -6,13 +6,16 @@ import copy
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import edit_json
 from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
+from transformers import AutoModel
 
 from diffretriever.data import corpus as corpus_module
 from diffretriever.encode.encode_store import encode_store
@@ -55,6 +58,22 @@ def test_the_store_holds_what_encode_texts_returns(
         weights[row].scatter_add_(1, where, what)
     assert torch.allclose(weights[0], weights[1], atol=2e-5)
     assert (store.ids(), store.text(9)) == ([text_id for text_id, _ in texts], texts[9][1])
+
+
+@pytest.mark.parametrize(("trained", "warned"), [(None, False), (0.5, False), (0.46, False), (0.25, True), (0.0, True)])
+def test_texts_that_are_cut_more_often_than_in_training_are_said(
+    build_release: Callable[..., Path], tmp_path: Path, trained: float | None, warned: bool
+) -> None:
+    folder = tmp_path / "release"
+    shutil.copytree(build_release("tiny-llada", "llada-q4p4"), folder)
+    cut = None if trained is None else {"query": 0.0, "passage": trained}
+    edit_json(folder / "config.json", cut_in_training=cut, passage_length=50)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32)
+    texts = [(str(number), "many words " * (60 if number % 2 else 2)) for number in range(8)]
+    said: list[str] = []
+    encode(model, write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "s", tell=said.append)
+    assert [f"50% of 8 passages are longer than 50 tokens and are cut; in its training {trained:.0%}" in line
+            for line in said] == [True] * warned  # fmt: skip
 
 
 def test_the_manifest_says_what_made_the_store(tiny: Any, corpus: Path, tmp_path: Path) -> None:

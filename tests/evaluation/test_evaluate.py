@@ -109,6 +109,15 @@ def test_the_corpus_is_encoded_once_and_only_the_splits_queries(
     assert len([text for text, is_query in texts if not is_query]) == len(CORPUS)
 
 
+def test_queries_that_are_cut_more_often_than_in_training_are_said(
+    model: Any, benchmark: Benchmark, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.config, "query_length", 2)
+    monkeypatch.setattr(model.config, "cut_in_training", {"query": 0.5, "passage": 0.0})
+    notes = evaluate(model, benchmark, store, options(modes=("multi_dense",)))[0].notes
+    assert any("of 4 queries are longer than 2 tokens and are cut; in its training 50% were" in note for note in notes)
+
+
 def test_a_store_is_kept_reused_and_refused_to_another_model(
     model: Any, benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -433,13 +433,14 @@ def test_lengths_of_the_texts_are_recorded_or_given(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(SINGLE, adapter)
     given = building.build(LLADA, tmp_path / "given", str(adapter), **lengths)
-    edit_json(adapter / "retriever_config.json", **lengths)
+    edit_json(adapter / "retriever_config.json", **lengths, cut_in_training={"query": 0.0, "passage": 0.3})
     recorded = building.build(LLADA, tmp_path / "recorded", str(adapter))
     for config, name in ((given, "given"), (recorded, "recorded")):
         assert (config.query_length, config.passage_length, config.max_length) == (32, 156, 256)
         assert read(tmp_path / name / "config.json").items() >= lengths.items()
         card = (tmp_path / name / "README.md").read_text()
         assert "| longest input | 32 tokens of a query's text or 156 of a passage's; longer texts are cut |" in card
+    assert (given.cut_in_training, recorded.cut_in_training) == (None, {"query": 0.0, "passage": 0.3})
     with pytest.raises(ValueError, match="says query_length = 32, but 40 was asked for"):
         building.build(LLADA, tmp_path / "other", str(adapter), query_length=40)
     (adapter / "retriever_config.json").unlink()

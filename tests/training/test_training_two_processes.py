@@ -13,12 +13,19 @@ from torch.nn.parallel import DistributedDataParallel
 from training_data import batch_of, contrastive_model, gradients, made_up_pairs, small_recipe
 from training_runs import fork_two, wait
 
-CASES = {"plain": ("tiny-llada", 0), "grad-cache": ("tiny-llada", 2), "dream": ("tiny-dream", 3)}
+CASES = {
+    "plain": ("tiny-llada", 0),
+    "grad-cache": ("tiny-llada", 2),
+    "dream": ("tiny-dream", 3),
+    "two-steps": ("tiny-llada", 2),
+}
 
 
 def case(name: str, build_release: Callable[..., Path]) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
     kind, chunk = CASES[name]
     changes: dict[str, Any] = {"num_query_masks": 2, "num_passage_masks": 3, "dropout": 0.0, "grad_cache_chunk": chunk}
+    if name == "two-steps":
+        changes |= {"num_query_masks": 4, "num_denoise_steps": 2}
     records = made_up_pairs(4, negatives=2)
     records[3]["negatives"].append("forest " * 30)  # another number of passages, and a longer text, in one process
     records[0]["positive"] = records[2]["positive"]  # a positive of one process's query among the other's passages
