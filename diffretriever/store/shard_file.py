@@ -114,16 +114,23 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 Place = tuple[torch.dtype, tuple[int, ...], int, int]  # dtype, shape, first byte, byte after the last
 
 
-def _end_of_data(places: Mapping[str, Place]) -> int:
-    """Return the size of the tensors that lie one behind the other, or raise ValueError for a header that says else."""
+def _end_of_data(places: Mapping[str, Place], begin: int) -> int:
+    """Return where the tensors end that lie one behind the other, or raise ValueError for a header that says else.
+
+    Args:
+        places: of the tensors, counted from `begin`.
+        begin: where they begin in the file.
+    """
     end = 0
     for name, (dtype, shape, start, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
         if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
             raise ValueError(f"tensor {name!r} has a shape or place of something else than whole numbers")
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name!r} does not fit its place")
+        if (begin + start) % dtype.itemsize:
+            raise ValueError(f"tensor {name!r} does not begin at a multiple of {dtype.itemsize} bytes")
         end = stop
-    return end
+    return begin + end
 
 
 class ShardFile:
@@ -162,7 +169,7 @@ class ShardFile:
                 name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
                 for name, entry in header.items()
             }
-            expected = self._start + _end_of_data(self._places)
+            expected = _end_of_data(self._places, self._start)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedShardError(f"{path}: the shard's header is damaged ({error!r:.120}).") from error
         if self.size != expected:

@@ -107,7 +107,7 @@ class Shard:
         """
         if not self.sparse_indices.shape[1]:
             return None
-        last = (self._vocab_size or 2**31) - 1
+        last = min(self._vocab_size or 2**31, 2**31) - 1  # of int32
         for name, most in (("sparse_indices", last), ("sparse_values", torch.finfo(self.sparse_values.dtype).max)):
             tensor = self.file.tensor(name)
             wrong = ~((tensor >= 0) & (tensor <= most))  # NaN is neither

@@ -261,6 +261,22 @@ def test_a_forged_header(tmp_path: Path, field: str, value: Any) -> None:
         open_store(folder)
 
 
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_tensors_that_begin_between_their_numbers(tmp_path: Path, length: int) -> None:
+    """A header of another length moves all tensors: a number of 8 bytes is read at a multiple of 8."""
+    folder = make_store(tmp_path / "s")
+    content = (folder / SHARD).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    packed = content[8:end] + b" " * length
+    (folder / SHARD).write_bytes(len(packed).to_bytes(8, "little") + packed + content[end:])
+    name_anew(folder)
+    if length % 8:
+        with pytest.raises(DamagedShardError, match="does not begin at a multiple of 8 bytes"):
+            open_store(folder)
+    else:
+        assert len(read_all(folder)) == 2
+
+
 @pytest.mark.parametrize("length", [0, 5, 8, 100, 2000, -1])
 def test_a_truncated_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str], length: int) -> None:
     folder = make_store(tmp_path / "s")
@@ -281,6 +297,12 @@ def test_a_header_that_says_other_things_than_strings_and_numbers(tmp_path: Path
     file.write_bytes(len(packed).to_bytes(8, "little") + packed + content[length:])
     with pytest.raises(DamagedShardError, match="header is damaged"):
         entry_of(ShardFile(file))
+
+
+def test_a_vocabulary_larger_than_its_numbers(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "s")
+    edit_manifest(folder, setting("vocab_size", 10**30))
+    assert len(read_all(folder)) == 2
 
 
 def test_links_out_of_the_folder_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
