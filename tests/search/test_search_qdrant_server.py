@@ -16,7 +16,7 @@ import torch
 from qdrant_client import models
 
 from diffretriever.cli.main import main
-from diffretriever.search import EngineAwayError, EngineError, QdrantEngine, upload
+from diffretriever.search import EngineAwayError, EngineError, QdrantEngine, Searcher, upload
 from diffretriever.search.qdrant.calls import ATTEMPTS, QdrantCalls
 from diffretriever.search.qdrant.upload import describe, json_bytes
 from diffretriever.store.store import ShardContents, Store, write_store
@@ -72,7 +72,7 @@ class FakeServer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, command: str, path: str, sent: bytes) -> tuple[int, str]:
         """Return status and content."""
@@ -268,8 +268,9 @@ def test_the_exit_status_says_whether_another_try_can_help(
     assert ("same command again" in said) == (status == 3)
 
 
-def test_an_answer_of_something_else_is_no_qdrant_server(fake: FakeServer) -> None:
-    fake.faults["GET /"] = [(200, "<html>welcome</html>")]
+@pytest.mark.parametrize("answer", ["<html>welcome</html>", "", "\xff", "[" * 100_000, "[]", "5", '{"title": 5}'])
+def test_an_answer_of_something_else_is_no_qdrant_server(fake: FakeServer, answer: str) -> None:
+    fake.faults["GET /"] = [(200, answer)]
     with pytest.raises(EngineError, match="this is no Qdrant server") as raised:
         connect(fake.url)
     assert not isinstance(raised.value, EngineAwayError)
@@ -355,6 +356,24 @@ def test_options_that_a_servers_collection_was_made_without_are_refused(fake: Fa
     fake.payload = {}
     with pytest.raises(ValueError, match=r"'p' was made without texts\. Go on with --no-texts"):
         upload(store, fake.url, "p")
+
+
+@pytest.mark.parametrize("path", ["GET /collections/p/exists", "POST /collections/p/points/count"])
+def test_an_answer_without_a_result_is_no_qdrant_server(fake: FakeServer, path: str) -> None:
+    fake.metadata = {"count": 5, "hidden_size": 4}
+    fake.faults[path] = [(200, '{"status": "ok", "time": 0.0}')]
+    with pytest.raises(EngineError, match="this is no Qdrant server, or its answer was cut"):
+        QdrantEngine(fake.url, "p")
+
+
+@pytest.mark.parametrize("point", [5, "11111111-1111-1111-1111-111111111111"])
+def test_points_that_were_not_uploaded_are_not_taken_for_passages(fake: FakeServer, point: object) -> None:
+    fake.metadata, fake.points = {"count": 2, "hidden_size": 4}, [0, 1]
+    engine = QdrantEngine(fake.url, "p")
+    found = {"result": [{"points": [{"id": point, "version": 0, "score": 0.5}]}], "status": "ok", "time": 0.0}
+    fake.faults["POST /collections/p/points/query/batch"] = [(200, json.dumps(found))]
+    with pytest.raises(EngineError, match=f"answers with a point '?{point}'?, which `diffretriever index` did not put"):
+        Searcher(engine).search(PASSAGES, "multi_dense", 1)
 
 
 def test_what_a_collection_says_of_itself_is_checked(fake: FakeServer) -> None:

@@ -102,8 +102,11 @@ class QdrantCalls:
                 reason = self._connection_reason(error)
             except UnexpectedResponse as error:
                 reason = self._reason(error)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise EngineError(f"{self.location}: this is no Qdrant server; its answer is not JSON.") from error
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AssertionError) as error:
+                words = self._told(error)  # the client asserts that an answer holds what was asked for
+                raise EngineError(
+                    f"{self.location}: this is no Qdrant server, or its answer was cut ({words})."
+                ) from error
             except sqlite3.Error as error:
                 raise _folder_error(self.location, error) from error
             if attempt + 1 < ATTEMPTS:

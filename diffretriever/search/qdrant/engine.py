@@ -185,6 +185,13 @@ class QdrantEngine:
             for query in asked
         ]
         answers = self.calls(self.calls.client.query_batch_points, self.collection, requests=requests)
+        allowed = range(self._length) if among is None else set(among)
+        for point in (point for answer in answers for point in answer.points):
+            if point.id not in allowed:
+                raise EngineError(
+                    f"{self.calls.location}: collection {self.collection!r} answers with a point {point.id!r:.80}, "
+                    "which `diffretriever index` did not put there. Index again under another name."
+                )
         return [
             (
                 torch.tensor([point.id for point in answer.points], dtype=torch.int64),
