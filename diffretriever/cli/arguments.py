@@ -96,14 +96,27 @@ def add_fusion_option(parser: Any) -> None:
 
 def count(text: str, least: int = 1) -> int:
     """Return the whole number of at least `least` that an argument is."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    if not text.isdecimal() or len(text) > 18 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r:.80}")
     return int(text)
 
 
 def count_or_none(text: str) -> int:
     """Return the whole number that an argument is, 0 included."""
     return count(text, least=0)
+
+
+def usable_device(text: str) -> str:
+    """Return the device that an argument names, where this machine has it; "auto" is left to the model's loading."""
+    import torch
+
+    try:
+        if text != "auto" and torch.empty(0, device=text).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:
+        words = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"no such device on this machine: {text!r:.80} ({words:.200})") from error
+    return text
 
 
 def add_recipe_option(parser: Any, part: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..files.lines import read_object
 from ..publishing.hub import find_folder
 from ..search.modes import MODES, SPARSE
+from .arguments import usable_device
 
 RELEASE = "a release: Hub id or folder; with --method, a backbone"
 WHERE = 'for example cuda:1; "auto" spreads the model over all (default: the first GPU, else the CPU)'
@@ -34,7 +35,7 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
     parser.add_argument(
         "--model-dtype", choices=DTYPES, help="to run the model in (default: bfloat16 on a GPU, float32 on a CPU)"
     )
-    parser.add_argument("--device", help=where)
+    parser.add_argument("--device", type=usable_device, help=where)
 
 
 def add_method_option(parser: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..publishing import hub
 from ..publishing.releases import MAIN, RELEASES
-from .arguments import RESUMED, add_command
+from .arguments import RESUMED, add_command, usable_device
 from .exit_status import DONE, WRONG_INPUT
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def _add_build(commands: Any) -> None:
     command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
     command.add_argument("--link-code", action="store_true", help="link to this source tree's code, do not copy it")
     command.add_argument("--force", action="store_true", help="replace the folder if it is there")
-    command.add_argument("--device", default="cpu", help="where to encode the fixed texts (default: cpu)")
+    command.add_argument(
+        "--device", type=usable_device, default="cpu", help="where to encode the fixed texts (default: cpu)"
+    )
     _add_fingerprint_options(command)
 
 
@@ -89,7 +91,9 @@ def _add_push(commands: Any) -> None:
 
 def _add_check_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-load", action="store_true", help="leave out all that needs the model")
-    command.add_argument("--device", default="cpu", help="where the model runs, such as cuda (default: cpu)")
+    command.add_argument(
+        "--device", type=usable_device, default="cpu", help="where the model runs, such as cuda (default: cpu)"
+    )
 
 
 def _add_fingerprint_options(command: argparse.ArgumentParser) -> None:

@@ -84,7 +84,8 @@ def _searcher(options: argparse.Namespace) -> Searcher:
         engine = QdrantEngine(options.qdrant, options.collection, timeout=options.timeout)
         return Searcher(engine, fusion=options.fusion)
     store = open_store(options.store)
-    return Searcher(store, fusion=options.fusion, device=options.device, in_memory=options.in_memory)
+    device = None if options.device == "auto" else options.device  # which spreads a model
+    return Searcher(store, fusion=options.fusion, device=device, in_memory=options.in_memory)
 
 
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:

@@ -48,11 +48,11 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], keep: bool = F
         finally:
             os.close(handle)
         sync(path.parent)
-    except OSError as error:
+    except OSError as error:  # its words name the temporary file
+        reason = os.strerror(error.errno or 0)
         if error.errno in FULL_DISK:
-            reason = f"{os.strerror(error.errno or 0)}; nothing of this file is kept. Make room"
-            raise OSError(error.errno, reason, str(path)) from error
-        raise
+            reason += "; nothing of this file is kept. Make room"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         remove_file(temporary)
 

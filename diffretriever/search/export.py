@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from ..files.durable import write_whole
 from .sparse import sparse_of, sum_by_term
 
+MOST = 2**31 - 1  # Lucene's largest impact
 QUANTISATION = 100.0  # an impact is the weight times this, rounded, as PromptReps and SPLADE exports do
 
 
@@ -29,8 +31,8 @@ def impact_lines(
     Raises:
         ValueError: no sparse vectors, a token id outside the vocabulary, or weights that are not finite and positive.
     """
-    if not factor > 0:
-        raise ValueError(f"the factor must be positive, got {factor}.")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"the factor must be positive and finite, got {factor}.")
     for shard in store.shards():
         indices, values = sparse_of(shard)
         for row, text_id in enumerate(shard.ids):
@@ -48,6 +50,11 @@ def _impacts(
             raise ValueError(f"{text_id!r}: the weight of token {term} is {weight}; it must be positive and finite.")
         if tokens is not None and not 0 <= term < len(tokens):
             raise ValueError(f"{text_id!r}: token {term} lies outside the vocabulary of {len(tokens)} tokens.")
+        if weight * factor > MOST:
+            raise ValueError(
+                f"{text_id!r:.80}: the impact of token {term} is {weight * factor:g}, more than Lucene's {MOST}; give "
+                "a smaller factor."
+            )
         impact = round(weight * factor)
         if impact:
             impacts[str(term) if tokens is None else tokens[term]] = impact

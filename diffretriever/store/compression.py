@@ -131,6 +131,8 @@ def compress(
         raise ValueError(
             f"dimensions per byte must divide the {width} dimensions, got {dimensions_per_byte}; {divisors} do."
         )
+    if not 0 <= seed < 2**31 - 1:
+        raise ValueError(f"the seed must be a whole number from 0 to {2**31 - 2}, got {seed}.")
     about = {"source": _identity(store), "dimensions_per_byte": str(dimensions_per_byte), "seed": str(seed)}
     if (output / MANIFEST_FILE).exists():
         return _finished(output, about)

@@ -14,6 +14,7 @@ from checkpoint_folders import PARITY, hub_repository
 from transformers import AutoModel
 
 from diffretriever.cli.load_model import add_model_options, check_release, load_model
+from diffretriever.cli.main import main
 
 BACKBONE, ADAPTER = PARITY / "backbones" / "tiny-dream", PARITY / "adapters" / "dream-q4p4"
 
@@ -96,3 +97,13 @@ def test_a_release_in_the_hubs_cache(release: Path, tmp_path: Path, monkeypatch:
     check_release("lab/mine")
     with pytest.raises(ValueError, match="lab/backbone is a backbone, not a release"):
         check_release("lab/backbone")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99", ""])
+@pytest.mark.parametrize("command", ["search --store s question", "evaluate --data d", "publish check r"])
+def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(
+    command: str, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--device", device])
+    assert f"argument --device: no such device on this machine: {device!r}" in capsys.readouterr().err

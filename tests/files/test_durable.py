@@ -98,3 +98,10 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path: Path) -> None:
     os.utime(folder, (1, 1))
     remove_temporaries(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([*theirs, folder])
+
+
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as raised:
+        write_text(tmp_path / "folder", "text")
+    assert str(raised.value) == f"[Errno 21] Is a directory: '{tmp_path / 'folder'}'"

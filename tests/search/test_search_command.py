@@ -191,6 +191,9 @@ def test_export_without_a_model_names_tokens_by_number(
     assert all(name.isdigit() for name in first["vector"])
     assert run("export", "--store", folder / "store", "--output", tmp_path / "x.jsonl", "--factor", 0) == 2
     assert "factor must be positive" in capsys.readouterr().err
+    for factor, words in ((float("inf"), "must be positive and finite"), (1e300, "more than Lucene's 2147483647")):
+        assert run("export", "--store", folder / "store", "--output", tmp_path / "x.jsonl", "--factor", factor) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_full_fusion_is_the_models_own_score(model: Any, folder: Path) -> None:

@@ -164,3 +164,10 @@ def test_what_is_refused(store: Store, small: Store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not empty \(letter.txt\)"):
         compress(store, tmp_path / "other")
     assert len(compress(store, small.folder)) == len(small)  # done already: nothing to do
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31 - 1, 10**20])
+def test_a_seed_that_faiss_cannot_take(store: Store, tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match="the seed must be a whole number from 0 to 2147483646"):
+        compress(store, tmp_path / "small", seed=seed)
+    assert not (tmp_path / "small").exists()
