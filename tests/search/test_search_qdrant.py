@@ -254,6 +254,10 @@ def test_searching_makes_no_folder_and_uploading_takes_none_of_somebody_else(tmp
     with pytest.raises(ValueError, match=r"theirs: holds 'letter.txt', but no Qdrant collections"):
         upload(vectors(0, 5, 2), str(tmp_path / "theirs"), "passages")
     assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["letter.txt"]
+    (tmp_path / "theirs" / "meta.json").touch()
+    with pytest.raises(ValueError, match="damaged or somebody else's"):
+        upload(vectors(0, 5, 2), str(tmp_path / "theirs"), "passages")
+    assert sorted(file.name for file in (tmp_path / "theirs").iterdir()) == ["letter.txt", "meta.json"]
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "a:b", "x" * 256, "a\0b"])

@@ -177,10 +177,11 @@ def _open_folder(folder: Path, make: bool) -> Any:
     from qdrant_client import QdrantClient
 
     meta = folder / "meta.json"
-    if meta.is_file() and FIRST_META.startswith(content := meta.read_bytes()) and content != FIRST_META:
+    others = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in others if name not in (".lock", meta.name)]
+    if meta.is_file() and not others and FIRST_META.startswith(content := meta.read_bytes()) and content != FIRST_META:
         remove_file(meta)  # of a new folder, when the disk was full
     if not meta.is_file():
-        others = sorted(file.name for file in folder.iterdir() if file.name != ".lock") if folder.is_dir() else []
         if others:
             raise ValueError(f"{folder}: holds {others[0]!r}, but no Qdrant collections; choose a folder of its own.")
         if not make:
