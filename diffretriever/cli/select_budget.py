@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,8 @@ def _task(options: argparse.Namespace) -> SmallTask:
         if options.queries:
             raise ValueError("--queries draws from --pairs; of a benchmark (--data), the whole split is asked.")
         return read_small_task(options.data, options.split, options.passages)
-    files = PairFiles(options.pairs, options.out.parent)
-    task = training_task(files, options.queries or 500, options.passages or 5000, options.seed)
-    files.close()
+    with tempfile.TemporaryDirectory(prefix="diffretriever-") as scratch:  # where compressed pairs are unpacked
+        files = PairFiles(options.pairs, Path(scratch))
+        task = training_task(files, options.queries or 500, options.passages or 5000, options.seed)
+        files.close()
     return task

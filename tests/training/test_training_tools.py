@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,9 +189,12 @@ def test_the_grid_is_what_single_releases_give(
     """Each cell against a release that is loaded with that budget, and scored by the contract."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # the command's default is then float32
     pairs = write_lines(tmp_path / "pairs.jsonl", made_up_pairs(12, negatives=1))
-    out, release = tmp_path / "budget.json", build_release("tiny-dream")
-    command = ["select-budget", "--model", str(release), "--pairs", str(pairs), "--out", str(out)]
+    packed = tmp_path / "pairs.jsonl.xz"
+    packed.write_bytes(lzma.compress(pairs.read_bytes()))
+    out, release = tmp_path / "out" / "budget.json", build_release("tiny-dream")
+    command = ["select-budget", "--model", str(release), "--pairs", str(packed), "--out", str(out)]
     assert main([*command, "--queries", "6", "--passages", "30", "--budgets", "1", "3"]) == 0
+    assert [file.name for file in out.parent.iterdir()] == ["budget.json"]  # nothing unpacked is left
     found = json.loads(out.read_text())
     cells = [(cell["num_query_masks"], cell["num_passage_masks"]) for cell in found["grid"]]
     assert cells == [(1, 1), (1, 3), (3, 1), (3, 3)]
