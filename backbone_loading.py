@@ -161,7 +161,6 @@ def audit_weights(
     headers: Mapping[str, tuple[Path, Mapping[str, Any]]],
     backbone_type: str | None,
     expected: Mapping[str, Sequence[int]],
-    tied: bool = False,
 ) -> str:
     """Check every key and shape of a checkpoint before any weight is read.
 
@@ -169,8 +168,7 @@ def audit_weights(
         folder: the checkpoint.
         headers: what its files hold: {original name: (file, {"dtype", "shape"})}.
         backbone_type: whose names it uses; None for ours (a self-contained release).
-        expected: {our parameter name: shape}.
-        tied: whether the embedding serves as the head; a head's own weights are then passed over.
+        expected: {our parameter name: shape}, from `parameter_shapes`.
 
     Returns:
         The checkpoint's dtype as safetensors names it ("BF16", "F32", …).
@@ -184,9 +182,8 @@ def audit_weights(
         if ours in found:
             raise ValueError(f"{file}: {name:.200} and {found[ours][1]:.200} are the same weight under two names.")
         found[ours] = (file, name, entry)
-    if tied:
+    if "lm_head.weight" not in expected:  # the embedding serves as head, whatever the file has for one
         found.pop("lm_head.weight", None)
-        expected = {name: shape for name, shape in expected.items() if name != "lm_head.weight"}
     missing = sorted(expected.keys() - found.keys())
     if missing:
         originals = [original_name(backbone_type, name) if backbone_type else name for name in missing]

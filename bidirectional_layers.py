@@ -184,11 +184,12 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def parameter_shapes(backbone_type: str, config: Any) -> dict[str, tuple[int, ...]]:
-    """Return {our parameter name: shape} of a backbone and its head; nothing is allocated."""
+    """Return {our parameter name: shape} of a backbone and of its head if it has its own; nothing is allocated."""
     with torch.device("meta"):
         backbone = build_backbone(backbone_type, config)
     shapes = {f"backbone.{name}": tuple(weight.shape) for name, weight in backbone.named_parameters()}
-    return shapes | {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+    return shapes | head
 
 
 def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:

@@ -113,9 +113,7 @@ class DiffRetriever(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer"]
-    _keys_to_ignore_on_load_missing = [
-        "lm_head.weight"
-    ]  # of a tied backbone; `audit_weights` saw that no other lacks it
+    _keys_to_ignore_on_load_missing = ["lm_head.weight"]  # of a tied backbone; `audit_weights` looked at the others'
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -135,6 +133,12 @@ class DiffRetriever(PreTrainedModel):
         self.loaded_from: LoadedFrom | None = None
         self._texts: tuple[Any, RetrievalTokenizer] | None = None
         self.post_init()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Let the head of a tied backbone be its embedding; transformers calls this when the weights are loaded."""
+        super().tie_weights(*args, **kwargs)
+        if self.config.backbone_config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embed_tokens.weight
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding, [V, H]."""
@@ -183,8 +187,7 @@ class DiffRetriever(PreTrainedModel):
             config.backbone_type, config.backbone_config = read_backbone_config(weights, config.backbone_type)
         names_of = None if merged else config.backbone_type
         shapes = parameter_shapes(config.backbone_type, config.backbone_config)
-        headers, tied = read_headers(weights), config.backbone_config.tie_word_embeddings
-        stored_dtype = audit_weights(weights, headers, names_of, shapes, tied)
+        stored_dtype = audit_weights(weights, read_headers(weights), names_of, shapes)
         tokenizer = load_tokenizer([folder, weights], config.vocab_size)
         adapter = _read_adapter(config, folder, hub, tokenizer, shapes)
         name_mask_token(tokenizer, config.mask_token, config.backbone_type in DIFFUSION_TYPES)
@@ -195,11 +198,8 @@ class DiffRetriever(PreTrainedModel):
         with for_transformers(weights) as place:
             loaded: Any = super().from_pretrained(place, *args, **kwargs)
         model, report = loaded
-        problems = {name: found for name in ("missing_keys", "unexpected_keys") if (found := report.get(name))}
-        if problems:
+        if problems := {name: found for name in ("missing_keys", "unexpected_keys") if (found := report.get(name))}:
             raise ValueError(f"{weights}: transformers reports {problems!r:.300}; the weights are not whole.")
-        if tied:
-            model.lm_head.weight = model.backbone.embed_tokens.weight
         model.tokenizer = tokenizer
         adapted_from = None if adapter is None else adapter.folder
         model.loaded_from = LoadedFrom(folder, weights, adapted_from, Path(tokenizer.name_or_path))

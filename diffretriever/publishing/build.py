@@ -163,8 +163,7 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     backbone_type, backbone_config = files.read_backbone_config(backbone)
     shapes = parameter_shapes(backbone_type, backbone_config)
     if any(backbone.glob("*.safetensors")):
-        tied = backbone_config.tie_word_embeddings
-        backbones.audit_weights(backbone, files.read_headers(backbone), backbone_type, shapes, tied)
+        backbones.audit_weights(backbone, files.read_headers(backbone), backbone_type, shapes)
     places = [folder for folder in (adapter_folder, backbone) if folder is not None]
     tokenizer = backbones.load_tokenizer(places, backbone_config.vocab_size)
     fields = dict(settings)
