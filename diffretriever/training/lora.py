@@ -49,7 +49,12 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, head: bool, mask
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the LoRA matrices of a model, and its own rows of the embedding, by name."""
-    return {name: value for name, value in model.named_parameters() if ".lora_" in name or f"{ROWS}.default" in name}
+    return {name: value for name, value in model.named_parameters() if is_trained(name)}
+
+
+def is_trained(name: str) -> bool:
+    """Whether a parameter of a model after `add_lora` is the adapter's."""
+    return ".lora_" in name or f"{ROWS}.default" in name
 
 
 def original_parameters(model: Any) -> dict[str, nn.Parameter]:

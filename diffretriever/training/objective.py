@@ -17,7 +17,7 @@ from ..model.scoring import multi_dense
 from ..model.sparse_head import lexical_weights, logits_at, states_at_masks
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
-from .lora import lora_parameters
+from .lora import is_trained, lora_parameters
 
 # Mask states [B, K, H] and vocabulary entries [C] -> logits [B, K, C].
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -206,9 +206,9 @@ class ContrastiveModel(nn.Module):
         return states_at_masks(self.retriever, chunk["ids"], chunk["mask"], chunk["positions"])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the LoRA matrices only."""
+        """Return the adapter's weights only."""
         kept = super().state_dict(*args, **kwargs)
-        for name in [name for name in kept if ".lora_" not in name]:
+        for name in [name for name in kept if not is_trained(name)]:
             del kept[name]
         return kept
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from causal_backbones import KINDS, PROJECTIONS, TEXTS, language_model, make_backbone
 from checkpoint_folders import edit_json
-from safetensors.torch import load_file
 from training_runs import arguments, write_pairs, write_recipe
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
@@ -125,14 +125,19 @@ def test_a_saved_folder_stands_alone(backbone: Path, adapter: Path, tmp_path: Pa
 def test_training_writes_an_adapter_that_peft_reads(backbone: Path, tmp_path: Path) -> None:
     release = build(backbone, tmp_path / "zero", max_length=120)
     recipe = write_recipe(tmp_path / "recipe.yaml", max_steps=2, learning_rate=1e-2, num_query_masks=2, max_length=110)
-    assert main(arguments(recipe, release, write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out")) == 0
-    rows = load_file(tmp_path / "out" / "adapter_model.safetensors")[ROW]
+    command = arguments(recipe, release, write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out")
+    assert main(command) == 0
+    written = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    rows = safetensors.torch.load(written)[ROW]
     embedding = language_model(backbone).model.embed_tokens.weight
     assert 0 < float((rows - embedding.detach().mean(dim=0)).abs().max()) < 0.1
     ours = load(release, adapter_name_or_path=tmp_path / "out")
     assert (ours.config.num_query_masks, ours.config.max_length) == (2, 110)
     theirs: Any = peft.PeftModel.from_pretrained(language_model(backbone), str(tmp_path / "out"))
     assert_reads_as(ours, theirs.merge_and_unload())
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    assert main(command) == 0  # from the last checkpoint, which has the row, too
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == written
     built = tmp_path / "built"
     building.build(str(backbone), built, str(tmp_path / "out"))
     assert json.loads((built / "config.json").read_text())["mask_token"] == mask_of(backbone.name)
