@@ -36,6 +36,7 @@ class AdapterRecipe:
     epochs: float = 3.0
     max_steps: int = 0  # stop after so many optimiser steps; 0 leaves it to `epochs`
     global_batch_size: int = 128  # queries a step, over all processes
+    mix_files: bool = True  # false: all queries of a step are from one file of pairs, so that negatives are of its kind
     accumulation_steps: int = 1  # micro-batches a step; each has its own in-batch negatives
     grad_cache_chunk: int = 0  # texts whose activations are held at once (GradCache); 0 holds all
     hard_negatives: int = 15  # sampled for each query
@@ -74,22 +75,33 @@ class AdapterRecipe:
         masks = {name: getattr(self, name) for name in names}
         return {"dtype": self.backbone_dtype, "denoise_confidence": "entropy", **masks, **self.lengths()}
 
-    def total_steps(self, items: int) -> int:
-        """Return the optimiser steps of the whole run on so many training items."""
-        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(items))
+    def total_steps(self, counts: Sequence[int]) -> int:
+        """Return the optimiser steps of the whole run on files of so many training items."""
+        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(counts))
 
-    def steps_per_epoch(self, items: int) -> int:
+    def steps_per_epoch(self, counts: Sequence[int]) -> int:
         """Return the optimiser steps in one pass over the items; an incomplete last batch is left out.
+
+        Args:
+            counts: items of each file.
 
         Raises:
             ValueError: there are fewer items than one batch needs.
         """
-        if items < self.global_batch_size:
-            raise ValueError(
-                f"global_batch_size is {self.global_batch_size}, but the data has only {items} queries; "
-                "lower it, or add data"
+        groups = self.groups(counts)
+        if min(groups) < self.global_batch_size:
+            what = (
+                "the data has" if self.mix_files else "a file has (with mix_files = false, each fills its own batches)"
             )
-        return items // self.global_batch_size
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}, but {what} only {min(groups)} queries; lower it, or "
+                "add data"
+            )
+        return sum(group // self.global_batch_size for group in groups)
+
+    def groups(self, counts: Sequence[int]) -> list[int]:
+        """Return the sizes of the runs of items that batches are drawn from: of each file, or of all together."""
+        return [sum(counts)] if self.mix_files else list(counts)
 
     def process_batch_size(self, processes: int) -> int:
         """Return how many queries each process sees in one micro-batch.

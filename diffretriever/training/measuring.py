@@ -67,7 +67,8 @@ def measure_candidates(items: SampledItems, recipe: AdapterRecipe) -> list[str]:
     """
     # One process's view: a query meets the passages of all processes, which together are these.
     size, steps = recipe.global_batch_size, recipe.accumulation_steps
-    batches = EpochSampler(items.files.lengths, size, recipe.seed, steps)
+    groups = recipe.groups(items.files.report.counts)
+    batches = EpochSampler(items.files.lengths, size, recipe.seed, steps, groups=groups)
     every = max(1, len(batches) * size // steps // SAMPLED)
     alone = queries = 0
     for batch in islice(batches, 0, None, every):

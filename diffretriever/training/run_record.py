@@ -48,7 +48,7 @@ def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, base: str, p
         "model": Path(model).name if Path(model).is_dir() else model,
         "base": base,
         "processes": processes,
-        "steps": recipe.total_steps(len(files)),
+        "steps": recipe.total_steps(report.counts),
         "recipe": dataclasses.asdict(recipe),
         "data": data,
         "dropped_negatives": report.dropped_negatives,

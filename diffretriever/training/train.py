@@ -88,7 +88,7 @@ def train_adapter(
     if is_main():
         check_same_run(kept, record)
         remove_partial(state)
-    arguments = training_arguments(recipe, len(files), state, processes)
+    arguments = training_arguments(recipe, files.report.counts, state, processes)
     retriever = load(**recipe.model_settings())
     if is_main():
         record["release"] = release_identity(retriever)
@@ -122,7 +122,7 @@ def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
             item has.
         ImportError: a package that the recipe needs is not installed.
     """
-    recipe.steps_per_epoch(len(files))
+    recipe.steps_per_epoch(files.report.counts)
     recipe.process_batch_size(processes)
     for package in ("peft", *([] if recipe.report_to == "none" else [recipe.report_to])):
         if importlib.util.find_spec(package) is None:
@@ -201,7 +201,7 @@ def run(trainer: RetrievalTrainer, last: Path | None) -> None:
 
 def describe(files: PairFiles, recipe: AdapterRecipe) -> str:
     """Return one line on data and steps."""
-    report, steps = files.report, recipe.total_steps(len(files))
+    report, steps = files.report, recipe.total_steps(files.report.counts)
     fewer = ""
     if recipe.hard_negatives and report.fewest_negatives < recipe.hard_negatives:
         fewer = f"; some have fewer than {recipe.hard_negatives} negatives ({report.without_negatives} have none)"

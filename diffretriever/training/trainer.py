@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class RetrievalTrainer(Trainer):
         process, processes = world()
         sampler = EpochSampler(
             self.items.files.lengths, self.recipe.global_batch_size, self.recipe.seed,
-            self.recipe.accumulation_steps, process, processes,
+            self.recipe.accumulation_steps, process, processes, self.recipe.groups(self.items.files.report.counts),
         )  # fmt: skip
         return EpochLoader(
             self.items, batch_sampler=sampler, collate_fn=self.data_collator, num_workers=self.recipe.workers,
@@ -191,19 +191,19 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def training_arguments(recipe: AdapterRecipe, items: int, folder: Path, processes: int) -> TrainingArguments:
+def training_arguments(recipe: AdapterRecipe, counts: Sequence[int], folder: Path, processes: int) -> TrainingArguments:
     """Translate a recipe into transformers' terms.
 
     Args:
         recipe: from `read_adapter_recipe`.
-        items: training items.
+        counts: training items of each file.
         folder: for checkpoints and logs.
         processes: over which the global batch is spread.
 
     Raises:
         ValueError: the batch does not fit the data or the processes.
     """
-    steps = recipe.total_steps(items)
+    steps = recipe.total_steps(counts)
     on_cpu = not torch.accelerator.is_available()
     # The recipe decides: transformers takes an environment's bf16 over bf16=False, and leaves its own behind in 4.x.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.bf16 else "no"

@@ -35,6 +35,18 @@ def test_batches_hold_similar_lengths_and_epochs_differ() -> None:
     assert not np.array_equal(batches, epoch_batches(lengths.tolist(), 20, seed=2, epoch=0))
 
 
+def test_groups_share_no_batch() -> None:
+    lengths = np.random.default_rng(0).integers(1, 400, 230).tolist()
+    batches = epoch_batches(lengths, 20, seed=1, epoch=0, groups=[105, 20, 105])
+    assert batches.shape == (11, 20)
+    assert len(np.unique(batches)) == batches.size
+    kinds = [{int(item >= 105) + int(item >= 125) for item in batch} for batch in batches]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert kinds != sorted(kinds, key=min)  # in random order
+    assert len(EpochSampler(lengths, 20, 1, groups=[105, 20, 105])) == 11
+    assert np.array_equal(epoch_batches(lengths, 20, 1, 0), epoch_batches(lengths, 20, 1, 0, groups=[230]))
+
+
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_a_step_sees_the_same_items_whatever_the_number_of_processes(processes: int, accumulation: int) -> None:
     lengths = list(range(100))

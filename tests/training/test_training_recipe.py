@@ -130,18 +130,21 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
 
 def test_steps_and_batches() -> None:
     recipe = AdapterRecipe(global_batch_size=8, epochs=2.5, accumulation_steps=2)
-    assert recipe.total_steps(41) == 13  # five full batches an epoch
-    assert dataclasses.replace(recipe, max_steps=3).total_steps(41) == 3
+    assert recipe.total_steps([20, 21]) == 13  # five full batches an epoch
+    assert dataclasses.replace(recipe, mix_files=False).total_steps([20, 21]) == 10  # of two in each file
+    with pytest.raises(ValueError, match=r"a file has .with mix_files = false.*only 7 queries"):
+        dataclasses.replace(recipe, mix_files=False).total_steps([41, 7])
+    assert dataclasses.replace(recipe, max_steps=3).total_steps([20, 21]) == 3
     assert recipe.process_batch_size(2) == 2
     with pytest.raises(ValueError, match=r"8 does not divide into 3 processes times accumulation_steps 2; .* of 6"):
         recipe.process_batch_size(3)
     with pytest.raises(ValueError, match="global_batch_size is 8, but the data has only 7 queries; lower it, or add"):
-        recipe.total_steps(7)
+        recipe.total_steps([3, 4])
 
 
 def test_transformers_is_told_the_recipe(tmp_path: Path) -> None:
     recipe = AdapterRecipe(global_batch_size=8, accumulation_steps=2, report_to="tensorboard", warmup=0.25, bf16=False)
-    found = training_arguments(recipe, 80, tmp_path, processes=1)
+    found = training_arguments(recipe, [80], tmp_path, processes=1)
     assert (found.max_steps, found.warmup_steps, found.per_device_train_batch_size) == (30, 8, 4)
     assert (found.learning_rate, found.seed, found.gradient_accumulation_steps) == (1e-4, 42, 2)
     assert found.report_to == ["tensorboard"]
