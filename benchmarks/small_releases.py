@@ -1,9 +1,8 @@
 """The table of the small releases: rows over seeds, and a test behind every claim.
 
 Reads what `diffretriever evaluate --bm25 --tune-split SPLIT --per-query` and bm25_on_tokens.py wrote for each row and
-seed, and of mean-pooled encoders the runs of `evaluate-mean-pooling --run`, named ROW.SEED.DATASET.queries.json (.run),
-for example llada-single.42.debian.queries.json. Rows without training have the seed 0. checkpoints/README.md has the
-commands.
+seed, named ROW.SEED.DATASET.queries.json, for example llada-single.42.debian.queries.json. Rows without training have
+the seed 0. checkpoints/README.md has the commands.
 
 python benchmarks/small_releases.py --results results --data debian=DATA/debian scifact=DATA/scifact
 """
@@ -20,9 +19,7 @@ from pathlib import Path
 
 from diffretriever.data.benchmark import read_benchmark
 from diffretriever.data.corpus import read_corpus
-from diffretriever.evaluation.metrics import evaluate_run, parse_metric
 from diffretriever.evaluation.report import read_per_query
-from diffretriever.evaluation.runs import read_run
 from diffretriever.evaluation.significance import TTest, bonferroni, paired_t_test
 
 METRIC = "nDCG@10"
@@ -31,18 +28,18 @@ PerQuery = dict[str, float]  # {query id: nDCG@10}
 ROWS = {  # name of the files: title; the dense mode that counts; which commands of checkpoints/README.md make it
     "llada-tokens": ("BM25 over `llada-tiny`'s tokens", "bm25", "E"),
     "llada-first96": ("BM25 over the 96 tokens that `llada-tiny` sees", "bm25", "E"),
-    "llada-zero-mean": ("LLaDA, zero-shot, mean pooling", "dense", "B"),
+    "llada-zero-mean": ("LLaDA, zero-shot, mean pooling", "single_dense", "B"),
     "llada-zero-single": ("LLaDA, zero-shot, K = 1", "single_dense", "A"),
     "llada-zero-multi": ("LLaDA, zero-shot, K_q = K_p = 4", "multi_dense", "A"),
-    "llada-mean": ("LLaDA, fine-tuned, mean pooling (DiffEmbed)", "dense", "D"),
+    "llada-mean": ("LLaDA, fine-tuned, mean pooling (DiffEmbed)", "single_dense", "D"),
     "llada-single": ("`diffretriever-llada-tiny-single`", "single_dense", "C"),
     "llada-multi": ("`diffretriever-llada-tiny-multi-q4-p4`", "multi_dense", "C"),
     "dream-tokens": ("BM25 over `dream-tiny`'s tokens", "bm25", "E"),
     "dream-first96": ("BM25 over the 96 tokens that `dream-tiny` sees", "bm25", "E"),
-    "dream-zero-mean": ("Dream, zero-shot, mean pooling", "dense", "B"),
+    "dream-zero-mean": ("Dream, zero-shot, mean pooling", "single_dense", "B"),
     "dream-zero-single": ("Dream, zero-shot, K = 1", "single_dense", "A"),
     "dream-zero-multi": ("Dream, zero-shot, K_q = 4, K_p = 16", "multi_dense", "A"),
-    "dream-mean": ("Dream, fine-tuned, mean pooling (DiffEmbed)", "dense", "D"),
+    "dream-mean": ("Dream, fine-tuned, mean pooling (DiffEmbed)", "single_dense", "D"),
     "dream-single": ("`diffretriever-dream-tiny-single`", "single_dense", "C"),
     "dream-multi": ("`diffretriever-dream-tiny-multi-q4-p16`", "multi_dense", "C"),
 }
@@ -114,7 +111,7 @@ class Results:
         self.qrels = read_benchmark(data, split).qrels
         self.values: dict[str, dict[int, dict[str, PerQuery]]] = {}
         for row, (_, dense, _) in ROWS.items():
-            found = sorted(file for end in ("queries.json", "run") for file in folder.glob(f"{row}.*.{dataset}.{end}"))
+            found = sorted(folder.glob(f"{row}.*.{dataset}.queries.json"))
             self.values[row] = {int(file.name.split(".")[1]): self._read(file, dense) for file in found}
         columns = (one for seeds in self.values.values() for one in seeds.values())
         bm25 = next((one[BM25] for one in columns if BM25 in one), None)
@@ -123,8 +120,6 @@ class Results:
         self.values[BM25] = {0: {"sparse": bm25}}
 
     def _read(self, file: Path, dense: str) -> dict[str, PerQuery]:
-        if file.suffix == ".run":
-            return {"dense": evaluate_run(read_run(file), self.qrels, [parse_metric(METRIC)])[METRIC]}
         found = read_per_query(file)
         return {column: found[mode][METRIC] for column, mode in modes(dense, found).items() if mode in found}
 

@@ -104,6 +104,11 @@ class Baseline(nn.Module):
         return dtype
 
     @property
+    def lm_head(self) -> Any:
+        """The backbone's output head, [V, H]."""
+        return self.backbone.lm_head
+
+    @property
     def texts(self) -> FramedTokenizer:
         """The rules of tokenisation, following the config."""
         settings = self.config.to_dict()
@@ -232,7 +237,7 @@ class Baseline(nn.Module):
         """Return indices and values [B, T] of log1p(relu(max over the vectors that exist)) (paper Eq. 3)."""
         if exists is not None:  # the first vector always exists, and a maximum does not mind it twice
             states = torch.where(exists[..., None], states, states[:, :1])
-        indices, values = sparse_vectors(self.backbone.lm_head, states, content, top_k, None)
+        indices, values = sparse_vectors(self.lm_head, states, content, top_k, None)
         if not torch.isfinite(values).all():
             raise ValueError(not_finite(self, values))
         return indices, values

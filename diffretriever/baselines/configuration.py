@@ -46,6 +46,7 @@ class BaselineConfig:
             original has none.
         normalize: whether the vectors are L2-normalised.
         sparse_top_k: PromptReps: T, sparse weights kept a text. The other methods have no sparse vectors: 0.
+        cut_in_training: {"query", "passage": the share of the texts that were cut in training}; None where unknown.
 
     Attributes:
         name_or_path: what `load_baseline` was given.
@@ -70,6 +71,7 @@ class BaselineConfig:
     append_end_of_text: bool = False
     normalize: bool = True
     sparse_top_k: int | None = None
+    cut_in_training: dict[str, float] | None = None
     num_denoise_steps: int = dataclasses.field(default=1, init=False)
     name_or_path: str = dataclasses.field(default="", init=False)
     overrides: tuple[str, ...] = dataclasses.field(default=(), init=False)
@@ -145,6 +147,9 @@ class BaselineConfig:
             value, least = getattr(self, name), int(name in COUNTS)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"field `{name}` must be a whole number of at least {least}, got {value!r}.")
+        cut = self.cut_in_training
+        if not (cut is None or (isinstance(cut, dict) and all(type(share) in (int, float) for share in cut.values()))):
+            raise ValueError(f"field `cut_in_training` must be null or numbers by side, got {cut!r:.80}.")
         for name in ("query_prompt", "passage_prompt"):
             check_prompt(name, getattr(self, name))
         self._check_method()

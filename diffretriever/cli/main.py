@@ -13,7 +13,6 @@ from . import (
     compress,
     encode,
     evaluate,
-    evaluate_mean_pooling,
     export,
     fetch_backbone,
     index,
@@ -43,7 +42,6 @@ COMMANDS = (
     mine_negatives,
     select_budget,
     analyze_budget,
-    evaluate_mean_pooling,
     publish,
 )
 

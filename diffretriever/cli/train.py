@@ -10,7 +10,7 @@ from typing import Any
 
 from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
 from .exit_status import DONE
-from .load_model import check_release, load_model
+from .load_model import add_method_option, check_model, load_model
 
 
 def register(commands: Any) -> None:
@@ -18,7 +18,8 @@ def register(commands: Any) -> None:
     what = "train a LoRA adapter for retrieval on a frozen backbone"
     parser = add_command(commands, "train", what, run_train, again=RESUMED)
     add_recipe_option(parser, "training")
-    parser.add_argument("--model", required=True, help="a release without an adapter (publish.py build): folder or id")
+    parser.add_argument("--model", required=True, help="a release without an adapter, or a backbone: folder or id")
+    add_method_option(parser)
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
     parser.add_argument("--out", type=Path, required=True, help="output folder; run again to resume")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one of the recipe's")
@@ -26,9 +27,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.set_defaults(
-        method=None, adapter=None, revision=None, model_dtype=None, device=None
-    )  # the recipe's, and the launcher's
+    parser.set_defaults(adapter=None, revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -38,8 +37,10 @@ def run_train(options: argparse.Namespace) -> int:
     from ..training.adapter_recipe import read_adapter_recipe
     from ..training.train import Interrupted, train_adapter
 
-    check_release(options.model)
-    recipe = read_adapter_recipe(find_recipe(options.recipe, "training"), options.set, seed=options.seed)
+    changes = {"method": options.method, "seed": options.seed}
+    recipe = read_adapter_recipe(find_recipe(options.recipe, "training"), options.set, **changes)
+    options.method = recipe.method
+    check_model(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.benchmark import Benchmark, note_unknown_passages, read_benchmark
 from ..data.corpus import read_corpus
+from ..search.modes import SPARSE
 from ..search.searcher import Searcher
 from .metrics import evaluate_run, means, parse_metric
 from .runs import Run
@@ -20,6 +21,11 @@ DEPTH = 1000  # passages a query, and candidates of each side in the fusion mode
 NAMES = {"dense": "multi_dense", "sparse": "sparse_max", "fused": "fusion_multi_sparse_max"}
 # (texts, whether they are queries) -> vectors, as `encode_texts` gives them
 Encode = Callable[[Sequence[str], bool], Mapping[str, Any]]
+
+
+def names_of(model: Any) -> dict[str, str]:
+    """Return those of NAMES that a model has the vectors for."""
+    return {name: mode for name, mode in NAMES.items() if mode not in SPARSE or model.config.sparse_top_k}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def contrastive_loss(query: Side, passage: Side, head: nn.Linear, stage: Stage) 
         score) without.
     """
     targets, logits = torch.arange(len(query.states)), partial(logits_at, head)
-    scores = dense_scores(query.states, passage.states)  # [N, N]
+    scores = dense_scores(query, passage)  # [N, N]
     dense = (info_nce(scores, targets, stage.temperature) + info_nce(scores.T, targets, stage.temperature)) / 2
     scores = sparse_scores(query, passage, logits)
     sparse = info_nce(scores, targets)

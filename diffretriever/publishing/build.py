@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..baselines.configuration import CONFIG_FILE as BASELINE_FILE
 from ..files.durable import publish_folder, write_json, write_text
 from ..files.hashes import hash_file
 from ..files.lines import read_object
@@ -160,6 +161,11 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     """Find backbone and adapter, and check that they, tokenizer and settings fit."""
     backbone = find_folder(base, SETTINGS_FILES)
     adapter_folder = None if adapter is None else find_folder(adapter, ADAPTER_FILES)
+    if adapter_folder is not None and (adapter_folder / BASELINE_FILE).is_file():
+        raise ValueError(
+            f"{adapter} is an adapter of another method ({BASELINE_FILE}); it makes no release. The commands take it "
+            "as it is: --model BACKBONE --adapter ADAPTER."
+        )
     backbone_type, backbone_config = files.read_backbone_config(backbone)
     shapes = parameter_shapes(backbone_type, backbone_config)
     if any(backbone.glob("*.safetensors")):

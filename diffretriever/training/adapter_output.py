@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
+from ..baselines import Baseline
 from ..files.durable import write_json, write_whole
 from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, ROWS, WEIGHTS_FILE
 from .adapter_recipe import AdapterRecipe
 from .lora import original_parameters
+from .methods import backbone_type
 
 
 def save_adapter(model: Any, recipe: AdapterRecipe, out: Path, base: str) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and, for mask pooling, retriever_config.json.
+    """Write adapter_config.json, adapter_model.safetensors and what `save_settings` adds.
 
     Args:
-        model: a DiffRetriever after `add_lora`.
+        model: a DiffRetriever or a baseline after `add_lora`.
         recipe: what it was trained with.
         out: the folder, made if absent. Each file is replaced in one step.
         base: the backbone's name for adapter_config.json.
@@ -35,22 +40,21 @@ def save_adapter(model: Any, recipe: AdapterRecipe, out: Path, base: str) -> Non
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / WEIGHTS_FILE, [save(weights, metadata={"format": "pt"})])
     rows = [model.texts.mask_id] if any(name.endswith(ROWS) for name in weights) else None
-    written = adapter_config(recipe, model.config.backbone_type, base, weights)
+    written = adapter_config(recipe, backbone_type(model), base, weights)
     write_json(out / CONFIG_FILE, written | ({"trainable_token_indices": {"embed_tokens": rows}} if rows else {}))
-    if recipe.pooling == "masks":
-        write_json(out / RETRIEVER_FILE, retriever_config(model, recipe))
+    save_settings(model, recipe, out)
 
 
-def adapter_config(recipe: AdapterRecipe, backbone_type: str, base: str, weights: Iterable[str]) -> dict[str, Any]:
+def adapter_config(recipe: AdapterRecipe, kind: str | None, base: str, weights: Iterable[str]) -> dict[str, Any]:
     """Return peft's adapter_config.json, with the backbone's original module names.
 
     Args:
         recipe: rank, alpha, dropout.
-        backbone_type: as the release's config has it.
+        kind: of backbone, as the release's config has it; None for a causal language model.
         base: the backbone's name.
         weights: the original names of the adapter's weights.
     """
-    llada = backbone_type == "llada"
+    llada = kind == "llada"
     modules = [name.split(".lora_")[0] for name in weights if not name.endswith(ROWS)]
     # LLaDA's output head has the name of a projection, so that it is adapted, too, unless it is excluded.
     head = any(module.endswith("model.transformer.ff_out") for module in modules)
@@ -70,10 +74,32 @@ def adapter_config(recipe: AdapterRecipe, backbone_type: str, base: str, weights
         "r": recipe.rank,
         "revision": None,
         "target_modules": list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
-        "task_type": "CAUSAL_LM" if llada else "FEATURE_EXTRACTION",
+        "task_type": "CAUSAL_LM" if kind in (None, "llada") else "FEATURE_EXTRACTION",
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+@singledispatch
+def save_settings(model: Any, recipe: AdapterRecipe, out: Path) -> None:
+    """Write beside an adapter what it was trained with: retriever_config.json, or a baseline's baseline.json.
+
+    Args:
+        model: a DiffRetriever or a baseline.
+        recipe: of its training.
+        out: the adapter's folder.
+    """
+    write_json(out / RETRIEVER_FILE, retriever_config(model, recipe))
+
+
+@save_settings.register
+def _(model: Baseline, recipe: AdapterRecipe, out: Path) -> None:
+    config, here = model.config, model.loaded_from
+    assert here is not None
+    base = config.base_model_name_or_path
+    place = Path(base).expanduser() if base == config.name_or_path else here.release / Path(base).expanduser()
+    base = os.path.relpath(place.resolve(), out.resolve()) if place.is_dir() else base
+    replace(config, base_model_name_or_path=base, adapter_name_or_path=".").save(out)
 
 
 def retriever_config(model: Any, recipe: AdapterRecipe) -> dict[str, Any]:

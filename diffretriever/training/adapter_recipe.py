@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from ..baselines import configuration
 from ..files.recipe import read_recipe
 
-POOLINGS = ("masks", "mean")
+METHODS = ("diffretriever", *configuration.METHODS)
 LENGTHS = ("query_length", "passage_length", "max_length")
 DTYPES = ("float32", "bfloat16")
 REPORTS = ("none", "tensorboard", "wandb")
@@ -26,13 +27,14 @@ class AdapterRecipe:
     """
 
     seed: int = 42
-    pooling: str = "masks"  # "mean" trains the DiffEmbed baseline: no prompt, no masks, one mean-pooled vector
-    num_query_masks: int = 1  # K_q
+    method: str = "diffretriever"  # or a baseline (paper §4.2): promptreps, repllama, diffembed
+    num_query_masks: int = 1  # K_q; promptreps: the most vectors
     num_passage_masks: int = 1  # K_p
     num_denoise_steps: int = 1  # forward passes, in training and in the release (paper App. A.1)
     query_length: int | None = None  # tokens of a query's text alone, in training and in the release; 32, the paper's
     passage_length: int | None = None  # the same for passages; 156
-    max_length: int | None = None  # in their place: tokens of prefix + text + suffix
+    max_length: int | None = None  # in their place, of diffretriever: tokens of prefix + text + suffix
+    append_end_of_text: bool = False  # diffembed: let an end-of-text token take part in the mean
     epochs: float = 3.0
     max_steps: int = 0  # stop after so many optimiser steps; 0 leaves it to `epochs`
     global_batch_size: int = 128  # queries a step, over all processes
@@ -73,7 +75,8 @@ class AdapterRecipe:
         """Return what `from_pretrained` needs to load the release as the recipe wants it."""
         names = ("num_query_masks", "num_passage_masks", "num_denoise_steps")
         masks = {name: getattr(self, name) for name in names}
-        return {"dtype": self.backbone_dtype, "denoise_confidence": "entropy", **masks, **self.lengths()}
+        settings = {"dtype": self.backbone_dtype, "denoise_confidence": "entropy", **masks, **self.lengths()}
+        return settings | ({"append_end_of_text": True} if self.append_end_of_text else {})
 
     def total_steps(self, counts: Sequence[int]) -> int:
         """Return the optimiser steps of the whole run on files of so many training items."""
@@ -207,7 +210,7 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
     for name in ("dropout", "warmup"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{where}: {name} must lie between 0 and 1, got {getattr(recipe, name)}")
-    for name, allowed in (("pooling", POOLINGS), ("backbone_dtype", DTYPES), ("report_to", REPORTS)):
+    for name, allowed in (("method", METHODS), ("backbone_dtype", DTYPES), ("report_to", REPORTS)):
         if getattr(recipe, name) not in allowed:
             raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {getattr(recipe, name)!r}")
     least = 2 * recipe.accumulation_steps  # two queries a micro-batch: each is the other's negative
@@ -217,16 +220,20 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
             f"accumulation_steps {recipe.accumulation_steps}, global_batch_size must be at least {least}, got "
             f"{recipe.global_batch_size}"
         )
-    _check_pooling(recipe, where)
+    if recipe.method in configuration.METHODS:
+        _check_baseline(recipe, where)
+    elif recipe.append_end_of_text:
+        raise ValueError(f"{where}: append_end_of_text belongs to method: diffembed; leave it out")
 
 
-def _check_pooling(recipe: AdapterRecipe, where: str) -> None:
-    if recipe.pooling != "mean":
-        return
-    only = {"sparse_weight": 0.0, "num_query_masks": 1, "num_passage_masks": 1, "num_denoise_steps": 1}
-    for name, value in only.items():
-        if getattr(recipe, name) != value:
-            raise ValueError(
-                f"{where}: pooling: mean has one vector a text and no sparse side; set {name} to {value:g}, "
-                f"got {getattr(recipe, name):g}"
-            )
+def _check_baseline(recipe: AdapterRecipe, where: str) -> None:
+    """Refuse what the baseline cannot have."""
+    settings = {name: value for name, value in recipe.model_settings().items() if name != "dtype"}
+    try:
+        method = configuration.BaselineConfig(
+            recipe.method, "backbone", **configuration.own_names(recipe.method, settings)
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if recipe.sparse_weight and not method.has_sparse:
+        raise ValueError(f"{where}: {recipe.method} has no sparse vectors; set sparse_weight to 0")

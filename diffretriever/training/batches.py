@@ -13,7 +13,6 @@ from ..data.pair_files import PairFiles, TrainingItem
 from ..data.texts import text_key
 from ..files.hashes import hash64
 from .adapter_recipe import AdapterRecipe
-from .mean_pooling import as_diffembed
 
 CACHED_TEXTS = 200_000  # about 1.5 KB each
 Prepared = tuple["array[int]", "array[int]", bool]  # sequence, content word ids, whether the text was cut
@@ -48,13 +47,11 @@ class PreparedTexts:
     """Sequences and content words of texts as the model's inference has them, remembered.
 
     Args:
-        model: a DiffRetriever; its `texts` attribute has the rules.
-        pooling: "masks" for prompts, "mean" for bare texts.
+        model: a DiffRetriever or a baseline; its `texts` attribute has the rules.
     """
 
-    def __init__(self, model: Any, pooling: str) -> None:
-        self.pooling = pooling
-        self._rules = model.texts if pooling == "masks" else as_diffembed(model).texts
+    def __init__(self, model: Any) -> None:
+        self._rules, self._sparse = model.texts, bool(model.config.sparse_top_k)
         self._kept: dict[tuple[bool, str], Prepared] = {}
 
     def __call__(self, texts: Sequence[str], is_query: bool) -> list[Prepared]:
@@ -69,7 +66,7 @@ class PreparedTexts:
         return [self._kept[is_query, text] for text in texts]
 
     def _prepare(self, texts: list[str], is_query: bool) -> list[Prepared]:
-        prepared = self._rules.prepare(texts, is_query, content_filter=self.pooling == "masks")
+        prepared = self._rules.prepare(texts, is_query, content_filter=self._sparse)
         return [(array("i", text.sequence), array("i", text.content or []), text.cut) for text in prepared]
 
 
@@ -77,13 +74,13 @@ class Collator:
     """Makes one process's micro-batch: the queries, and the passages with the positives in front.
 
     Args:
-        model: a DiffRetriever.
-        recipe: pooling and grad_cache_chunk.
+        model: a DiffRetriever or a baseline.
+        recipe: grad_cache_chunk.
     """
 
     def __init__(self, model: Any, recipe: AdapterRecipe) -> None:
         self.model, self.recipe = model, recipe
-        self.prepared = PreparedTexts(model, recipe.pooling)
+        self.prepared = PreparedTexts(model)
 
     def __call__(self, drawn: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Turn Q items into tensors.
@@ -119,10 +116,7 @@ class Collator:
 
     def _pad(self, rows: Sequence[Sequence[int]], is_query: bool) -> dict[str, torch.Tensor]:
         ids, mask = self.model.texts.pad(rows)
-        chunk = {"ids": ids, "mask": mask}
-        if self.recipe.pooling == "masks":
-            chunk["positions"] = self.model.texts.mask_positions(ids, is_query)
-        return chunk
+        return {"ids": ids, "mask": mask, "positions": self.model.texts.mask_positions(ids, is_query)}
 
 
 def candidate_hashes(drawn: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

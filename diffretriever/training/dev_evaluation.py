@@ -6,10 +6,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..evaluation.small_task import SmallTask
+from ..evaluation.small_task import SmallTask, names_of
 from .adapter_recipe import AdapterRecipe
 from .candidates import world
-from .mean_pooling import MEAN_NAMES, as_diffembed
 
 
 class DevEvaluation(TrainerCallback):
@@ -18,7 +17,7 @@ class DevEvaluation(TrainerCallback):
     Args:
         trainer: logs, and holds the model.
         task: what is evaluated on.
-        recipe: eval_steps, pooling.
+        recipe: eval_steps.
     """
 
     def __init__(self, trainer: Any, task: SmallTask, recipe: AdapterRecipe) -> None:
@@ -31,8 +30,5 @@ class DevEvaluation(TrainerCallback):
         if due and world()[0] == 0:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model).retriever
             model.eval()
-            if self.recipe.pooling == "mean":
-                figures = self.task.evaluate(as_diffembed(model).encode_texts, MEAN_NAMES)
-            else:
-                figures = self.task.evaluate(model.encode_texts)
+            figures = self.task.evaluate(model.encode_texts, names_of(model))
             self.trainer.log({f"dev_{name}_ndcg@10": round(value, 4) for name, value in figures.items()})

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..model.adapter_loading import PREFIX, ROWS
 from ..model.backbone_loading import original_name
+from .methods import adapted, backbone_type
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -18,7 +19,7 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, head: bool, mask
     """Freeze a release and put LoRA matrices beside its projections, in float32.
 
     Args:
-        model: a DiffRetriever without an adapter.
+        model: a DiffRetriever or a baseline without an adapter.
         rank, alpha, dropout: LoRA's r, alpha and dropout probability.
         head: whether the output head gets them, too.
         mask_row: whether the embedding's row of [MASK] is trained, too, from the mean of all rows on: the backbone has
@@ -36,14 +37,14 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, head: bool, mask
         bias="none",
         trainable_token_indices=rows,
     )
-    mean = model.backbone.embed_tokens.weight.detach().float().mean(dim=0, keepdim=True)  # [1, H]
+    mean = model.backbone.embed_tokens.weight.detach().float().mean(dim=0, keepdim=True) if mask_row else None  # [1, H]
     model.requires_grad_(False)
-    peft.inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, adapted(model))
     own = lora_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, parameter in own.items():
-        parameter.data = mean if ROWS in name else parameter.data.float()
+        parameter.data = parameter.data.float() if mean is None or ROWS not in name else mean
         parameter.requires_grad_(True)
 
 
@@ -62,9 +63,9 @@ def original_parameters(model: Any) -> dict[str, nn.Parameter]:
 
     For example `base_model.model.model.transformer.blocks.0.attn_out.lora_A.weight`.
     """
-    kind = model.config.backbone_type
-    own = lora_parameters(model).items()
-    return {PREFIX + original_name(kind, name.replace(".default", "")): value for name, value in own}
+    kind = backbone_type(model)
+    own = {name.replace(".default", ""): value for name, value in lora_parameters(adapted(model)).items()}
+    return {PREFIX + (name if kind is None else original_name(kind, name)): value for name, value in own.items()}
 
 
 @torch.no_grad()

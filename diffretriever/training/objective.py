@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..baselines.diffembed import mean_states
 from ..model.scoring import multi_dense
-from ..model.sparse_head import lexical_weights, logits_at, states_at_masks
+from ..model.sparse_head import lexical_weights, logits_at
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
 from .lora import is_trained, lora_parameters
+from .methods import TextStates, read_states
 
 # Mask states [B, K, H] and vocabulary entries [C] -> logits [B, K, C].
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,23 +32,26 @@ class Side:
         words: int64 [N, W], ids of each text's content words, padded with -1.
         frozen: bool [N, K], states of earlier denoising steps, which carry no gradient, nor do their logits (paper App.
             A.1); None where there is one step.
+        exists: bool [N, K], which states the texts have, the first for one; None where they have all.
     """
 
     states: torch.Tensor
     words: torch.Tensor
     frozen: torch.Tensor | None = None
+    exists: torch.Tensor | None = None
 
 
-def dense_scores(query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-    """Return the MaxSim of the L2-normalised states (paper Eq. 2).
+def dense_scores(query: Side, passage: Side) -> torch.Tensor:
+    """Return the MaxSim of the L2-normalised states that exist (paper Eq. 2).
 
     Args:
-        query: [Q, K_q, H]; passage: [P, K_p, H].
+        query: Q texts with K_q states; passage: P texts with K_p.
 
     Returns:
         float32 [Q, P].
     """
-    return multi_dense(F.normalize(query.float(), dim=-1), F.normalize(passage.float(), dim=-1))
+    states = [F.normalize(side.states.float(), dim=-1) for side in (query, passage)]
+    return multi_dense(states[0], states[1], query.exists, passage.exists)
 
 
 def word_columns(words: torch.Tensor) -> torch.Tensor:
@@ -68,7 +71,10 @@ def sparse_weights(side: Side, head: Head, columns: torch.Tensor) -> torch.Tenso
     Returns:
         float32 [N, C].
     """
-    logits = head(side.states, columns)  # [N, K, C]
+    states = side.states
+    if side.exists is not None:  # a maximum does not mind the first one twice
+        states = torch.where(side.exists[..., None], states, states[:, :1])
+    logits = head(states, columns)  # [N, K, C]
     if side.frozen is not None:
         logits = torch.where(side.frozen.to(logits.device)[..., None], logits.detach(), logits)
     return lexical_weights(logits) * membership(side.words, columns)
@@ -133,7 +139,7 @@ def contrastive_loss(
     Returns:
         "loss" with gradient; "dense", "sparse" and "right" (share of queries whose positive scores best) without.
     """
-    scores = dense_scores(query.states, passage.states).masked_fill(excluded, -torch.inf)
+    scores = dense_scores(query, passage).masked_fill(excluded, -torch.inf)
     loss = dense = info_nce(scores, targets, temperature)
     sparse = dense.new_zeros(())
     if head is not None:
@@ -150,8 +156,8 @@ class ContrastiveModel(nn.Module):
     Its state is the adapter alone: the frozen backbone is neither saved nor sent around.
 
     Args:
-        retriever: a DiffRetriever after `add_lora`.
-        recipe: pooling, temperature, weights, grad_cache_chunk.
+        retriever: a DiffRetriever or a baseline after `add_lora`.
+        recipe: temperature, weights, grad_cache_chunk.
     """
 
     def __init__(self, retriever: Any, recipe: AdapterRecipe) -> None:
@@ -168,23 +174,24 @@ class ContrastiveModel(nn.Module):
         Returns:
             As `contrastive_loss`.
         """
-        states, frozen = self.encode(batch["query"])
-        query = Side(states, batch["query_words"], frozen)
-        own, frozen = self.encode(batch["passage"])
-        states, start = gather_rows(own)
-        passage = Side(states, gather_ids(batch["passage_words"]), None if frozen is None else gather_rows(frozen)[0])
+        states, frozen, exists = self.encode(batch["query"], True)
+        query = Side(states, batch["query_words"], frozen, exists)
+        own = self.encode(batch["passage"], False)
+        states, start = gather_rows(own.states)
+        frozen, exists = (None if part is None else gather_rows(part)[0] for part in own[1:])
+        passage = Side(states, gather_ids(batch["passage_words"]), frozen, exists)
         hashes, _ = gather_rows(batch["passage_hashes"])
         targets = torch.arange(len(query.states), device=states.device) + start
         excluded = known_positives(batch["query_hashes"], batch["positive_hashes"], hashes, targets)
-        head = None if self.recipe.pooling == "mean" else partial(logits_at, self.retriever.lm_head)
+        head = partial(logits_at, self.retriever.lm_head) if self.retriever.config.sparse_top_k else None
         kind = states.device.type
         with torch.autocast(kind, enabled=False):  # a score of bfloat16 precision over 0.01 would be noise
             return contrastive_loss(
                 query, passage, targets, excluded, head, self.recipe.temperature, self.recipe.sparse_weight
             )
 
-    def encode(self, side: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the states of one side's texts [N, K, H], in the order before the chunks were cut, and `Side.frozen`.
+    def encode(self, side: dict[str, Any], is_query: bool) -> TextStates:
+        """Return the states of one side's N texts, in the order before the chunks were cut.
 
         With `grad_cache_chunk`, a chunk's activations are dropped after its forward pass and computed again, with
         the same dropout, when its gradient is known (GradCache, arXiv:2101.06983): a large batch then costs the
@@ -193,17 +200,13 @@ class ContrastiveModel(nn.Module):
         found = []
         for chunk in side["chunks"]:
             if self.recipe.grad_cache_chunk and torch.is_grad_enabled():
-                found.append(checkpoint(self._states, chunk, use_reentrant=False))
+                found.append(checkpoint(read_states, self.retriever, chunk, is_query, use_reentrant=False))
             else:
-                found.append(self._states(chunk))
-        states, frozen = (torch.cat(parts)[side["order"]] for parts in zip(*found, strict=True))
-        return states, frozen if self.recipe.num_denoise_steps > 1 else None
-
-    def _states(self, chunk: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.recipe.pooling == "mean":
-            states = mean_states(self.retriever.hidden_states(chunk["ids"], chunk["mask"]), chunk["mask"])
-            return states, torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-        return states_at_masks(self.retriever, chunk["ids"], chunk["mask"], chunk["positions"])
+                found.append(read_states(self.retriever, chunk, is_query))
+        order = side["order"]
+        states = torch.cat([part.states for part in found])[order]
+        masks = (None if part[0] is None else torch.cat(part)[order] for part in list(zip(*found, strict=True))[1:])
+        return TextStates(states, *masks)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the adapter's weights only."""

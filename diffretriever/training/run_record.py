@@ -29,14 +29,13 @@ COMPARED = {
 }
 
 
-def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, base: str, processes: int) -> dict[str, Any]:
+def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, processes: int) -> dict[str, Any]:
     """Describe a run.
 
     Args:
         recipe: what is done.
         files: the data.
         model: the release that it starts from.
-        base: the backbone's name.
         processes: how many train together.
     """
     report = files.report
@@ -46,7 +45,6 @@ def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, base: str, p
     ]
     return {
         "model": Path(model).name if Path(model).is_dir() else model,
-        "base": base,
         "processes": processes,
         "steps": recipe.total_steps(report.counts),
         "recipe": dataclasses.asdict(recipe),

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 from ..data.pair_files import PairFiles
 from ..evaluation.small_task import read_small_task
@@ -26,6 +25,7 @@ from .checkpoints import newest_whole, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
 from .lora import add_lora, load_lora
 from .measuring import measure_candidates, measure_texts
+from .methods import adapted, base_name
 from .objective import ContrastiveModel
 from .run_record import RUN_FILE, check_same_run, release_identity, run_record
 from .trainer import RetrievalTrainer, StopOnSignal, training_arguments
@@ -82,14 +82,14 @@ def train_adapter(
     items = SampledItems(files, recipe.hard_negatives, recipe.seed)
     alone = measure_candidates(items, recipe)
     task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
-    name = base or base_name(release)
-    record = run_record(recipe, files, release, name, processes)
+    record = run_record(recipe, files, release, processes)
     kept = newest_whole(state, say)
     if is_main():
         check_same_run(kept, record)
         remove_partial(state)
     arguments = training_arguments(recipe, files.report.counts, state, processes)
     retriever = load(**recipe.model_settings())
+    record["base"] = base or base_name(retriever)
     if is_main():
         record["release"] = release_identity(retriever)
         check_same_run(kept, record)
@@ -139,31 +139,15 @@ def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
         )
 
 
-def base_name(release: str) -> str:
-    """Return the backbone that a zero-shot release names.
-
-    Raises:
-        ValueError: the release has an adapter already.
-    """
-    config: Any = AutoConfig.from_pretrained(release, trust_remote_code=True)
-    if config.adapter_name_or_path is not None or config.base_model_name_or_path is None:
-        raise ValueError(
-            f"{release} holds an adapter already; training starts from a zero-shot release, as "
-            "`publish.py build --base BACKBONE --out DIR` makes one"
-        )
-    name = str(config.base_model_name_or_path)
-    return Path(name).name if name.startswith((".", "/")) else name
-
-
 def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:
     """Freeze the release and add LoRA: to LLaDA's head, too, as the released adapters have it, and with a row for the
     [MASK] of a backbone that was trained without one."""
     torch.manual_seed(recipe.seed)
-    head = retriever.config.backbone_type == "llada" and recipe.pooling == "masks"
-    mask_row = retriever.config.backbone_type not in DIFFUSION_TYPES and recipe.pooling == "masks"
+    kind = getattr(retriever.config, "backbone_type", None)  # a DiffRetriever's; baselines read no mask and no head
+    head, mask_row = kind == "llada", kind not in (None, *DIFFUSION_TYPES)
     add_lora(retriever, recipe.rank, recipe.alpha, recipe.dropout, head, mask_row)
     if recipe.gradient_checkpointing:
-        checkpoint_layers(retriever)
+        checkpoint_layers(adapted(retriever))
     return ContrastiveModel(retriever, recipe)
 
 

@@ -89,7 +89,6 @@ COMMANDS = {
     "mine-negatives": "--model {here}/release --pairs {here}/pairs.jsonl --out {out}/mined.jsonl",
     "select-budget": "--model {here}/zero-shot --pairs {here}/pairs.jsonl --out {out}/b.json --queries 4 --budgets 1",
     "analyze-budget": "--input {here}/sweep.json --json {out}/analysis.json",
-    "evaluate-mean-pooling": "--model {here}/zero-shot --data {here} --json {out}/figures.json",
     "publish list": "",
     "publish build": f"--base {BACKBONE} --out {{out}}/made",
     "publish check": "{here}/release --no-load",
@@ -108,7 +107,6 @@ INPUTS += [
     ("pretrain", "--dev"),
     ("evaluate", "--baseline"),
     ("evaluate", "--counterpart"),
-    ("evaluate-mean-pooling", "--adapter"),
     ("publish build", "--base"),
     ("publish build", "--adapter"),
 ]
@@ -194,7 +192,6 @@ INTERRUPTED = {
     "mine-negatives": "transformers.AutoModel.from_pretrained",
     "select-budget": "transformers.AutoModel.from_pretrained",
     "analyze-budget": "scipy.stats.spearmanr",
-    "evaluate-mean-pooling": "transformers.AutoModel.from_pretrained",
     "publish build": "diffretriever.publishing.build.write_config",
     "publish check": "diffretriever.publishing.check.check_release",
     "publish push": "diffretriever.publishing.push.payloads",

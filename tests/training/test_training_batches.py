@@ -107,7 +107,7 @@ def test_states_come_back_in_the_order_of_the_texts(release: Path, tmp_path: Pat
     records: list[dict[str, Any]] = [{"query": "w " * (9 - 3 * n) + "x", "positive": "y " * n + "z"} for n in range(3)]
     batch = batch_of(model, records, tmp_path / "p.jsonl")
     with torch.no_grad():
-        found, _ = model.encode(batch["query"])
+        found = model.encode(batch["query"], True).states
         for number, record in enumerate(records):
             ids, mask = model.retriever.tokenize([record["query"]], True)
             alone = model.retriever(ids, mask, is_query=True).mask_hidden

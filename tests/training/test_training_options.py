@@ -130,7 +130,7 @@ def test_scores_are_float32_under_autocast(plain: dict[str, Path], tmp_path: Pat
     model = contrastive_model(plain["release"], small_recipe(temperature=0.01, dropout=0.0)).eval()
     batch = batch_of(model, made_up_pairs(6), tmp_path / "p.jsonl")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        states = model.encode(batch["query"])[0], model.encode(batch["passage"])[0]
+        states = model.encode(batch["query"], True).states, model.encode(batch["passage"], False).states
         found = float(model(batch)["dense"])
     query, passage = (torch.nn.functional.normalize(side.double()[:, 0], dim=-1) for side in states)
     expected = torch.nn.functional.cross_entropy(query @ passage.T / 0.01, torch.arange(6))

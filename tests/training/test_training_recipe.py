@@ -31,8 +31,8 @@ def test_the_papers_recipe() -> None:
     for name, value in {
         "learning_rate": 1e-4, "epochs": 3.0, "global_batch_size": 128, "hard_negatives": 15, "temperature": 0.01,
         "sparse_weight": 1.0, "rank": 16, "alpha": 64, "dropout": 0.05, "seed": 42, "bf16": True,
-        "num_query_masks": 1, "num_passage_masks": 1, "pooling": "masks", "query_length": 32, "passage_length": 156,
-        "max_length": None, "warmup": 0.06, "weight_decay": 0.01,
+        "num_query_masks": 1, "num_passage_masks": 1, "method": "diffretriever", "append_end_of_text": False,
+        "query_length": 32, "passage_length": 156, "max_length": None, "warmup": 0.06, "weight_decay": 0.01,
     }.items():  # fmt: skip
         assert getattr(single, name) == value, name
         assert getattr(AdapterRecipe(), name) == value, name
@@ -49,12 +49,14 @@ def test_the_papers_recipe() -> None:
         ("dream-tiny-mean", (1, 1)),
     ],
 )
-def test_the_tiny_recipes_differ_in_masks_and_pooling_only(name: str, masks: tuple[int, int]) -> None:
+def test_the_tiny_recipes_differ_in_masks_and_method_only(name: str, masks: tuple[int, int]) -> None:
     recipe = read_adapter_recipe(SHIPPED / "recipes" / f"{name}.yaml")
     assert (recipe.num_query_masks, recipe.num_passage_masks) == masks
     changes: dict[str, Any] = {"num_query_masks": masks[0], "num_passage_masks": masks[1]}
     if name.endswith("-mean"):
-        changes |= {"pooling": "mean", "sparse_weight": 0.0}
+        room = 96 if name.startswith("llada") else 98  # what the prompt leaves of max_length
+        changes |= {"method": "diffembed", "sparse_weight": 0.0, "append_end_of_text": True}
+        changes |= {"max_length": None, "query_length": room, "passage_length": room}
     assert recipe == dataclasses.replace(read_adapter_recipe(SHIPPED / "recipes" / "llada-tiny-single.yaml"), **changes)
 
 
@@ -94,10 +96,14 @@ def test_lengths_are_said_in_one_way(
         ("epochs: .inf", r"epochs must be positive, got inf"),
         ("sparse_weight: -0.1", r"sparse_weight must not be negative, got -0.1"),
         ("dropout: 1.5", r"dropout must lie between 0 and 1, got 1.5"),
-        ("pooling: max", r"pooling must be one of masks, mean, got 'max'"),
+        ("method: colbert", r"method must be one of diffretriever, promptreps, repllama, diffembed, got 'colbert'"),
         ("report_to: email", r"report_to must be one of none, tensorboard, wandb, got 'email'"),
-        ("pooling: mean", r"pooling: mean has one vector a text and no sparse side; set sparse_weight to 0, got 1"),
-        ("pooling: mean\nsparse_weight: 0\nnum_denoise_steps: 2", r"no sparse side; set num_denoise_steps to 1, got 2"),
+        ("method: diffembed", r"r.yaml: diffembed has no sparse vectors; set sparse_weight to 0"),
+        ("method: repllama\nnum_query_masks: 4", r"`num_query_vectors` of repllama can only be 1, got 4"),
+        ("method: promptreps\nmax_length: 120", r"of promptreps, set query_length and passage_length"),
+        ("method: promptreps\nnum_denoise_steps: 2", r"promptreps denoises nothing; leave num_denoise_steps at 1"),
+        ("append_end_of_text: true", r"append_end_of_text belongs to method: diffembed"),
+        ("pooling: mean", r"unknown key 'pooling'"),
         ("bf16: 1", r"bf16 must be of type bool, got 1"),
         (
             "global_batch_size: 1\nhard_negatives: 0",

@@ -1,4 +1,4 @@
-"""Mining negatives, choosing budgets, and the mean-pooled baseline."""
+"""Mining negatives and choosing budgets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 from training_data import made_up_pairs, write_lines
-from training_runs import arguments, weights, write_recipe
 from transformers import AutoModel
 
 from diffretriever.cli.main import main
@@ -22,11 +20,9 @@ from diffretriever.data.benchmark import Benchmark
 from diffretriever.data.pair_files import PairFiles
 from diffretriever.encode.encode_store import encode_store
 from diffretriever.evaluation.small_task import SmallTask, read_small_task
-from diffretriever.publishing import build as building
 from diffretriever.search.modes import MODES
 from diffretriever.training.budget import sweep, training_task
 from diffretriever.training.hard_negatives import Draws, passages_of, rank_by_bm25, rank_by_release
-from diffretriever.training.mean_pooling import as_diffembed
 
 PARITY = Path(__file__).parents[1] / "parity"
 TEXTS = ["river mountain engine", "kernel window " * 40, "", "garden"]
@@ -281,59 +277,3 @@ def test_budgets_on_a_benchmark(
     model = AutoModel.from_pretrained(build_release("tiny-llada"), trust_remote_code=True, torch_dtype=torch.float32)
     task = replace(read_small_task(folder, "dev"), fusion="runs")
     assert found["grid"][0]["fused"] == pytest.approx(task.evaluate(model.encode_texts)["fused"])
-
-
-# ------------------------------------------------------------------------------------------------ mean pooling
-
-
-@torch.no_grad()
-def test_mean_vectors_against_a_loop(load_release: Callable[..., Any]) -> None:
-    model = load_release("tiny-dream")
-    found = as_diffembed(model).encode_texts(TEXTS, is_query=False, batch_size=3)["repr_hidden"]
-    assert found.shape == (4, 1, model.config.hidden_size)
-    room = model.config.max_length - sum(len(part) for part in (
-        model.texts.layouts[False].prefix, model.texts.layouts[False].suffix))  # fmt: skip
-    for text, vector in zip(TEXTS, found, strict=True):
-        ids = [*model.tokenizer(text, add_special_tokens=False)["input_ids"][:room], model.texts.end_of_text_id]
-        states = model.hidden_states(torch.tensor([ids]))[0]
-        torch.testing.assert_close(vector[0], F.normalize(states.mean(dim=0), dim=0), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llada", "dream"])
-def test_the_baseline_trains_and_has_its_row(
-    kind: str, build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records, release, out = made_up_pairs(24), build_release(f"tiny-{kind}"), tmp_path / "out"
-    recipe = write_recipe(tmp_path / "r.yaml", pooling="mean", sparse_weight=0.0, max_steps=12, learning_rate=5e-3)
-    assert main(arguments(recipe, release, write_lines(tmp_path / "p.jsonl", records), out)) == 0
-    assert not [name for name in weights(out) if ".transformer.ff_out." in name or "lm_head" in name]
-    assert not (out / "retriever_config.json").exists()
-    data = tmp_path / "beir"
-    (data / "qrels").mkdir(parents=True)
-    write_lines(data / "corpus.jsonl", [{"_id": f"p{n}", "text": r["positive"]} for n, r in enumerate(records)])
-    write_lines(data / "queries.jsonl", [{"_id": f"q{n}", "text": r["query"]} for n, r in enumerate(records)])
-    judged = "".join(f"q{n}\tp{n}\t1\n" for n in range(24))
-    (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-    command = ["evaluate-mean-pooling", "--model", str(release), "--data", str(data)]
-    figures = []
-    for number, more in enumerate(([], ["--adapter", str(out)])):
-        file, run = tmp_path / f"{number}.json", tmp_path / f"{number}.run"
-        assert main([*command, *more, "--max-length", "140", "--json", str(file), "--run", str(run)]) == 0
-        figures.append(json.loads(file.read_text()))
-        assert len(run.read_text().splitlines()) == 24 * 24
-    assert figures[1]["ndcg@10"] > figures[0]["ndcg@10"]
-    assert "24 queries, 24 passages" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=r"retriever_config.json is not there"):
-        building.build(str(PARITY / "backbones" / f"tiny-{kind}"), tmp_path / "built", str(out))
-
-
-def test_a_masked_adapter_is_no_baseline(
-    build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    release = str(build_release("tiny-llada"))
-    command = ["evaluate-mean-pooling", "--model", release, "--data", "y", "--adapter", str(tmp_path)]
-    assert main(command) == 2
-    assert "run.json is not there; expected the output folder of `diffretriever train`" in capsys.readouterr().err
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"pooling": "masks"}}))
-    assert main(command) == 2
-    assert "was trained with pooling: masks; build a release of it with publish.py instead" in capsys.readouterr().err
