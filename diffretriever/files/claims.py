@@ -94,10 +94,12 @@ class Claims:
         """Give a claim up, and with it those of dead owners before us."""
         with self._guard:
             file, handle = self._held.pop(name)
-        for other in self._files(name):
-            if _generation(other) <= _generation(file):
-                remove_file(other)
-        os.close(handle)
+        try:
+            for other in self._files(name):
+                if _generation(other) <= _generation(file):
+                    remove_file(other)
+        finally:
+            os.close(handle)
 
     def sweep(self, names: Collection[str]) -> None:
         """Remove the claims of others, dead or alive, once there is nothing left to claim.
@@ -131,14 +133,15 @@ class Claims:
     def _create(self, name: str, file: Path) -> bool:
         temporary, handle, locked = create_locked(lambda: temporary_name(file))
         try:
-            owner = {"machine": machine_name(), "host": platform.node(), "process": os.getpid(), "locked": locked}
-            os.write(handle, json.dumps(owner).encode())
-            taken = _appear(temporary, file, handle)
+            try:
+                owner = {"machine": machine_name(), "host": platform.node(), "process": os.getpid(), "locked": locked}
+                os.write(handle, json.dumps(owner).encode())
+                taken = _appear(temporary, file, handle)
+            finally:
+                remove_file(temporary)
         except OSError as error:
-            os.close(handle)
+            os.close(handle)  # with it the lock: a claim that appeared nevertheless is nobody's
             raise OSError(error.errno, error.strerror, str(file)) from error
-        finally:
-            remove_file(temporary)
         if not taken:
             os.close(handle)
             return False

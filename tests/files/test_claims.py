@@ -8,10 +8,12 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import fault_at
 
 from diffretriever.files import claims as module
 from diffretriever.files import locks
@@ -209,3 +211,14 @@ def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"claims: is a link; nothing is removed or replaced behind it"):
         Claims(tmp_path / "claims")
     assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["shard-000001.0"]
+
+
+def test_a_disk_that_failed_leaves_no_claim_that_cannot_be_taken(tmp_path: Path) -> None:
+    for call in range(100):
+        with fault_at(call, dies=False) as left, suppress(OSError), Claims(tmp_path / "claims") as ours:
+            ours.take("a")
+        with Claims(tmp_path / "claims") as ours:  # in the same process, which would still hold a forgotten lock
+            assert ours.take("a"), call
+        if left[0] >= 0:
+            return
+    pytest.fail("the faults never ended")
