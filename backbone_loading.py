@@ -21,6 +21,11 @@ LARGEST_TOKENIZER = 32 * 1024 * 1024  # bytes
 LARGEST_VOCABULARY = 1 << 20  # four times Gemma's
 SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 LONGEST_SPECIAL_TOKEN = 256  # characters
+# What the rules of tokenizer.json may do to a text; those of Llama, Qwen2, LLaDA and Dream make it no longer.
+GROWING_FIELDS = ("content", "prepend", "continuing_subword_prefix", "end_of_word_suffix")
+LARGEST_GROWTH = 16
+MOST_RULES = 100
+LONGEST_WORD = 1000  # characters, of WordPiece, which takes their square
 CHECKED_ELEMENTS = 4 * 1024 * 1024  # weights looked at together for NaN
 
 # LLaDA's module names and ours (LlamaModel's), and Dream's and ours (Qwen2Model's). One regex group a pattern:
@@ -246,7 +251,7 @@ def load_tokenizer(folders: list[Path], vocab_size: int = LARGEST_VOCABULARY) ->
                 raise ValueError(
                     f"{file} has {file.stat().st_size} bytes; a tokenizer's have at most {LARGEST_TOKENIZER}."
                 )
-        _check_special_tokens(folder)
+        _check_tokenizer_files(folder)
         try:
             tokenizer = loader.from_pretrained(folder)
             largest = max(tokenizer.get_vocab().values(), default=0)
@@ -261,27 +266,55 @@ def load_tokenizer(folders: list[Path], vocab_size: int = LARGEST_VOCABULARY) ->
     raise FileNotFoundError(f"No tokenizer.json, nor vocab.json with merges.txt, in {places}.")
 
 
-def _check_special_tokens(folder: Path) -> None:
-    """Raise ValueError for a long special token: older tokenizers libraries take its length's square of time."""
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise ValueError for tokenizer files by which a short text would take very long, or become a very long one."""
     for name in SPECIAL_TOKEN_FILES:
         try:
             content = json.loads((folder / name).read_bytes())
         except (OSError, ValueError, RecursionError):  # not there, or for the library to refuse
             continue
-        if name == "tokenizer.json":
-            content = content.get("added_tokens") if isinstance(content, dict) else None
-        waiting = [content]
-        while waiting:
-            item = waiting.pop()
-            if isinstance(item, dict):
-                waiting += [*item, *(item[field] for field in item if field not in ("chat_template", "name_or_path"))]
-            elif isinstance(item, list):
-                waiting += item
-            elif isinstance(item, str) and len(item) > LONGEST_SPECIAL_TOKEN:
+        if not isinstance(content, dict):
+            continue
+        whole = name == "tokenizer.json"
+        _check_special_tokens(folder / name, content.get("added_tokens") if whole else content)
+        if whole:
+            for part in ("normalizer", "pre_tokenizer", "decoder", "model"):
+                _check_rules(folder / name, part, content.get(part))
+
+
+def _check_special_tokens(file: Path, content: Any) -> None:
+    """Raise ValueError for a long special token: older tokenizers libraries take its length's square of time."""
+    waiting = [content]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *(item[field] for field in item if field not in ("chat_template", "name_or_path"))]
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str) and len(item) > LONGEST_SPECIAL_TOKEN:
+            raise ValueError(
+                f"{file} holds a special token of {len(item)} characters, {shortened(item)}; at most "
+                f"{LONGEST_SPECIAL_TOKEN} are read."
+            )
+
+
+def _check_rules(file: Path, part: str, rules: Any) -> None:
+    """Raise ValueError for rules of tokenizer.json that are too many, or that together make a text too much longer."""
+    steps, growth, waiting = 0, 1, [rules]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            steps += 1
+            growth *= max([1, *(len(item[field]) for field in GROWING_FIELDS if isinstance(item.get(field), str))])
+            size = item.get("max_input_chars_per_word")
+            if steps > MOST_RULES or growth > LARGEST_GROWTH or (isinstance(size, int) and size > LONGEST_WORD):
                 raise ValueError(
-                    f"{folder / name} holds a special token of {len(item)} characters, {shortened(item)}; at most "
-                    f"{LONGEST_SPECIAL_TOKEN} are read."
+                    f"{file}: `{part}` is {shortened(rules)}; at most {MOST_RULES} steps, which together make a text "
+                    f"{LARGEST_GROWTH} times longer, and words of {LONGEST_WORD} characters are read."
                 )
+            waiting += [item[field] for field in item if field not in ("vocab", "merges")]
 
 
 def dtype_argument() -> str:

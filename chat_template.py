@@ -33,7 +33,7 @@ TEMPLATE_METHODS = frozenset(
 
 
 class _Meter(NodeTransformer):
-    """Puts a count on what a template does without calling anything: turns of loops, lists and joined strings."""
+    """Puts a count on what a template does without a call: turns, lists, joined strings, comparisons, tests, slices."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         if node.recursive:
@@ -46,11 +46,33 @@ class _Meter(NodeTransformer):
         self.generic_visit(node)
         return nodes.Filter(nodes.List(node.nodes), "joined", [], [], None, None)
 
+    def visit_Compare(self, node: Any) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = _counted(node.expr)
+        for operand in node.ops:
+            operand.expr = _counted(operand.expr)
+        return node
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Test:
+        self.generic_visit(node)
+        node.node, node.args = _counted(node.node), [_counted(value) for value in node.args]
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _counted(node.node)
+        return node
+
     def _literal(self, node: Any) -> Any:
         self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") == "store" else nodes.Filter(node, "sized", [], [], None, None)
+        return node if getattr(node, "ctx", "load") == "store" else _counted(node)
 
     visit_List = visit_Tuple = visit_Dict = _literal
+
+
+def _counted(node: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, "sized", [], [], None, None)
 
 
 class _GenerationBlock(Extension):
@@ -72,7 +94,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         length: characters of the template.
     """
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self, length: int) -> None:
         super().__init__(

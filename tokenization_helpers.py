@@ -311,7 +311,9 @@ class FramedTokenizer:
 
     def text_of(self, text_ids: Sequence[int]) -> str:
         """Return the text of token ids; a character cut in two by truncation is left out."""
-        return self._plain.decode(list(text_ids), skip_special_tokens=False).rstrip("\N{REPLACEMENT CHARACTER}")
+        with in_words(self.tokenizer):
+            text = self._plain.decode(list(text_ids), skip_special_tokens=False)
+        return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
     def content_ids(self, text: str) -> list[int]:
         """Return the sorted ids of a text's content words, each word tokenised on its own, the mask id left out."""

@@ -28,7 +28,14 @@ def within() -> Iterator[None]:
 
 LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 GROWING = "{%% set n = namespace(s='a') %%}{%% for i in range(99) %%}{%% set n.s = %s %%}{%% endfor %%}{{ n.s }}"
-CALLER = "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+LONG = "{% set a = 'a'*9999 %}" + "{% set a = a ~ a %}" * 4 + "{% set b = a[:80000] ~ 'b' %}"
+NUMBER = "{% set n = namespace(x=3) %}{% for i in range(17) %}{% set n.y = n.x %}{% set n.x = n.x * n.x %}{% endfor %}"
+
+
+def often(beginning: str, body: str) -> str:
+    return beginning + "{% for i in range(9999) %}" + body * 60 + "{% endfor %}"
+
+
 HOSTILE_TEMPLATES = {
     "loops": LOOPS,
     "repetition": "{{ 'a'*1000000000 }}",
@@ -65,6 +72,11 @@ HOSTILE_TEMPLATES = {
     "batch": "{{ range(10)|batch(1000000000,'x')|list }}",
     "slice": "{{ range(10)|slice(100000000)|list }}",
     "maps": "{{ range(9000)|list" + "|map('upper')|list" * 500 + " }}",
+    "searched": often(LONG, "{{ b in a }}"),
+    "searched by a test": often(LONG, "{{ b is in a }}"),
+    "looked through": often(LONG, "{{ a is lower }}"),
+    "slices": often(LONG, "{% set c = a[::-1] %}"),
+    "divided": often(NUMBER, "{% set c = n.x // n.y %}"),
     "length": "x" * 70_000,
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "nested loops": "{% for a in messages %}" * 60 + "{% endfor %}" * 60,

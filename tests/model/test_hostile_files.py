@@ -339,6 +339,53 @@ def test_ids_that_the_backbone_has_not(largest: int, tmp_path: Path, capfd: pyte
     assert len(capfd.readouterr().err) < 5000
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaa"}
+HOSTILE_RULES: dict[str, tuple[str, Any]] = {
+    "a long replacement": ("normalizer", {**REPLACE, "content": "b" * 100_000}),
+    "one after the other": ("normalizer", {"type": "Sequence", "normalizers": [REPLACE, REPLACE]}),
+    "a long beginning": ("normalizer", {"type": "Prepend", "prepend": "x" * 10_000_000}),
+    "many": ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 100_000}),
+    "decoded": ("decoder", {"type": "Sequence", "decoders": [{**REPLACE, "content": "b" * 100_000}]}),
+    "long words": (
+        "model",
+        {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "", "vocab": {"a": 1}}
+        | {"max_input_chars_per_word": 10**9},
+    ),
+    "a long prefix": (
+        "model",
+        {"type": "BPE", "continuing_subword_prefix": "x" * 1_000_000, "vocab": {}, "merges": []},
+    ),
+}
+
+
+@pytest.mark.usefixtures("within")
+@pytest.mark.parametrize("name", HOSTILE_RULES)
+def test_rules_that_make_texts_long(name: str, tmp_path: Path) -> None:
+    base = copy_backbone("llada", tmp_path / "base")
+    part, rules = HOSTILE_RULES[name]
+    edit_json(base / "tokenizer.json", **{part: rules})
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: `{part}` is .*; at most 100 steps") as failure:
+        load_tokenizer([base])
+    assert len(str(failure.value)) < 700
+
+
+@pytest.mark.usefixtures("within")
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}},
+        {"decoder": {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}},
+    ],
+    ids=str,
+)
+def test_rules_at_which_the_library_panics(rules: dict[str, Any], tmp_path: Path) -> None:
+    base = copy_backbone("llada", tmp_path / "base")
+    edit_json(base / "tokenizer.json", **rules)
+    with pytest.raises(ValueError, match=r"tokenizer.* (cannot be used: PanicException|files cannot be read: ).*"):
+        read_whole_tokenizer(base)
+
+
 # ------------------------------------------------------------------------------------------ every field of every file
 
 DEEP = "@deep@"
@@ -367,7 +414,9 @@ def read_whole_backbone(folder: Path) -> None:
 
 def read_whole_tokenizer(folder: Path) -> None:
     tokenizer, config = load_tokenizer([folder]), DiffRetrieverConfig(max_length=2000)
-    RetrievalTokenizer(tokenizer, config, render_prompts(tokenizer, config)).prepare(["a cat", "b"], True, True)
+    RetrievalTokenizer(tokenizer, config, render_prompts(tokenizer, config)).prepare(
+        ["a cat", "a" * 3000 + "!"], True, True
+    )
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
