@@ -68,7 +68,7 @@ def read_sweep(path: str | Path) -> Sweep:
         whole = queries and all(row.keys() == queries for grid in scores.values() for row in grid.values())
         numbers = [value for grid in scores.values() for row in grid.values() for value in row.values()]
         numbers += [features[name] for features in sweep.features.values() for name in FEATURES]
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, StopIteration) as error:
         raise ValueError(
             f"{path}: expected each query's scores and features, as `diffretriever select-budget` writes them, but "
             f"found none or another form ({error}); run select-budget again."

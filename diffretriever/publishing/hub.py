@@ -318,7 +318,7 @@ def pause(attempt: int, error: Passing, attempts: int = ATTEMPTS) -> None:
 
 def is_hub_id(name: str | None) -> bool:
     """Tell whether a model's name is a Hub id, not a folder's: relative ones start with a dot, or hold no slash."""
-    return name is not None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def find_folder(name: str, patterns: list[str], revision: str | None = None) -> Path:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files.durable import write_whole
+from ..files.fields import fill
 from ..files.hashes import hash_file
 from ..files.lines import read_object
 from .releases import check_repo_id, library_versions
@@ -17,6 +19,28 @@ from .releases import check_repo_id, library_versions
 RECORD_FILE = "release.json"
 CARD_FILE = "README.md"
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    name: str
+    revision: str | None = None
+    weights_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The types of what is read of a release.json; it is handed on as it is."""
+
+    release: str
+    repo_id: str
+    backbone: _Backbone
+    files: dict[str, str]
+    libraries: dict[str, str]
+    fingerprint: dict[str, Any] | None
+    code_sha256: str | None = None
+    adapter_sha256: str | None = None
+    adapter: dict[str, str] | None = None
 
 
 def release_files(folder: Path) -> dict[str, Path]:
@@ -106,7 +130,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     fingerprint = record["fingerprint"]
     if not (fingerprint is None or (isinstance(fingerprint, dict) and {"dtype", "texts"} <= fingerprint.keys())):
         raise ValueError(f"{file}: `fingerprint` must be null or hold dtype and texts; build the release again.")
-    check_repo_id(f"{file}: `repo_id`", str(record["repo_id"]))
+    fill(_Record, record, str(file), others=True)
+    check_repo_id(f"{file}: `repo_id`", record["repo_id"])
     return record
 
 

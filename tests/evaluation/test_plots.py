@@ -204,6 +204,11 @@ def test_the_command_writes_pictures(plot: Command, tmp_path: Path, ending: str)
             "multi_dense has no 'nDCG@10', only AP, latency_ms",
         ),
         ("quality", [], "expected a JSON object, got list"),
+        (
+            "quality",
+            {"multi_dense": {"nDCG@10": [], "latency_ms": 1}},
+            "'nDCG@10' of multi_dense is []; expected a num",
+        ),
         ("scaling", {"points": []}, 'expected a list "points"'),
         (
             "scaling",

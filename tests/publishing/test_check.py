@@ -90,6 +90,11 @@ def test_what_is_no_change(release: Path) -> None:
             "`fingerprint` must be null or hold dtype and texts",
         ),
         ('{"format": 1, "files": {}}', "release.json lacks backbone, fingerprint, libraries, release, repo_id"),
+        (
+            '{"format": 1, "files": 5, "backbone": {"name": "b"}, "fingerprint": null, "libraries": {}, '
+            '"release": "r", "repo_id": "o/r"}',
+            "release.json: files must be keys and values, got 5",
+        ),
     ],
 )
 def test_a_broken_record(content: str | None, words: str, release: Path, capsys: pytest.CaptureFixture[str]) -> None:

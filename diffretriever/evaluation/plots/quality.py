@@ -45,6 +45,9 @@ def read_evaluations(paths: Sequence[str | Path], metric: str) -> list[Timed]:
         for mode, row in timed:
             if metric not in row:
                 raise ValueError(f"{path}: {mode} has no {metric!r}, only {', '.join(row)}.")
+            for name in (LATENCY, metric):
+                if isinstance(row[name], bool) or not isinstance(row[name], (int, float)):
+                    raise ValueError(f"{path}: {name!r} of {mode} is {row[name]!r:.60}; expected a number.")
             points.append(Timed(Path(path).stem, mode, float(row[LATENCY]), float(row[metric])))
     return points
 
