@@ -153,7 +153,8 @@ def prepare(options: argparse.Namespace) -> tuple[ContrastiveModel, dict[str, An
         grad_cache_chunk=options.grad_cache_chunk, bf16=options.bf16,
         backbone_dtype="bfloat16" if options.bf16 and options.device != "cpu" else "float32",
     )  # fmt: skip
-    retriever = AutoModel.from_pretrained(options.release, trust_remote_code=True, **recipe.model_settings())
+    settings = {"attn_implementation": recipe.attention(), **recipe.model_settings()}
+    retriever = AutoModel.from_pretrained(options.release, trust_remote_code=True, **settings)
     model = prepare_model(retriever, recipe).to(options.device).train()
     drawn = made_up_items(options.queries, options.negatives)
     collate = Collator(model.retriever, recipe)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..baselines import configuration
@@ -77,6 +78,10 @@ class AdapterRecipe:
         masks = {name: getattr(self, name) for name in names}
         settings = {"dtype": self.backbone_dtype, "denoise_confidence": "entropy", **masks, **self.lengths()}
         return settings | ({"append_end_of_text": True} if self.append_end_of_text else {})
+
+    def attention(self) -> str:
+        """Return the attention to train with: on a CPU, the fused kind's backward pass is slow in bfloat16."""
+        return "eager" if self.bf16 and not torch.accelerator.is_available() else "sdpa"
 
     def total_steps(self, counts: Sequence[int]) -> int:
         """Return the optimiser steps of the whole run on files of so many training items."""

@@ -88,7 +88,7 @@ def train_adapter(
         check_same_run(kept, record)
         remove_partial(state)
     arguments = training_arguments(recipe, files.report.counts, state, processes)
-    retriever = load(**recipe.model_settings())
+    retriever = load(attn_implementation=recipe.attention(), **recipe.model_settings())
     record["base"] = base or base_name(retriever)
     if is_main():
         record["release"] = release_identity(retriever)
