@@ -14,7 +14,7 @@ from ..files.claims import LEASE, living_owners
 from ..files.durable import TEMPORARY
 from ..model.batching import check_count
 from ..store.differences import tell_apart
-from ..store.identity import describe_model
+from ..store.identity import describe_model, differences_of_store
 from ..store.manifest import MANIFEST_FILE, STORE_DTYPES, Settings
 from ..store.plan import CLAIMS_FOLDER, PLAN_FILE, Plan, survey_texts
 from ..store.store import Store
@@ -133,7 +133,7 @@ def _begin(folder: Path, settings: Settings, source: str | Path, is_query: bool)
 
 
 def _check_same(folder: Path, there: Settings, ours: Settings) -> None:
-    differences = there.differences(ours)
+    differences = differences_of_store(there, ours)
     if not differences:
         return
     owners = living_owners(folder / CLAIMS_FOLDER)

@@ -112,22 +112,9 @@ def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
                 f"{where}: the {side} side is made of {settings.side} vectors. Passages are searched for queries; "
                 "encode queries with is_query=True (`diffretriever encode --queries`), passages without."
             )
-    # a store that does not record its model's parts does not say either whether its length was chosen
-    choices = [settings.options.get("chosen", ["max_length"]) for settings in (passages, queries)]
-    choices = [chosen for chosen in choices if isinstance(chosen, list)]
-    free = {
-        field for choice, fields in CHOICES.items() if any(choice in chosen for chosen in choices) for field in fields
-    }
-    for side in ("query", "passage"):
-        if f"model_parts.num_masks.{side}" in free and _prompts_follow(passages, queries, side):
-            free |= {f"prompts.{side}", f"model_parts.chat_template.{side}"}
-            if passages.prompts[side] != queries.prompts[side]:  # what they leave of max_length follows, too
-                free.add(f"model_parts.text_tokens.{side}")
+    found = _without(passages.differences(queries), _chosen_fields(passages, queries))
     differences = {
-        field: values
-        for field, values in passages.differences(queries).items()
-        if (field.partition(".")[0] in SHARED or field in MODEL_OPTIONS)
-        and not any(f"{field}.".startswith(f"{known}.") for known in free)
+        field: values for field, values in found.items() if field.partition(".")[0] in SHARED or field in MODEL_OPTIONS
     }
     if differences:
         raise ValueError(
@@ -135,11 +122,51 @@ def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
         )
 
 
-def _prompts_follow(passages: Settings, queries: Settings, side: str) -> bool:
+def differences_of_store(there: Settings, ours: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return `there.differences(ours)` without what was chosen for the other side: it changes no vector of this one.
+
+    Args:
+        there: a store's settings.
+        ours: those of a run that would go on with it.
+    """
+    other = "passage" if there.side == "query" else "query"
+    chosen = {field for field in _chosen_fields(there, ours) if field.endswith(f".{other}")}
+    return _without(there.differences(ours), chosen)
+
+
+def _chosen_fields(one: Settings, other: Settings) -> set[str]:
+    """Return what budgets and lengths decide that were chosen for a run of either."""
+    # a store that does not record its model's parts does not say either whether its length was chosen
+    choices = [settings.options.get("chosen", ["max_length"]) for settings in (one, other)]
+    choices = [chosen for chosen in choices if isinstance(chosen, list)]
+    fields = {
+        field for choice, fields in CHOICES.items() if any(choice in chosen for chosen in choices) for field in fields
+    }
+    for side in ("query", "passage"):
+        if f"model_parts.num_masks.{side}" in fields and _prompts_follow(one, other, side):
+            fields |= {f"prompts.{side}", f"model_parts.chat_template.{side}"}
+            if one.prompts[side] != other.prompts[side]:  # what they leave of max_length follows, too
+                fields.add(f"model_parts.text_tokens.{side}")
+    return fields
+
+
+def _without(differences: dict[str, tuple[Any, Any]], fields: set[str]) -> dict[str, tuple[Any, Any]]:
+    """Return the differences that lie in none of the fields."""
+    return {
+        name: values
+        for name, values in differences.items()
+        if not any(f"{name}.".startswith(f"{field}.") for field in fields)
+    }
+
+
+def _prompts_follow(one: Settings, other: Settings, side: str) -> bool:
     """Return whether both have the paper's prompt for their K of a side, which follows from it."""
-    counts = [settings.model_parts.get("num_masks", {}).get(side) for settings in (passages, queries)]
-    prompts = [settings.prompts.get(side) for settings in (passages, queries)]
-    return all(k is not None and prompt == paper_prompt(side, k) for k, prompt in zip(counts, prompts, strict=True))
+    for settings in (one, other):
+        counts = settings.model_parts.get("num_masks")
+        k = counts.get(side) if isinstance(counts, dict) else None
+        if not isinstance(k, int) or settings.prompts.get(side) != paper_prompt(side, k):
+            return False
+    return True
 
 
 def hash_weights(folder: Path) -> str:

@@ -113,8 +113,7 @@ def test_each_method_is_encoded_searched_and_evaluated(
     assert [hit["id"] for hit in hits] == [hit.id for hit in best]
     sides = ["--num-query-masks", str(k), "--num-passage-masks", str(k)] if budget else []
     evaluated = ["evaluate", *options, *sides, "--data", str(data), "--json", str(tmp_path / "f.json"), "--quiet"]
-    again = [] if budget else ["--store", str(tmp_path / "passages")]
-    assert main([*evaluated, *again]) == 0, capsys.readouterr().err
+    assert main([*evaluated, "--store", str(tmp_path / "passages")]) == 0, capsys.readouterr().err
     assert len(json.loads((tmp_path / "f.json").read_text())) == (5 if sparse else 2)  # its modes
 
 
@@ -253,6 +252,8 @@ def test_budgets_that_one_side_chose(
     """K may be chosen for each side alone; the paper's prompt of a side follows its K, another prompt does not."""
     options = model_options("promptreps", place("promptreps", "llama"))
     assert encode(options, data, tmp_path / "store", "--num-masks", "4") == 0
+    assert encode(options, data, tmp_path / "store", "--num-masks", "3") == 2  # its own side's is the store's
+    assert "`num_masks` 4, not 3" in capsys.readouterr().err.splitlines()[-1]
     search = ["search", *options, "--store", str(tmp_path / "store"), "question", "--num-masks"]
     assert [main([*search, k]) for k in ("1", "3")] == [0, 0]
     own = {"system": "s", "user": "{text}", "assistant": "a"}

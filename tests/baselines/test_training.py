@@ -79,6 +79,7 @@ def test_an_adapter_loads_as_the_model_that_was_trained(
     said = json.loads((out / "baseline.json").read_text())
     assert (said["method"], said["query_length"], said["passage_length"]) == (method, 24, 40)
     assert not Path(said["base_model_name_or_path"]).is_absolute()
+    assert said["cut_in_training"].keys() == {"query", "passage"}
     trained = load_baseline(out, dtype=torch.float32)
     beside = load_baseline(backbone, method, adapter_name_or_path=out, dtype=torch.float32)
     before = load_baseline(
@@ -224,6 +225,7 @@ def test_what_an_adapter_is_not(
         assert main([*encode, *options]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
     assert main([*encode, str(folder), "--adapter", str(out)]) == 0
+    assert main(["search", "--model", str(out), "--store", str(tmp_path / "store"), "river"]) == 0  # the same model
     with pytest.raises(ValueError, match=r"is an adapter of another method \(baseline.json\); it makes no release"):
         building.build(str(PARITY / "backbones" / "tiny-llada"), tmp_path / "built", str(out))
     (again := tmp_path / "again").mkdir()
