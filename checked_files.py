@@ -323,7 +323,7 @@ def _with_native_defaults(where: str, raw: dict[str, Any]) -> dict[str, Any]:
         check_rope_scaling(where, scaling)
         derived["rope_scaling"] = scaling
     heads, head_width = derived.get("num_attention_heads") or 1, raw.get("head_dim")
-    if head_width is not None and head_width != raw.get("hidden_size", 0) // heads:
+    if head_width is not None and head_width != (raw.get("hidden_size") or 0) // heads:
         raise ValueError(
             f"{where}`head_dim` is {shortened(head_width)}; only hidden_size / num_attention_heads is read."
         )

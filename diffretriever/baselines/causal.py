@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     LlamaForCausalLM,
     LlamaModel,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
 )
@@ -24,7 +22,7 @@ from ..model.backbone_loading import (
     choose_dtype,
     dtype_argument,
 )
-from ..model.checked_files import for_transformers, read_headers, read_json
+from ..model.checked_files import for_transformers, read_backbone_config, read_headers, read_json
 from ..model.modeling_diffretriever import read_adapter
 
 CAUSAL: dict[str, Any] = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
@@ -59,11 +57,11 @@ def load_causal(folder: Path, method: str, adapter_folder: Path | None, merge: b
     if kind not in CAUSAL:
         what = "a diffusion backbone, read without the causal mask" if kind in DIFFUSION else "no causal language model"
         raise ValueError(
-            f"{folder / 'config.json'}: model_type {kind!r} is {what} that {method} could read; it needs one of "
+            f"{folder / 'config.json'}: model_type {kind!r:.80} is {what} that {method} could read; it needs one of "
             f"{', '.join(CAUSAL)}."
         )
     check_no_adapter(folder)
-    config = read_causal_config(folder, kind)
+    config = read_backbone_config(folder, kind)[1]
     with torch.device("meta"):
         skeleton = CAUSAL[kind](config)
     kwargs[dtype_argument()] = choose_dtype(kwargs, _audit(folder, skeleton))
@@ -88,20 +86,6 @@ def _audit(folder: Path, skeleton: PreTrainedModel) -> str:
         if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold what transformers computes
             expected[name] = tuple(entry["shape"])
     return audit_weights(folder, headers, None, expected)
-
-
-def read_causal_config(folder: Path, kind: str) -> PretrainedConfig:
-    """Read config.json; transformers 4 would pass over RoPE's base as 5.x writes it, in silence."""
-    fields = read_json(folder / "config.json")
-    config_class = CONFIG_MAPPING[kind]
-    rope = fields.get("rope_parameters")
-    if isinstance(rope, dict) and not hasattr(config_class(), "rope_parameters"):
-        rope = dict(fields.pop("rope_parameters"))
-        if "rope_theta" in rope:
-            fields["rope_theta"] = rope.pop("rope_theta")
-        if rope.get("rope_type", "default") != "default":
-            fields["rope_scaling"] = rope
-    return config_class.from_dict(fields)
 
 
 def _add_adapter(model: Any, folder: Path, merge: bool | None, skeleton: nn.Module) -> None:

@@ -185,6 +185,23 @@ def test_an_encoder_where_a_language_model_is_needed(tmp_path: Path, backbone: M
         load_baseline(folder, method)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hidden_layers": 10**6}, r"`num_hidden_layers` must be a whole number of at most 512, got 1000000"),
+        ({"hidden_size": None}, r"`head_dim` is \d+; only hidden_size / num_attention_heads is read|lacks hidden_size"),
+        ({"hidden_act": {}}, r"`hidden_act` is \{\}; only 'silu' is supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"`rope_scaling.rope_type` is 'yarn'; only 'llama3' is supported"),
+    ],
+    ids=str,
+)
+def test_a_config_without_end_or_sense(fields: dict[str, Any], said: str, tmp_path: Path, backbone: Makes) -> None:
+    folder = shutil.copytree(backbone("llama"), tmp_path / "odd")
+    edit_json(folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=rf"odd/config\.json:? .*({said})"):
+        load_baseline(folder, "repllama")
+
+
 def test_a_model_without_its_head(tmp_path: Path, backbone: Makes) -> None:
     folder = shutil.copytree(backbone("llama"), tmp_path / "classifier")
     fields = json.loads((folder / "config.json").read_text())
