@@ -153,6 +153,7 @@ def test_texts_with_different_numbers_of_vectors(place: Callable[[str, str], Pat
             torch.testing.assert_close(scores, score(queries, out)[row, positions], atol=close, rtol=0)
 
 
+@pytest.mark.once
 def test_the_same_bytes_after_an_interruption(place: Callable[[str, str], Path], data: Path, tmp_path: Path) -> None:
     options = model_options("promptreps", place("promptreps", "llama"))
     again = ("--num-masks", "3", "--shard-size", "3")
@@ -164,6 +165,7 @@ def test_the_same_bytes_after_an_interruption(place: Callable[[str, str], Path],
     assert folder_bytes(tmp_path / "resumed") == whole
 
 
+@pytest.mark.once
 def test_a_compressed_store_keeps_the_mask(place: Callable[[str, str], Path], tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     texts = [record["positive"] for record in made_up_pairs(160)]
@@ -180,6 +182,7 @@ def test_a_compressed_store_keeps_the_mask(place: Callable[[str, str], Path], tm
     torch.testing.assert_close(found.scores, score(queries, passages).gather(1, found.positions), atol=1e-5, rtol=0)
 
 
+@pytest.mark.once
 def test_qdrant_holds_the_vectors_that_exist(
     place: Callable[[str, str], Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +210,7 @@ def test_qdrant_holds_the_vectors_that_exist(
 # --------------------------------------------------------------------------------------------------- other commands
 
 
+@pytest.mark.once
 def test_negatives_are_mined_and_impacts_exported(
     place: Callable[[str, str], Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
