@@ -300,7 +300,7 @@ def _check_special_tokens(file: Path, content: Any) -> None:
 
 def _check_rules(file: Path, part: str, rules: Any) -> None:
     """Raise ValueError for rules of tokenizer.json that are too many, or that together make a text too much longer."""
-    steps, growth, waiting = 0, 1, [rules]
+    steps, growth, waiting = 0, 1.0, [rules]
     while waiting:
         item = waiting.pop()
         if isinstance(item, list):
@@ -308,6 +308,10 @@ def _check_rules(file: Path, part: str, rules: Any) -> None:
         elif isinstance(item, dict):
             steps += 1
             growth *= max([1, *(len(item[field]) for field in GROWING_FIELDS if isinstance(item.get(field), str))])
+            pattern = item.get("pattern") if item.get("type") == "Replace" else None
+            found = pattern.get("String") if isinstance(pattern, dict) else None
+            if isinstance(found, str) and isinstance(item.get("content"), str):  # what is found goes
+                growth /= max(1, min(len(found), len(item["content"])))
             size = item.get("max_input_chars_per_word")
             if steps > MOST_RULES or growth > LARGEST_GROWTH or (isinstance(size, int) and size > LONGEST_WORD):
                 raise ValueError(
