@@ -226,17 +226,15 @@ class DiffRetrieverConfig(PretrainedConfig):
         if (file := Path(pretrained_model_name_or_path) / "config.json").is_file():
             read_json(file)
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        where = f"config.json of {pretrained_model_name_or_path}: "
-        refuse_unknown(where, fields, FIELDS | OTHER_FIELDS.keys())
-        check_fields(where, fields, RULES | OTHER_FIELDS)
-        if fields.get("backbone_type") == "llada" and fields.get("num_denoise_steps", 1) > 1:
-            fields.setdefault("denoise_confidence", "probability")  # what it meant before there was this field
+        _read_fields(pretrained_model_name_or_path, fields)
         return fields, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; remembers which fields the caller overrode, since an adapter's own settings yield to
         the caller's but not to the release's."""
+        if "name_or_path" in kwargs:  # from AutoConfig, which read the file itself
+            _read_fields(kwargs["name_or_path"], config_dict)
         overrides = tuple(name for name in kwargs if name in config_dict or name in FIELDS)
         kwargs = {name: _plain(value) for name, value in kwargs.items()}
         result = super().from_dict(config_dict, **kwargs)
@@ -352,6 +350,14 @@ class DiffRetrieverConfig(PretrainedConfig):
             raise ValueError(f'config field `backbone_type` must be one of "{known}", got {got}.')
         for name in ("query_prompt", "passage_prompt"):
             check_prompt(name, getattr(self, name))
+
+
+def _read_fields(name: Any, fields: dict[str, Any]) -> None:
+    """Refuse what the config.json of a release may not say, and fill in what earlier ones meant."""
+    refuse_unknown(f"config.json of {name}: ", fields, FIELDS | OTHER_FIELDS.keys())
+    check_fields(f"config.json of {name}: ", fields, RULES | OTHER_FIELDS)
+    if fields.get("backbone_type") == "llada" and fields.get("num_denoise_steps", 1) > 1:
+        fields.setdefault("denoise_confidence", "probability")  # what it meant before there was this field
 
 
 def _plain(value: Any) -> Any:

@@ -62,12 +62,13 @@ from .checked_files import (
     read_tensors,
 )
 from .configuration_diffretriever import COUNTS, DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
+from .release_code import load_other, other_code
 from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
 from .sparse_head import sparse_vectors, states_at_masks
 from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id, name_mask_token
 
-RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "st_diffretriever.py"]
+RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "*.py"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
@@ -172,15 +173,15 @@ class DiffRetriever(PreTrainedModel):
         Raises:
             FileNotFoundError, ValueError: a file is missing, broken or does not fit; the message names file and key.
         """
-        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        revision, config = kwargs.pop("revision", None), kwargs.pop("config", None)
+        given, trusted = dict(kwargs), kwargs.pop("trust_remote_code", None) is True
+        hub = {name: value for name in HUB_OPTIONS if (value := kwargs.pop(name, None)) is not None}
+        revision, config, _ = (kwargs.pop(name, None) for name in ("revision", "config", "adapter_kwargs"))
         want_report = kwargs.pop("output_loading_info", False)
-        for name in ("adapter_kwargs", "trust_remote_code", *HUB_OPTIONS):
-            kwargs.pop(name, None)
         folder = resolve_folder(str(pretrained_model_name_or_path), None, revision, hub, RELEASE_FILES)
-        config = DiffRetrieverConfig.to_load(
-            folder, config, {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
-        )
+        if differing := other_code(folder):
+            return load_other(folder, differing, trusted, given)
+        overrides = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
+        config = DiffRetrieverConfig.to_load(folder, config, overrides)
         merged = has_weights(folder)
         weights = find_weights(config, folder, merged, hub)
         if not merged:
@@ -201,8 +202,7 @@ class DiffRetriever(PreTrainedModel):
         if problems := {name: found for name in ("missing_keys", "unexpected_keys") if (found := report.get(name))}:
             raise ValueError(f"{weights}: transformers reports {problems!r:.300}; the weights are not whole.")
         model.tokenizer = tokenizer
-        adapted_from = None if adapter is None else adapter.folder
-        model.loaded_from = LoadedFrom(folder, weights, adapted_from, Path(tokenizer.name_or_path))
+        model.loaded_from = LoadedFrom(folder, weights, getattr(adapter, "folder", None), Path(tokenizer.name_or_path))
         _ = model.texts  # a tokenizer that cannot build the prompts is refused now, not at the first text
         if adapter is not None:
             adapter.add_to(model, model.config.merge_adapter)

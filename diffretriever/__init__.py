@@ -1,3 +1,7 @@
 """Diffusion language models as retrievers: data, stores, search, evaluation, training and releases."""
 
 __version__ = "0.1.0"
+
+from .registration import register_with_transformers
+
+register_with_transformers()

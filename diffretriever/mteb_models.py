@@ -67,7 +67,8 @@ def model_meta(release: str, mode: str, organisation: str, **loader_options: Any
         release: a name in `publish.py list`.
         mode: one of MODES.
         organisation: the Hub's user or organisation that holds the release.
-        loader_options: for the model's class, e.g. `cache_folder` (sentence-transformers) or `device`.
+        loader_options: for the model's class, e.g. `cache_folder` (sentence-transformers) or `device`. Since
+            sentence-transformers 6, its modes need `trust_remote_code=True`: it runs the release's own code.
 
     Returns:
         An `mteb.models.ModelMeta`.
@@ -88,7 +89,6 @@ def model_meta(release: str, mode: str, organisation: str, **loader_options: Any
         revision, wrapper, kind, similarity = EMBEDDING_MODES[mode]
         loader = _with_our_titles(getattr(models.sentence_transformer_wrapper, wrapper))
         fields |= {"model_type": [kind], "embed_dim": backbone.vocab_size if kind == "sparse" else backbone.hidden_size}
-        loader_options.setdefault("trust_remote_code", True)
     else:
         revision, loader, similarity = "main", FusionSearch, None
         fields["experiment_kwargs"] = {"mode": mode}  # mteb hands it to the loader and keeps such results apart
@@ -173,7 +173,7 @@ class FusionSearch:
         self.mode = mode
         if revision is not None:
             options["revision"] = revision
-        self.model = AutoModel.from_pretrained(model, trust_remote_code=True, **options)
+        self.model = AutoModel.from_pretrained(model, **options)
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         empty = _mteb_models().ModelMeta.create_empty
         self.mteb_model_meta = empty(overwrites={"name": model, "revision": revision, "loader": type(self)})

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files.claims import LEASE
 from ..store.manifest import STORE_DTYPES
-from .arguments import add_command
+from .arguments import add_command, seconds
 from .exit_status import DONE
 from .load_model import add_length_options, add_model_options, lengths_of, load_model
 
@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
     parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
     parser.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2")
-    parser.add_argument("--lease", type=float, default=LEASE, help="seconds until a silent machine counts as dead")
+    parser.add_argument("--lease", type=seconds, default=LEASE, help="seconds until a silent machine counts as dead")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

@@ -36,6 +36,7 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
         "--model-dtype", choices=DTYPES, help="to run the model in (default: bfloat16 on a GPU, float32 on a CPU)"
     )
     parser.add_argument("--device", type=usable_device, help=where)
+    add_trust_option(parser)
 
 
 def add_method_option(parser: Any) -> None:
@@ -56,12 +57,20 @@ def lengths_of(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("max_length", "query_length", "passage_length")}
 
 
+def add_trust_option(parser: Any) -> None:
+    """Add --trust-remote-code; without it, the installed code alone runs."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that a release brings, where it is another"
+    )
+
+
 def load_model(options: argparse.Namespace, **settings: Any) -> Any:
     """Load a command's model.
 
     Args:
         options: with the options of `add_model_options`. Without --device, the model goes to this process's GPU
-            (accelerate and torchrun number their processes), else to the CPU.
+            (accelerate and torchrun number their processes), else to the CPU. Without --trust-remote-code, a release
+            that brings other code than the installed is refused.
         settings: more for `from_pretrained`, budgets and lengths under DiffRetriever's names; those that are None were
             not given.
 
@@ -88,7 +97,7 @@ def load_model(options: argparse.Namespace, **settings: Any) -> Any:
         return load_baseline(options.model, method, **own_names(method, given))
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(options.model, trust_remote_code=True, **given)
+    return AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **given)
 
 
 def check_model(options: argparse.Namespace) -> str:

@@ -153,9 +153,11 @@ def _search_store(searcher: Searcher, options: argparse.Namespace) -> int:
     from ..evaluation.runs import check_run_ids, write_run
     from ..files.durable import check_place
     from ..store.compression import open_store
+    from ..store.identity import check_sides
 
     check_place(options.run_file)
     queries = open_store(options.queries)
+    check_sides(None, queries, _place(options))
     check_run_ids(queries.ids(), "query")
     results = searcher.search(
         queries,

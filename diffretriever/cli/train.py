@@ -10,7 +10,7 @@ from typing import Any
 
 from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
 from .exit_status import DONE
-from .load_model import add_method_option, check_model, load_model
+from .load_model import add_method_option, add_trust_option, check_model, load_model
 
 
 def register(commands: Any) -> None:
@@ -27,6 +27,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    add_trust_option(parser)
     parser.set_defaults(adapter=None, revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
 
 

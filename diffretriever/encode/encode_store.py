@@ -75,7 +75,7 @@ def encode_store(
     """
     options: dict[str, Any] = {"content_filter": content_filter, "keep_texts": keep_texts, "sparse_top_k": sparse_top_k}
     options |= {"shard_size": shard_size, "tokens_per_batch": tokens_per_batch}
-    _check_options(dtype, options)
+    _check_options(dtype, lease, options)
     folder = Path(folder)
     _check_folder(folder)
     plan, surveyed = Plan.read(folder), False
@@ -100,9 +100,11 @@ def _fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
             options[name] = plan.settings.options[name] if plan else default
 
 
-def _check_options(dtype: str, options: dict[str, Any]) -> None:
+def _check_options(dtype: str, lease: float, options: dict[str, Any]) -> None:
     if dtype not in STORE_DTYPES:
         raise ValueError(f"dtype {dtype!r}: a store's is one of {', '.join(STORE_DTYPES)}.")
+    if not lease > 0:  # also NaN
+        raise ValueError(f"lease {lease!r}: a number of seconds above 0 is expected.")
     for name in ("shard_size", "tokens_per_batch", "sparse_top_k"):
         if options[name] is not None:
             options[name] = check_count(name, options[name])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -94,7 +95,7 @@ class EncodingRun:
             As `encode_store`.
         """
         finished = False
-        with self._claims:
+        with self._refusing_to_vanish(), self._claims:
             try:
                 if not ((self._job.folder / MANIFEST_FILE).is_file() and self._is_whole()):
                     remove_temporaries(self._job.folder)
@@ -109,6 +110,20 @@ class EncodingRun:
                 self._progress.close(finished)
         return Store.open(self._job.folder)
 
+    @contextmanager
+    def _refusing_to_vanish(self) -> Iterator[None]:
+        """Say of a store that is deleted under our hands just that, whatever fails for it."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            folder = self._job.folder
+            if (folder / PLAN_FILE).exists() or (folder / MANIFEST_FILE).exists():
+                raise
+            raise FileNotFoundError(
+                f"{folder}: the store was deleted while it was being made, and what was encoded with it. Run the same "
+                "command again to begin anew."
+            ) from error
+
     def _is_whole(self) -> bool:
         """Check a finished store; where it is damaged, make it unfinished again and return False."""
         self._source.read_rest()
@@ -119,7 +134,11 @@ class EncodingRun:
             remove_file(self._job.folder / MANIFEST_FILE)
             return False
         self._job.tell(f"{self._job.folder}: the store was finished before; all bytes match their hashes.")
-        self._clean()
+        try:
+            self._clean()
+        except OSError as error:  # what a killed process left does no harm where nothing can be removed
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
         return True
 
     def _encode_missing(self) -> None:

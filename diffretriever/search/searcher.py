@@ -9,7 +9,7 @@ import torch
 
 from ..model.batching import check_count
 from ..model.scoring import check_mode, check_weight
-from ..store.identity import check_searchable
+from ..store.identity import check_searchable, check_sides
 from ..store.segments import QueryVectors, query_vectors
 from .engine import Engine, Ranking
 from .exact import ExactEngine
@@ -75,7 +75,8 @@ class Searcher:
         device, in_memory, block_size: for exact search, see `ExactEngine`.
 
     Raises:
-        ValueError: the passages' tensors do not go together, no such fusion, or options that an engine does not take.
+        ValueError: the passages' tensors do not go together, or are the queries'; no such fusion, or options that an
+            engine does not take.
 
     >>> passages = {"repr_hidden": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])}
     >>> searcher = Searcher(passages, ids=["east", "north"])
@@ -87,6 +88,7 @@ class Searcher:
         if fusion not in FUSIONS:
             raise ValueError(f"fusion {fusion!r} is not known; it is one of {', '.join(FUSIONS)}.")
         self.fusion = fusion
+        check_sides(passages, None, "`passages`")
         if isinstance(passages, Mapping) or hasattr(passages, "shards"):
             self.engine: Engine = ExactEngine(passages, ids=ids, **options)
         elif hasattr(passages, "rank"):
@@ -125,8 +127,8 @@ class Searcher:
             without a term in common with the query, is no result.
 
         Raises:
-            ValueError: a wrong argument, queries of another model than the passages', vectors that are missing, not
-                finite or of another dimension.
+            ValueError: a wrong argument, queries of another model than the passages', passages instead of queries,
+                vectors that are missing, not finite or of another dimension.
         """
         check_mode(mode)
         check_weight(fusion_weight)
@@ -196,6 +198,7 @@ class Searcher:
         """Bring queries into one form; refuse those that another model encoded."""
         if isinstance(queries, QueryVectors):
             return queries
+        check_sides(None, queries, "`passages`")
         if hasattr(queries, "manifest") and self.engine.settings is not None:
             check_searchable(self.engine.settings, queries.manifest, "the collection")
         return query_vectors(queries)

@@ -9,7 +9,7 @@ from typing import Any
 SHA256 = re.compile("[0-9a-f]{64}")
 # Settings that say how vectors are kept or asked for; all others, and these options, say which model made them.
 NOT_THE_MODEL = ("side", "dtype", "sparse_top_k", "options")
-MODEL_OPTIONS = ("options.normalize", "options.num_denoise_steps", "options.denoise_confidence")
+MODEL_OPTIONS = ("options.normalize", "options.num_denoise_steps")
 METHOD = "model_parts.method"
 # What follows from another setting, which alone is named where both differ.
 FOLLOWS = {"text_tokens": "max_length", "chat_template": "prompts", "num_masks": "num_masks"}

@@ -22,6 +22,7 @@ from .differences import MODEL_OPTIONS, SHA256, tell_apart
 from .manifest import Settings
 from .model_parts import model_parts
 
+SIDES = {"query": "queries", "passage": "passages"}
 # What passages and the queries that search them must have in common.
 SHARED = ("weights_sha256", "adapter_sha256", "hidden_size", "vocab_size", "prompts", "max_length", "model_parts")
 # What each field that may be chosen for a run decides; chosen, it is no trait of the model.
@@ -73,7 +74,6 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
             "normalize": config.normalize,
             "num_denoise_steps": config.num_denoise_steps,
             "model_dtype": str(model.dtype).removeprefix("torch."),
-            **_denoising_rule(config),
             "chosen": sorted(CHOICES.keys() & set(getattr(config, "overrides", ()))),
             **given,
         },
@@ -84,12 +84,6 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
         },
         model_parts=model_parts(model),
     )
-
-
-def _denoising_rule(config: Any) -> dict[str, str]:
-    """Return by which rule several steps fill masks, where it is not the method's own."""
-    rule = getattr(config, "denoise_confidence", "entropy")  # baselines have one step
-    return {"denoise_confidence": rule} if config.num_denoise_steps > 1 and rule != "entropy" else {}
 
 
 def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
@@ -105,13 +99,7 @@ def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
     Raises:
         ValueError: the message names each difference.
     """
-    for settings, side in ((passages, "passage"), (queries, "query")):
-        if settings.side != side:
-            where = name if side == "passage" else "the queries"
-            raise ValueError(
-                f"{where}: the {side} side is made of {settings.side} vectors. Passages are searched for queries; "
-                "encode queries with is_query=True (`diffretriever encode --queries`), passages without."
-            )
+    check_sides(passages, queries, name)
     found = _without(passages.differences(queries), _chosen_fields(passages, queries))
     differences = {
         field: values for field, values in found.items() if field.partition(".")[0] in SHARED or field in MODEL_OPTIONS
@@ -167,6 +155,29 @@ def _prompts_follow(one: Settings, other: Settings, side: str) -> bool:
         if not isinstance(k, int) or settings.prompts.get(side) != paper_prompt(side, k):
             return False
     return True
+
+
+def check_sides(passages: Any, queries: Any, name: str) -> None:
+    """Refuse queries in the passages' place, and passages in the queries'.
+
+    Args:
+        passages, queries: settings, stores, engines or outputs of `encode_texts`; None, or what does not know its side,
+            is not checked.
+        name: of the passages, for messages.
+
+    Raises:
+        ValueError: a side is the other's.
+    """
+    for texts, where, side in ((passages, name, "passage"), (queries, "the queries", "query")):
+        known = getattr(texts, "manifest", None) or getattr(texts, "settings", None) or texts
+        found = getattr(known, "side", None)
+        if found in SIDES and found != side:
+            where = getattr(texts, "folder", where)
+            raise ValueError(
+                f"{where}: these are vectors of {SIDES[found]}, where {SIDES[side]} belong. Encode queries with "
+                "is_query=True (`diffretriever encode --queries`) and passages without; to search, give the passages' "
+                "as the store and the queries' as the queries."
+            )
 
 
 def hash_weights(folder: Path) -> str:

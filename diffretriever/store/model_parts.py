@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from ..files.hashes import hash_json
 from ..files.lines import read_object
 from ..model.adapter_loading import CONFIG_FILE
+from ..model.release_code import COMPUTING, hash_code
 
 # Fields of a backbone's config that change no vector, or that each transformers writes in a way of its own.
 IDLE_FIELDS = frozenset(
@@ -30,15 +31,16 @@ ADAPTER_FIELDS = {
     "use_dora": False,
     "lora_bias": False,
 }
+# Fields of a model's own config that say where its files lie, only round otherwise, or are told by other names.
+TOLD_ELSEWHERE = frozenset(
+    "adapter_name_or_path backbone_config backbone_type base_model_name_or_path base_model_revision max_length "
+    "merge_adapter method normalize num_denoise_steps num_passage_masks num_passage_vectors num_query_masks "
+    "num_query_vectors passage_length passage_prompt query_length query_prompt sparse_top_k".split()
+)
 # Of tokenizer.json: what turns texts into ids and ids into texts.
 TOKENIZER_RULES = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
-# Modules that compute vectors, wherever they were loaded from. What the others decide (prompts, lengths, which files to
-# read) is told by its outcome; they may change without making another model.
-COMPUTING = (
-    *("modeling_diffretriever", "bidirectional_layers", "sparse_head", "tokenization_helpers"),
-    *("adapter_loading", "backbone_loading"),
-    *("baseline", "causal", "diffembed", "promptreps", "repllama"),
-)
+# The baselines' modules that compute vectors, beside the model's.
+BASELINES = ("baseline", "causal", "diffembed", "promptreps", "repllama")
 
 
 def model_parts(model: Any) -> dict[str, Any]:
@@ -48,8 +50,8 @@ def model_parts(model: Any) -> dict[str, Any]:
         model: a DiffRetriever or a baseline, as it was loaded.
 
     Returns:
-        Short fields as they are, long ones by their hash: the backbone's config, the adapter's, the tokenizer's rules,
-        what the chat template puts around texts, budgets, lengths, quantisation, method and code.
+        Short fields as they are, long ones by their hash: of the model's own config, the backbone's and the adapter's;
+        the tokenizer's rules; what the chat template puts around texts; budgets, lengths, quantisation, method, code.
 
     Raises:
         FileNotFoundError: the adapter's files, or the code's, are no longer where the model was loaded from.
@@ -63,6 +65,7 @@ def model_parts(model: Any) -> dict[str, Any]:
     special = {"mask_id": texts.mask_id, "end_of_text_id": texts.end_of_text_id}
     return {
         "method": type(model).__name__,
+        "config": own_fields(model.config),
         "backbone": backbone_fields(layers.config),
         "adapter": None if adapter is None else adapter_fields(adapter / CONFIG_FILE),
         "tokenizer": special | {name: hash_json(rules.get(name)) for name in TOKENIZER_RULES},
@@ -72,6 +75,15 @@ def model_parts(model: Any) -> dict[str, Any]:
         "quantization": _quantization(model),
         "code": code_hashes(model),
     }
+
+
+def own_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a DiffRetriever's or a baseline's config that nothing else here tells."""
+    own = inspect.signature(type(config).__init__).parameters.keys() - TOLD_ELSEWHERE
+    fields = {name: value for name, value in sorted(config.to_dict().items()) if name in own}
+    if config.num_denoise_steps == 1 and "denoise_confidence" in fields:
+        fields["denoise_confidence"] = "entropy"  # of no effect, so that its value makes no other model
+    return fields
 
 
 def backbone_fields(config: Any) -> dict[str, Any]:
@@ -112,36 +124,10 @@ def _quantization(model: Any) -> Any:
 
 
 def code_hashes(model: Any) -> dict[str, str]:
-    """Return {module: hash of its code} of the modules that compute a model's vectors, as this process loaded them.
-
-    Comments, docstrings and the words of errors do not count, nor does the version of Python.
-    """
+    """Return {module: hash of its code} of the modules that compute a model's vectors, as this process loaded them."""
     parts = [part for part in (model, model.backbone) if hasattr(part, "loaded_from")]
     packages = {type(part).__module__.rpartition(".")[0] for part in parts}
     packages |= {"diffretriever.model"} if "diffretriever.baselines" in packages else set()
-    loaded = {name: sys.modules.get(f"{package}.{name}") for package in sorted(packages) for name in COMPUTING}
+    names = (*COMPUTING, *BASELINES)
+    loaded = {name: sys.modules.get(f"{package}.{name}") for package in sorted(packages) for name in names}
     return {name: hash_code(Path(str(module.__file__))) for name, module in loaded.items() if module is not None}
-
-
-def hash_code(file: Path) -> str:
-    """Return the SHA-256 of what a Python file does, as 64 hexadecimal digits."""
-    return hash_json(_essence(ast.parse(file.read_text(encoding="utf-8"))))
-
-
-def _essence(node: Any) -> Any:
-    """Return a syntax tree as lists, without what cannot change a result or what some versions of Python leave out."""
-    if isinstance(node, list):
-        return [_essence(entry) for entry in node if not _is_text(entry)]
-    if isinstance(node, ast.Raise):
-        return "Raise"
-    if isinstance(node, ast.AST):
-        fields = {
-            name: _essence(value) for name, value in ast.iter_fields(node) if name not in ("kind", "type_comment")
-        }
-        return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]
-    return repr(node)
-
-
-def _is_text(entry: Any) -> bool:
-    """Return whether a statement is a text alone: a docstring."""
-    return isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant) and isinstance(entry.value.value, str)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import PARITY, hub_repository
-from transformers import AutoModel
+from checkpoint_folders import PARITY, hub_repository, run_python
+from transformers import AutoConfig, AutoModel
 
 from diffretriever.cli.load_model import add_model_options, check_release, load_model
 from diffretriever.cli.main import main
+from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
+from diffretriever.model.modeling_diffretriever import DiffRetriever
 
 BACKBONE, ADAPTER = PARITY / "backbones" / "tiny-dream", PARITY / "adapters" / "dream-q4p4"
 
@@ -63,6 +65,82 @@ def test_settings_reach_the_model(release: Path) -> None:
     options = parsed("--model", release, "--model-dtype", "bfloat16")
     model = load_model(options, num_query_masks=3, max_length=None)
     assert (model.dtype, model.config.num_query_masks, model.config.max_length) == (torch.bfloat16, 3, 256)
+
+
+# --------------------------------------------------------------------------------------------- whose code runs
+
+
+def rebuilt(release: Path, to: Path, change: Callable[[str], str]) -> Path:
+    """Copy a release that brings another sparse_head.py."""
+    shutil.copytree(release, to)
+    file = to / "sparse_head.py"
+    file.write_text(change(file.read_text()))
+    return to
+
+
+def test_a_release_loads_with_the_installed_code(release: Path, tmp_path: Path) -> None:
+    changes: list[Callable[[str], str]] = [str, lambda text: "# a remark\n" + text.replace('"""', '"""Well: ', 1)]
+    for number, change in enumerate(changes):
+        model = load_model(parsed("--model", rebuilt(release, tmp_path / f"copy-{number}", change)))
+        assert type(model) is DiffRetriever
+    bare = shutil.copytree(release, tmp_path / "bare", ignore=shutil.ignore_patterns("*.py"))
+    assert type(AutoModel.from_pretrained(bare)) is DiffRetriever
+    assert type(AutoConfig.from_pretrained(bare)) is DiffRetrieverConfig
+
+
+@pytest.mark.parametrize(
+    "code", ["import pathlib; pathlib.Path({trace!r}).touch()", "(" * 9999, "x = 1\0", "#" * 2**21]
+)
+def test_other_code_of_a_release_runs_for_none_but_who_trusts_it(release: Path, tmp_path: Path, code: str) -> None:
+    trace = tmp_path / "ran"
+    other = rebuilt(release, tmp_path / "other-code", lambda text: f"{text}\n{code.format(trace=str(trace))}\n")
+    said = (
+        r"other-code was built with other code than this: sparse_head\.py would .* or --trust-remote-code for a command"
+    )
+    for load in (lambda: load_model(parsed("--model", other)), lambda: AutoModel.from_pretrained(other)):
+        with pytest.raises(ValueError, match=said):
+            load()
+    assert not trace.exists()
+    if "touch" in code:
+        load_model(parsed("--model", other, "--trust-remote-code"))
+        assert trace.exists()
+
+
+def test_a_release_s_own_code_makes_its_vectors(release: Path, tmp_path: Path) -> None:
+    """Also where the installed class is registered, which transformers 5 prefers."""
+    other = rebuilt(release, tmp_path / "own-code", lambda text: text.replace("log1p", "sqrt"))
+    own = load_model(parsed("--model", other, "--trust-remote-code"), max_length=99)
+    ours = load_model(parsed("--model", release), max_length=99)
+    assert type(own) is not DiffRetriever
+    assert own.config.max_length == ours.config.max_length == 99
+    one, another = (model.encode_texts(["moon and tides"], is_query=True) for model in (own, ours))
+    assert torch.equal(one.repr_hidden, another.repr_hidden)
+    assert torch.allclose(one.sparse_values.square().log1p(), another.sparse_values, atol=1e-5)
+
+
+REGISTER = """
+import sys
+import diffretriever
+from diffretriever.cli.main import build_parser
+build_parser()
+assert not {"torch", "transformers"} & sys.modules.keys()
+from transformers import AutoModel
+print(type(AutoModel.from_pretrained(sys.argv[1])).__module__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_the_package_is_imported_without_waiting_for_transformers(release: Path) -> None:
+    assert run_python(REGISTER, release).split() == ["diffretriever.model.modeling_diffretriever"]
+
+
+@pytest.mark.parametrize("command", ["encode", "search", "evaluate", "train", "mine-negatives", "select-budget"])
+def test_every_command_that_loads_a_model_has_the_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert {"--model", "--trust-remote-code"} <= {word.strip(",[]") for word in said.split()}
 
 
 # --------------------------------------------------------------------------------------------- what is no release

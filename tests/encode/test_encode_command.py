@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_helpers import made_up_texts, write_jsonl
 
+from diffretriever.model.modeling_diffretriever import DiffRetriever
 from diffretriever.store.store import Store
 
 
@@ -47,6 +51,52 @@ def test_again_says_that_nothing_is_left_to_do(
     captured = capsys.readouterr()
     assert "the store was finished before; all bytes match their hashes" in captured.err
     assert "passage/s" not in captured.err
+
+
+def test_a_finished_store_that_cannot_be_written_is_done(
+    release: Path, tmp_path: Path, corpus: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a read-only mount, where removing what is not there fails, too."""
+    arguments = ("encode", "--model", release, "--input", corpus, "--output", tmp_path / "s", "--quiet")
+    assert command(*arguments) == 0
+
+    def refuse(path: object, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for call in ("unlink", "mkdir", "link", "rename", "replace", "rmdir"):
+        monkeypatch.setattr(os, call, refuse)
+    assert command(*arguments) == 0
+
+
+@pytest.mark.parametrize("lease", ["nan", "-1", "0", "soon"])
+def test_a_lease_is_a_positive_number_of_seconds(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str], lease: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command("encode", "--model", "m", "--input", "i", "--output", "o", "--lease", lease)
+    assert ended.value.code == 2
+    assert f"--lease: expected a positive number of seconds, got '{lease}'" in capsys.readouterr().err
+
+
+def test_a_store_deleted_during_the_run_is_said_in_one_line(
+    release: Path,
+    tmp_path: Path,
+    corpus: Path,
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, encode = tmp_path / "s", DiffRetriever.encode_prepared
+
+    def deleting(*arguments: Any, **options: Any) -> Any:
+        shutil.rmtree(folder, ignore_errors=True)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(DiffRetriever, "encode_prepared", deleting)
+    arguments = ("--model", release, "--input", corpus, "--output", folder, "--shard-size", 2, "--quiet")
+    assert command("encode", *arguments) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"diffretriever encode: {folder}: the store was deleted while it was being made")
 
 
 @pytest.mark.parametrize(

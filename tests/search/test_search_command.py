@@ -132,12 +132,32 @@ def test_options_that_do_not_go_together(arguments: list[str], words: str, capsy
     assert words in capsys.readouterr().err
 
 
+def test_swapped_sides_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queries, run_file = folder / "queries", tmp_path / "run.trec"
+    for options in (
+        ["--store", queries, "--queries", folder / "store", "--run-file", run_file],
+        ["--store", queries, "--model", RELEASE, "a question"],
+    ):
+        assert run("search", *options) == 2
+        said = capsys.readouterr().err
+        assert f"{queries}: these are vectors of queries, where passages belong. Encode queries with" in said
+    assert run("search", "--store", folder / "store", "--queries", folder / "store", "--run-file", run_file) == 2
+    assert "store: these are vectors of passages, where queries belong" in capsys.readouterr().err
+    assert run("index", "--store", queries, "--qdrant", tmp_path / "qdrant", "--collection", "c") == 2
+    assert "these are vectors of queries, where passages belong" in capsys.readouterr().err
+    assert not run_file.exists()
+
+
 def test_a_run_file_from_a_store_of_queries(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = ["--queries", folder / "queries", "--run-file", tmp_path / "run.trec"]
     assert run("search", "--store", folder / "store", *both) == 2
     assert "white space" in capsys.readouterr().err  # the id "mp3 player" cannot stand in a run
-    assert run("search", "--store", folder / "store", "--queries", folder / "store", *both[2:]) == 2
-    assert "the query id 'mp3 player' cannot stand" in capsys.readouterr().err
+    there = open_store(folder / "queries")
+    shard = next(there.shards())
+    named = ShardContents(["q 1", "q2"], shard.repr_hidden, shard.sparse_indices, shard.sparse_values, ["", ""])
+    write_store(tmp_path / "named", [named], there.manifest.settings.__dict__)
+    assert run("search", "--store", folder / "store", "--queries", tmp_path / "named", *both[2:]) == 2
+    assert "the query id 'q 1' cannot stand" in capsys.readouterr().err
     results = Searcher(open_store(folder / "store")).search(open_store(folder / "queries"), top_k=2)
     assert list(results.run()) == ["q1", "q2"]
     assert results[0][0].id == results.ids[0][0]

@@ -71,6 +71,21 @@ def test_queries_from_a_store_bring_their_ids(tmp_path: Path) -> None:
         direct.run()
 
 
+class Encoded(dict[str, torch.Tensor]):
+    """An output that knows its side, as `encode_texts` returns it."""
+
+    side = "passage"
+
+
+def test_an_output_in_the_other_side_s_place_is_refused() -> None:
+    passages = Encoded(vectors(0, 5))
+    with pytest.raises(ValueError, match="the queries: these are vectors of passages, where queries belong"):
+        Searcher(passages).search(passages)
+    passages.side = "query"
+    with pytest.raises(ValueError, match="`passages`: these are vectors of queries, where passages belong"):
+        Searcher(passages)
+
+
 def test_queries_of_another_model_are_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "passages", vectors(0, 20), model="ours", adapter_sha256="a")
     queries = make_store(tmp_path / "queries", vectors(1, 3), side="query", model="theirs", adapter_sha256="b")

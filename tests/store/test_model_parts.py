@@ -99,6 +99,10 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "steps": (change_json(Path("config.json"), num_denoise_steps=2), "`options.num_denoise_steps` 1, not 2"),
     "passage-length": (change_json(Path("config.json"), passage_length=9), "`text_tokens.passage` "),
     "query-length": (change_json(Path("config.json"), query_length=9), "`text_tokens.query` "),
+    "confidence": (
+        change_json(Path("config.json"), num_denoise_steps=2, denoise_confidence="probability"),
+        "`config.denoise_confidence` 'entropy', not 'probability'.",
+    ),
     "normalize": (change_json(Path("config.json"), normalize=False), "`options.normalize` True, not False."),
     "code": (
         change_text("sparse_head.py", lambda text: text.replace("log1p", "sqrt")),

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ...model.batching import check_count
 from ...model.scoring import mean_vectors
 from ...store.differences import tell_apart, tell_difference
+from ...store.identity import check_sides
 from ...store.segments import Segment, existing, segments_of
 from ..modes import QUANTIZATIONS
 from ..sparse import sum_by_term
@@ -62,10 +63,11 @@ def upload(
 
     Raises:
         ImportError: qdrant-client is not installed.
-        ValueError: there are no passages, a collection of this name was made from other passages or with other settings
-            or options, or a passage is too large for the server.
+        ValueError: there are no passages or they are queries, a collection of this name was made from other passages or
+            with other settings or options, or a passage is too large for the server.
         EngineError, EngineAwayError: as `QdrantCalls`; also a full engine.
     """
+    check_sides(passages, None, "`passages`")
     segments = segments_of(passages, ids)
     record = describe(passages, segments)
     most = POINTS if batch_size is None else check_count("batch_size", batch_size)
