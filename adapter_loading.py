@@ -200,8 +200,9 @@ class Adapter:
         if embedding is None:
             raise self._misfit(field, given, "is not supported for this backbone")
         ids: Any = given.get("embed_tokens") if isinstance(given, dict) and len(given) == 1 else given
-        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < embedding[0] for token in ids):
-            raise self._misfit(field, given, f"must list token ids below {embedding[0]} of embed_tokens")
+        fits = isinstance(ids, list) and all(type(token) is int and 0 <= token < embedding[0] for token in ids)
+        if not fits or len(set(ids)) < len(ids):
+            raise self._misfit(field, given, f"must list token ids below {embedding[0]} of embed_tokens, each once")
         key = f"{PREFIX}{self._original_name('backbone.embed_tokens')}.{ROWS}"
         rows = tensors.pop(key, None)
         wanted = [len(ids), embedding[1]]

@@ -231,6 +231,7 @@ def test_a_diffusion_model_keeps_its_own(build_release: Any, adapter: Path, tmp_
     ("indices", "words"),
     [
         ([5000], "`trainable_token_indices` must list token ids below 2032 of embed_tokens"),
+        ([5, 5], "`trainable_token_indices` must list token ids below 2032 of embed_tokens, each once"),
         ({"lm_head": [5]}, "`trainable_token_indices` must list token ids"),
         ({"embed_tokens": [5], "lm_head": [5]}, "`trainable_token_indices` must list token ids"),
         ([5, 6], r"trainable_tokens_delta has shape \[1, 48\], .*`trainable_token_indices` asks for \[2, 48\]"),
