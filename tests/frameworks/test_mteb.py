@@ -160,8 +160,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_meta_loads_and_evaluates(
     folders: Folders, data: Path, cache: Path, example: Callable[[str], Any], mode: str
 ) -> None:
-    place = {"cache_folder" if mode in models.EMBEDDING_MODES else "cache_dir": str(cache)}
-    options = {"device": "cpu", "local_files_only": True, **place}
+    options = {"device": "cpu", "local_files_only": True}
+    if mode in models.EMBEDDING_MODES:
+        options |= {"cache_folder": str(cache), "trust_remote_code": True}
+    else:
+        options["cache_dir"] = str(cache)
     meta = models.model_meta("diffretriever-llada-tiny-multi-q4-p4", mode, "some-lab", **options)
     result = mteb.evaluate(meta, example("mteb_evaluation").beir_task(data), cache=None, show_progress_bar=False)
     found = result[0].scores["test"][0]["ndcg_at_10"]
