@@ -475,7 +475,7 @@ def read_settings(file: Path, tokenizer: Any) -> dict[str, Any]:
     check_fields(f"{file}: ", fields, RETRIEVER_FIELDS)
     if fields.get("mask_token") is not None:
         name_mask_token(tokenizer, fields["mask_token"], fields["model_type"] in ("llada1", *DIFFUSION_TYPES))
-    return read_recorded(file, fields, tokenizer, find_mask_id(tokenizer), render_prompt)
+    return read_recorded(file, fields, tokenizer, find_mask_id(tokenizer, fields.get("mask_token")), render_prompt)
 
 
 def read_adapter(

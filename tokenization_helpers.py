@@ -347,7 +347,7 @@ class RetrievalTokenizer(FramedTokenizer):
     mask_id: int
 
     def __init__(self, tokenizer: Any, config: Any, prompts: Mapping[bool, tuple[str, str]]) -> None:
-        mask_id = find_mask_id(tokenizer)
+        mask_id = find_mask_id(tokenizer, config.mask_token)
         super().__init__(tokenizer)
         self.mask_id, self.max_length = mask_id, config.max_length
         end_of_turn = _special_id(tokenizer, "end-of-turn", ("<|eot_id|>", "<|im_end|>"))
@@ -419,9 +419,9 @@ def name_mask_token(tokenizer: Any, mask_token: str | None, has_own: bool) -> No
     tokenizer.mask_token = mask_token or tokenizer.mask_token
 
 
-def find_mask_id(tokenizer: Any) -> int:
+def find_mask_id(tokenizer: Any, named: str | None = None) -> int:
     """Return the id of the mask token, LLaDA's, Dream's or the one that was named, or raise ValueError."""
-    return _special_id(tokenizer, "[MASK]", (tokenizer.mask_token, "<|mdm_mask|>", "<|mask|>"))
+    return _special_id(tokenizer, "[MASK]", (named, "<|mdm_mask|>", "<|mask|>", tokenizer.mask_token))
 
 
 def _special_id(tokenizer: Any, role: str, names: tuple[str | None, ...]) -> int:

@@ -20,7 +20,16 @@ PARITY = Path(__file__).resolve().parent / "parity"
 ADAPTERS = {"llada": "llada-q4p4", "dream": "dream-q4p4"}
 KINDS = tuple(ADAPTERS)
 TEXTS = ["what causes the seasons on earth", "The tilt of the axis, 23.4 degrees.", ""]
-REMOVED = object()
+
+
+class Removed:
+    """A field that is taken out; its name in a test's id is the same in every process."""
+
+    def __repr__(self) -> str:
+        return "removed"
+
+
+REMOVED = Removed()
 
 # The LLaDA checkpoints' names of what a Llama layer holds, written out apart from the code's own mapping.
 LLADA_LAYER = {
