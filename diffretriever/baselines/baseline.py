@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils import ModelOutput
 
 from ..files.durable import publish_folder
 from ..model.adapter_loading import merged_state
 from ..model.backbone_loading import not_finite, save_tokenizer
-from ..model.batching import check_count, check_ids, check_texts, count_workers, encode_in_order, run_side_by_side
+from ..model.batching import (
+    check_count,
+    check_ids,
+    check_texts,
+    count_workers,
+    encode_in_order,
+    in_eval_mode,
+    run_side_by_side,
+)
 from ..model.configuration_diffretriever import LoadedFrom
+from ..model.modeling_diffretriever import DiffRetrieverOutput
 from ..model.scoring import SCORING_MODES, score
 from ..model.sparse_head import sparse_vectors
 from ..model.tokenization_helpers import FramedTokenizer, PreparedText
@@ -28,21 +35,16 @@ DENSE_ONLY_MODES = ("single_dense", "multi_dense")
 
 
 @dataclass
-class BaselineOutput(ModelOutput):
+class BaselineOutput(DiffRetrieverOutput):
     """What a baseline returns for B texts.
 
     Args:
-        repr_hidden: float32 [B, K, H], the dense vectors (`encode`, `encode_texts`); zero where none exists.
+        repr_hidden, sparse_indices, sparse_values: as DiffRetriever's; `repr_hidden` is zero where no vector exists.
         repr_mask: bool [B, K], which vectors exist; None where all do.
-        sparse_indices: int64 [B, T], token ids by falling value; unused slots are 0.
-        sparse_values: float32 [B, T], log1p weights; unused slots are 0.0.
         states: [B, K, H] in the model's dtype, with gradient, not normalised (`forward`).
     """
 
-    repr_hidden: torch.Tensor | None = None
     repr_mask: torch.Tensor | None = None
-    sparse_indices: torch.Tensor | None = None
-    sparse_values: torch.Tensor | None = None
     states: torch.Tensor | None = None
 
 
@@ -212,12 +214,13 @@ class Baseline(nn.Module):
         if compute_sparse and not self.config.has_sparse:
             raise ValueError(f"{type(self).__name__} has no sparse vectors; leave compute_sparse out.")
         ids, mask = (tensor.to(self.device) for tensor in self.texts.pad(rows))  # int64 [B, L], left-padded
-        with evaluation_mode(self):
+        with in_eval_mode(self):
             states, exists = self._read(ids, mask, is_query)  # [B, K, H]; bool [B, K] or None
         vectors = states.float()
         if not torch.isfinite(vectors).all():
             raise ValueError(not_finite(self, vectors))
         output = BaselineOutput(repr_hidden=F.normalize(vectors, dim=-1) if self.config.normalize else vectors)
+        output.on_side(is_query)
         if exists is not None:
             output["repr_mask"] = exists
         if compute_sparse:
@@ -274,7 +277,9 @@ class Baseline(nn.Module):
         sparse = self.config.has_sparse if compute_sparse is None else compute_sparse
         options: Any = {"compute_sparse": sparse, "sparse_top_k": sparse_top_k, "content_filter": content_filter}
         found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
-        return BaselineOutput(**found)
+        output = BaselineOutput(**found)
+        output.on_side(is_query)
+        return output
 
     def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
         """Run `work`, which encodes a batch, on every batch: on a CPU several at a time.
@@ -286,7 +291,7 @@ class Baseline(nn.Module):
         Yields:
             Each batch and what `work` returned, in the batches' order.
         """
-        with evaluation_mode(self):  # for all threads together: none may switch dropout on while another encodes
+        with in_eval_mode(self):  # for all threads together: none may switch dropout on while another encodes
             yield from run_side_by_side(work, batches, count_workers(self.backbone))
 
     def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
@@ -328,19 +333,6 @@ class Baseline(nn.Module):
 
     def _save_backbone(self, folder: Path) -> None:
         self.backbone.save_pretrained(folder, state_dict=merged_state(self.backbone))
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back on where it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def opening_ids(texts: FramedTokenizer) -> list[int]:

@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from ..model.batching import in_eval_mode
 from ..model.chat_template import render_prompt
 from ..model.tokenization_helpers import FramedTokenizer, PromptLayout
-from .baseline import Baseline, BaselineOutput, evaluation_mode
+from .baseline import Baseline, BaselineOutput
 from .causal import final_states, position_ids
 from .configuration import BaselineConfig
 
@@ -85,7 +86,7 @@ class PromptReps(Baseline):
             is_query: the side that `tokenize` was told.
         """
         words = self.config.num_masks(is_query) - 1
-        with evaluation_mode(self):
+        with in_eval_mode(self):
             return self._decode(input_ids, attention_mask, words, words)[2]
 
     def _decode(

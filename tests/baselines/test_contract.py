@@ -134,6 +134,12 @@ def test_scores(model: Any, mode: str, method: str) -> None:
     assert model.score(queries, passages, mode).shape == (4, len(TEXTS))
 
 
+def test_sides_that_are_swapped(model: Any) -> None:
+    queries, passages = model.encode_texts(["a"], True), model.encode_texts(["b"], False)
+    with pytest.raises(ValueError, match=r"`queries` are encoded passages .* swap the two"):
+        model.score(passages, queries, "multi_dense")
+
+
 def test_vectors_that_do_not_exist_count_nowhere(load: Callable[..., Any]) -> None:
     model = load("promptreps", "llama", num_query_vectors=4, num_passage_vectors=3)
     queries, passages = model.encode_texts(TEXTS, True), model.encode_texts(TEXTS, False)
