@@ -129,7 +129,7 @@ def loaded(method: str, options: list[str], **chosen: Any) -> Any:
 
 
 def test_texts_with_different_numbers_of_vectors(place: Callable[[str, str], Path], data: Path, tmp_path: Path) -> None:
-    options = model_options("promptreps", place("promptreps", "llama"))
+    options = ["--model-dtype", "float32", *model_options("promptreps", place("promptreps", "llama"))]
     for dtype in ("float32", "int8"):
         assert encode(options, data, tmp_path / dtype, "--num-masks", "4", "--dtype", dtype, "--shard-size", "3") == 0
     model = loaded("promptreps", options, num_passage_masks=4)

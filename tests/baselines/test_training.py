@@ -120,6 +120,7 @@ def test_training_teaches(place: Callable[[str], Path], tmp_path: Path) -> None:
         model = ["--model", str(tmp_path / "out")] if number else ["--model", str(folder), "--method", "promptreps"]
         json_file = tmp_path / f"{number}.json"
         given = ["--data", str(data), "--json", str(json_file), "--quiet", "--metrics", "nDCG@10"]
+        given += ["--model-dtype", "float32"]
         assert main(["evaluate", *model, *options, *given]) == 0
         figures.append(json.loads(json_file.read_text())["multi_dense"]["nDCG@10"])
     assert figures[1] > figures[0] + 0.1

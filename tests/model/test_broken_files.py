@@ -191,7 +191,7 @@ def config(**changes: Any) -> Callable[[Path], Any]:
         ("llada", overwrite("config.json", b"{"), r"base/config\.json is not valid JSON"),
         ("llada", overwrite("config.json", b"[]"), r"base/config\.json must hold a JSON object, got list"),
         ("llada", lambda base: (base / "config.json").unlink(), r"base/config\.json is not there"),
-        ("llada", config(model_type="llama"), "config\\.json: model_type is 'llama'; DiffRetriever reads"),
+        ("llada", config(model_type="bert"), "config\\.json: model_type is 'bert'; DiffRetriever reads"),
         ("llada", config(model_type=REMOVED), r"config\.json: model_type is None"),
         ("llada", config(d_model=REMOVED, rope_theta=None), r"config\.json lacks d_model, rope_theta"),
         ("llada", config(n_heads="4"), r"config\.json: `n_heads` must be a whole number of at least 1, got '4'"),

@@ -14,7 +14,7 @@ from checkpoint_folders import KINDS, PARITY, original_key
 from paired_texts import tiny_model
 from safetensors.torch import load_file
 
-from diffretriever.model.configuration_diffretriever import BACKBONE_TYPES
+from diffretriever.model.configuration_diffretriever import DIFFUSION_TYPES
 from diffretriever.pretraining.formats import FORMATS, write_description, write_weights
 from diffretriever.pretraining.recipe import Shape
 
@@ -31,7 +31,7 @@ def description(kind: str, shape: Shape, folder: Path) -> dict[str, Any]:
 
 
 def test_a_recipe_can_name_every_format() -> None:
-    assert tuple(FORMATS) == BACKBONE_TYPES
+    assert tuple(FORMATS) == DIFFUSION_TYPES
 
 
 @pytest.mark.parametrize("kind", KINDS)
