@@ -151,7 +151,7 @@ UNCHANGED: dict[str, Callable[[Path], Any]] = {
     "comment": change_text("sparse_head.py", lambda text: "# a remark\n" + text),
     "docstring": change_text("sparse_head.py", lambda text: text.replace('"""', '"""Well: ', 1)),
     "unused": change_text("chat_template.jinja", lambda text: "{# a remark #}" + text),
-    "training": change_json("config.json", cut_in_training={"query": 0.1, "passage": 0.2}),
+    "training": change_json(Path("config.json"), cut_in_training={"query": 0.1, "passage": 0.2}),
     "library": change_json(ADAPTER, peft_version="0.17.0", lora_dropout=0.0, r=16),
     "card": lambda folder: (folder / "README.md").write_text("another"),
     "stranger": lambda folder: (folder / "backbone" / "other.safetensors").write_bytes(b"x"),
