@@ -160,6 +160,7 @@ def check_release(release: str, revision: str | None = None) -> None:
     """
     from ..model.adapter_loading import CONFIG_FILE
     from ..model.backbone_loading import NAME_PATTERNS
+    from ..model.checked_files import check_fields
 
     folder = find_folder(release, ["config.json", CONFIG_FILE], revision)
     if not (folder / "config.json").is_file():
@@ -167,12 +168,15 @@ def check_release(release: str, revision: str | None = None) -> None:
             advice = _build_command(f"BACKBONE --adapter {release}")
             raise ValueError(f"{release} is an adapter, not a release; {advice}")
         raise ValueError(f"{release} is no release, as it holds no config.json; {_build_command('BACKBONE')}")
-    found = read_object(folder / "config.json").get("model_type")
+    fields = read_object(folder / "config.json")
+    found = fields.get("model_type")
     if str(found).lower() in NAME_PATTERNS:
         other = f"Or read it by another method: --method {', '.join(BASELINES)}."
         raise ValueError(f"{release} is a backbone, not a release; {_build_command(release)} {other}")
     if found != "diffretriever":
         raise ValueError(f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever".')
+    # transformers takes this apart before any code of ours sees the file
+    check_fields(f"{folder / 'config.json'}: ", fields, {"auto_map": ("object", ("text",), None)})
 
 
 def _build_command(base: str) -> str:

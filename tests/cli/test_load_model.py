@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,20 @@ def test_what_is_no_release_is_named(tmp_path: Path) -> None:
         check_release(str(tmp_path))
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        check_release(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "words"),
+    [
+        (5, "`auto_map` must be an object or null, got 5"),
+        ({"AutoModel": ["x"]}, "`auto_map.AutoModel` must be a string"),
+    ],
+)
+def test_an_odd_auto_map_is_named(release: Path, tmp_path: Path, auto_map: Any, words: str) -> None:
+    config = json.loads((release / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    with pytest.raises(ValueError, match=rf"config\.json: {words}"):
         check_release(str(tmp_path))
 
 
