@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if hasattr(os, "register_at_fork"):
         # A fork breaks torch's thread pool, and threads that mend it together fail ("Invalid thread pool!").
         os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
+
+@pytest.fixture
+def within() -> Iterator[None]:
+    """The test takes less than five seconds of this process's time."""
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < 5
 
 
 @pytest.fixture(scope="session")

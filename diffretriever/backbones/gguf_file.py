@@ -12,8 +12,8 @@ from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..files.durable import write_json, write_whole
+from ..model.checked_files import WEIGHTS_FILE
 
-WEIGHTS_FILE = "model.safetensors"
 CONTROL = 3  # a special token, among the tokenizer's token types
 # Our config's field: the file's, behind "llama.". A file that says more about its architecture is not read.
 SIZES = {

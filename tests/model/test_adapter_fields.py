@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,6 @@ from diffretriever.model.modeling_diffretriever import read_adapter
 
 Build = Callable[..., Path]
 HUGE = 10**4000
-
-
-@pytest.fixture
-def within() -> Iterator[None]:
-    """The test takes less than five seconds of this process's time."""
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < 5
 
 
 def read_tiny_adapter(kind: str, folder: Path) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,6 @@ from diffretriever.model.chat_template import render_chat, render_prompt, render
 from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig, paper_prompt
 from diffretriever.model.tokenization_helpers import RetrievalTokenizer
 from diffretriever.publishing import build as building
-
-
-@pytest.fixture
-def within() -> Iterator[None]:
-    """The test takes less than five seconds of this process's time."""
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < 5
-
 
 LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 GROWING = "{%% set n = namespace(s='a') %%}{%% for i in range(99) %%}{%% set n.s = %s %%}{%% endfor %%}{{ n.s }}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,6 @@ from diffretriever.publishing import build as building
 Build = Callable[..., Path]
 INDEX = "model.safetensors.index.json"
 HUGE = 10**4000
-
-
-@pytest.fixture
-def within() -> Iterator[None]:
-    """The test takes less than five seconds of this process's time."""
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < 5
 
 
 def load(folder: Path, **options: Any) -> Any:
