@@ -1,8 +1,8 @@
 """Releases: build, check and push the folders that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads.
 
 python publish.py list
-python publish.py build RELEASE_NAME --out DIR
-python publish.py build --base ID_OR_DIR [--adapter ID_OR_DIR] --out DIR [--name NAME]
+python publish.py build RELEASE_NAME --output DIR
+python publish.py build --base ID_OR_DIR [--adapter ID_OR_DIR] --output DIR [--name NAME]
 python publish.py check DIR
 python publish.py push NAME_OR_DIR --repo-id ORG/NAME [--private] [--tag v1-0] [--dry-run]
 python publish.py push --all --org ORG

@@ -8,13 +8,13 @@ python benchmarks/bm25_on_tokens.py --model RELEASE --data DATA --per-query resu
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModel
 
+from diffretriever.cli.parser import Parser
 from diffretriever.data.benchmark import read_benchmark
 from diffretriever.data.corpus import read_corpus
 from diffretriever.evaluation.bm25 import BM25
@@ -32,7 +32,7 @@ def as_words(tokenizer: Any, texts: Iterable[str], first: int | None = None) -> 
 
 def main() -> None:
     """Print nDCG@10, and write each query's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="release: its tokenizer is used, its weights are not")
     parser.add_argument("--data", type=Path, required=True, help="BEIR-style folder")
     parser.add_argument("--split", default="test")

@@ -28,6 +28,7 @@ from hardware import describe  # noqa: E402
 from random_backbone import TOKENIZER, Shape, write_backbone  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
+from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.publishing import build as building  # noqa: E402
 
 # Two shapes of 92M parameters with LLaDA's own vocabulary. "narrow" is LLaDA-8B with every width divided by 16; "wide"
@@ -115,7 +116,14 @@ def peak_resident() -> float:
 def peak_memory(way: str, options: argparse.Namespace) -> float:
     """Return the peak of a fresh process that only loads and encodes one way, in GB."""
     command = [sys.executable, __file__, "--tokenizer", str(options.tokenizer), "--only", way]
-    command += ["--texts", str(options.texts), "--batch-size", str(options.batch_size), "--folder", str(options.folder)]
+    command += [
+        "--num-texts",
+        str(options.num_texts),
+        "--batch-size",
+        str(options.batch_size),
+        "--folder",
+        str(options.folder),
+    ]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(report.strip().splitlines()[-1])
 
@@ -131,19 +139,19 @@ def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype, shape: 
 
 def main() -> None:
     """Print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="its folder")
-    parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--num-texts", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16, help="of the plain way")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="float32 or bfloat16 (default: bfloat16 on a GPU)")
+    parser.add_argument("--model-dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--shape", choices=SHAPES, default="narrow", help="of the random model")
     parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
-    texts = mixed_texts(options.texts)
+    dtype = getattr(torch, options.model_dtype or ("float32" if options.device == "cpu" else "bfloat16"))
+    texts = mixed_texts(options.num_texts)
     with tempfile.TemporaryDirectory() as scratch:
         options.folder = options.folder or Path(scratch)
         model = load(options.folder, options.tokenizer, options.device, dtype, options.shape)

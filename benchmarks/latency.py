@@ -35,6 +35,7 @@ from diffretriever.baselines.configuration import BaselineConfig  # noqa: E402
 from diffretriever.baselines.diffembed import DiffEmbed  # noqa: E402
 from diffretriever.baselines.promptreps import PromptReps  # noqa: E402
 from diffretriever.baselines.repllama import RepLLaMA  # noqa: E402
+from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.publishing import build as building  # noqa: E402
 
 SHAPES = {
@@ -205,7 +206,7 @@ def report(content: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, help="of the backbone (default: 8b on a GPU, small on a CPU)")
     parser.add_argument("--tiny", action="store_true", help="everything at a size of milliseconds, to see that it runs")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="its folder")
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="passages to search")
     parser.add_argument("--rounds", type=int, default=7, help="of each timing, after one that warms up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="float32 or bfloat16 (default: bfloat16 on a GPU)")
+    parser.add_argument("--model-dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall, or processor time on a shared machine")
     parser.add_argument("--scratch", type=Path, help="folder for the backbone (default: the system's)")
@@ -224,14 +225,14 @@ def main() -> None:
     shape = SHAPES[options.shape or ("small" if options.device == "cpu" else "8b")]
     if options.tiny:
         shape, options.lengths, options.sizes, options.rounds = SHAPES["tiny"], [4, 12], [20, 50], 1
-    name = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    name = options.model_dtype or ("float32" if options.device == "cpu" else "bfloat16")
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         write_backbone(Path(scratch) / "backbone", options.tokenizer, shape, getattr(torch, name))
         building.build(str(Path(scratch) / "backbone"), Path(scratch) / "release", max_length=PROMPT_ROOM)
         release = Path(scratch) / "release"
         model = AutoModel.from_pretrained(release, trust_remote_code=True, torch_dtype=getattr(torch, name))
         encoding = encoding_latency(systems_of(model.to(options.device)), options)
-    options.hidden_size, options.terms, options.queries, options.top_k = shape.hidden, 1, options.rounds, 10
+    options.hidden_size, options.terms, options.num_queries, options.top_k = shape.hidden, 1, options.rounds, 10
     content: dict[str, Any] = {"hardware": describe(options.device), "clock": options.clock}
     content |= {"dtype": name, "backbone": str(shape)}
     content |= {"encoding": encoding, "ratios": ratios(encoding), "search": search_latency(options.sizes, options)}

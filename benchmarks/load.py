@@ -1,6 +1,6 @@
 """How long loading takes and what memory it peaks at: a sharded bfloat16 LLaDA backbone of 3.7 GB and its adapter.
 
-python benchmarks/load.py --folder /tmp/llada-2b
+python benchmarks/load.py --scratch /tmp/llada-2b
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
+from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.publishing import build as building  # noqa: E402
 
 LAYERS, HIDDEN, INNER, VOCABULARY, RANK = 24, 2048, 6144, 126_464, 16
@@ -113,20 +114,20 @@ def measure(release: Path) -> None:
 
 def main() -> None:
     """Make the checkpoint if it is not there, then measure in a fresh process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="4 GB are written here once")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--scratch", type=Path, required=True, help="4 GB are written here once")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    release = options.folder / "release"
+    release = options.scratch / "release"
     if options.measure:
         measure(release)
         return
     for part, write in (("backbone", write_backbone), ("adapter", write_adapter)):
-        if not (options.folder / part).is_dir():
-            write(options.folder / part)
+        if not (options.scratch / part).is_dir():
+            write(options.scratch / part)
     if not release.is_dir():
-        building.build(str(options.folder / "backbone"), release, str(options.folder / "adapter"))
-    subprocess.run([sys.executable, __file__, "--folder", str(options.folder), "--measure"], check=True)
+        building.build(str(options.scratch / "backbone"), release, str(options.scratch / "adapter"))
+    subprocess.run([sys.executable, __file__, "--scratch", str(options.scratch), "--measure"], check=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from hardware import CLOCKS, describe
 
+from diffretriever.cli.parser import Parser
 from diffretriever.data.qrels import read_qrels
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
 from diffretriever.search import MODES, QdrantEngine, Results, Searcher, compress, open_store, upload
@@ -44,9 +45,9 @@ def seconds(work: Callable[[], Any], repeats: int, clock: str = "wall") -> float
 def synthetic(count: int, masks: int, options: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
     """Return made-up encoder output: unit vectors in float16, terms that are as unevenly spread as words."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.empty(count, masks, options.width, dtype=torch.float16)
+    vectors = torch.empty(count, masks, options.hidden_size, dtype=torch.float16)
     for start in range(0, count, 50_000):
-        part = torch.randn(min(50_000, count - start), masks, options.width, generator=generator)
+        part = torch.randn(min(50_000, count - start), masks, options.hidden_size, generator=generator)
         vectors[start : start + 50_000] = F.normalize(part, dim=-1)
     spread = torch.rand(count, options.terms, generator=generator)
     terms = (VOCABULARY**spread).int()  # log-uniform: the n-th term is about 1/n as frequent
@@ -56,9 +57,9 @@ def synthetic(count: int, masks: int, options: argparse.Namespace, seed: int) ->
 
 def matmul_rate(columns: int, options: Any) -> float:
     """Return the FLOP/s of a product of the same shape whose sides stay in the caches."""
-    left, right = (torch.randn(rows, options.width, device=options.device) for rows in (PEAK_ROWS, columns))
+    left, right = (torch.randn(rows, options.hidden_size, device=options.device) for rows in (PEAK_ROWS, columns))
     out = torch.empty(PEAK_ROWS, columns, device=options.device)
-    work = 2.0 * PEAK_ROWS * options.width * columns
+    work = 2.0 * PEAK_ROWS * options.hidden_size * columns
     calls = max(1, round(2e9 / work))
 
     def product() -> None:
@@ -83,13 +84,13 @@ def measure_exact(passages: dict[str, torch.Tensor], queries: dict[str, torch.Te
     searcher.search(one, "sparse_max", options.top_k)
     print(f"  inverted index built in {time.perf_counter() - start:.2f} s")
     for mode in MODES:
-        single = seconds(partial(searcher.search, one, mode, options.top_k), options.repeats, options.clock)
+        single = seconds(partial(searcher.search, one, mode, options.top_k), options.rounds, options.clock)
         print(f"  {mode:26s} one query {1000 * single:9.2f} ms")
     for batch in options.batches:
         asked = first(queries, batch)
-        took = seconds(partial(searcher.search, asked, "multi_dense", options.top_k), options.repeats, options.clock)
-        columns = batch * options.query_masks
-        rate = 2.0 * columns * count * options.passage_masks * options.width / took
+        took = seconds(partial(searcher.search, asked, "multi_dense", options.top_k), options.rounds, options.clock)
+        columns = batch * options.num_query_masks
+        rate = 2.0 * columns * count * options.num_passage_masks * options.hidden_size / took
         peak = matmul_rate(min(columns, 256), options)
         print(
             f"  multi_dense, {batch:4d} at once     {1000 * took / batch:9.2f} ms a query, {rate / 1e9:7.1f} GFLOP/s, "
@@ -127,12 +128,13 @@ def recall(exact: Results, found: Results) -> float:
 def speed(options: argparse.Namespace) -> None:
     """Run `speed`."""
     print(f"{describe(options.device)}; {options.clock} time")
-    print(f"H {options.width}, K_q {options.query_masks}, K_p {options.passage_masks}, {options.terms} terms a text")
-    queries = synthetic(max([1, *options.batches]), options.query_masks, options, seed=1)
+    masks = f"K_q {options.num_query_masks}, K_p {options.num_passage_masks}"
+    print(f"H {options.hidden_size}, {masks}, {options.terms} terms a text")
+    queries = synthetic(max([1, *options.batches]), options.num_query_masks, options, seed=1)
     for value in (queries["sparse_values"], queries["sparse_indices"]):
         value[:, 8:] = 0  # a query of eight words
     for count in options.sizes:
-        passages = synthetic(count, options.passage_masks, options, seed=2)
+        passages = synthetic(count, options.num_passage_masks, options, seed=2)
         dense = passages["repr_hidden"].nbytes / count
         sparse = options.terms * (4 + 2)
         print(f"{count} passages: {dense:.0f} + {sparse} bytes each in a float16 store (dense + sparse)", flush=True)
@@ -186,17 +188,17 @@ def quality(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     fast = commands.add_parser("speed")
     fast.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    fast.add_argument("--width", type=int, default=192, help="H; LLaDA-8B's is 4096")
-    fast.add_argument("--query-masks", type=int, default=4)
-    fast.add_argument("--passage-masks", type=int, default=4)
+    fast.add_argument("--hidden-size", type=int, default=192, help="H; LLaDA-8B's is 4096")
+    fast.add_argument("--num-query-masks", type=int, default=4)
+    fast.add_argument("--num-passage-masks", type=int, default=4)
     fast.add_argument("--terms", type=int, default=48, help="sparse weights a text")
     fast.add_argument("--batches", type=int, nargs="*", default=[1, 32, 64], help="queries searched at once")
     fast.add_argument("--top-k", type=int, default=10)
-    fast.add_argument("--repeats", type=int, default=3)
+    fast.add_argument("--rounds", type=int, default=3)
     fast.add_argument("--device", default="cpu")
     fast.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: on one thread of a machine shared with others"

@@ -4,12 +4,11 @@ Reads what `diffretriever evaluate --bm25 --tune-split SPLIT --per-query` and bm
 seed, named ROW.SEED.DATASET.queries.json, for example llada-single.42.debian.queries.json. Rows without training have
 the seed 0. checkpoints/README.md has the commands.
 
-python benchmarks/small_releases.py --results results --data debian=DATA/debian scifact=DATA/scifact
+python benchmarks/small_releases.py --input results --data debian=DATA/debian scifact=DATA/scifact
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from diffretriever.cli.parser import Parser
 from diffretriever.data.benchmark import read_benchmark
 from diffretriever.data.corpus import read_corpus
 from diffretriever.evaluation.report import read_per_query
@@ -210,14 +210,14 @@ def by_length(results: Results, words: Mapping[str, float]) -> Iterator[str]:
 
 def main() -> None:
     """Print the table, the claims and the table by length of each dataset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="folder of the evaluations")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--input", type=Path, required=True, help="folder of the evaluations")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=FOLDER", help="datasets, BEIR's layout")
     parser.add_argument("--split", default="test")
     options = parser.parse_args()
     for pair in options.data:
         dataset, _, folder = pair.partition("=")
-        results = Results(options.results, dataset, Path(folder), options.split)
+        results = Results(options.input, dataset, Path(folder), options.split)
         print(f"\n{dataset}: {METRIC}, mean over seeds (lowest-highest)\n")
         print("\n".join(table(results)), end="\n\n")
         print("\n".join(verdicts(results)), end="\n\n")

@@ -1,11 +1,10 @@
 """Memory over a long run: many short passages through `encode_store` and search, resident memory over time.
 
-python benchmarks/soak.py --model checkpoints/diffretriever-llada-tiny-single --passages 100000 --scratch DIR
+python benchmarks/soak.py --model checkpoints/diffretriever-llada-tiny-single --num-passages 100000 --scratch DIR
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import threading
@@ -18,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoModel  # noqa: E402
 
+from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.encode.encode_store import encode_store  # noqa: E402
 from diffretriever.search import MODES, Searcher, open_store  # noqa: E402
 from diffretriever.store.store import Store  # noqa: E402
@@ -85,9 +85,9 @@ def search_repeatedly(model: Any, folder: Path, rounds: int) -> None:
 
 def main() -> None:
     """Encode and print memory over time, read the whole store back, and search it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--passages", type=int, default=100_000)
+    parser.add_argument("--num-passages", type=int, default=100_000)
     parser.add_argument("--shard-size", type=int, default=2048)
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two lines")
     parser.add_argument("--short-prompt", action="store_true", help="the text alone: memory is what is looked at")
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
-    source = write_corpus(options.scratch / "corpus.tsv", options.passages, options.new_words)
+    source = write_corpus(options.scratch / "corpus.tsv", options.num_passages, options.new_words)
     prompt = {"passage_prompt": {"system": "", "user": "{text}", "assistant": ""}} if options.short_prompt else {}
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True, **prompt)
     watch = Watch(options.scratch / "store", options.shard_size, options.every)
@@ -108,10 +108,10 @@ def main() -> None:
     took = time.perf_counter() - begun
     watch.ended.set()
     store = Store.open(options.scratch / "store", verify=True)
-    assert store.ids() == [f"passage-{number}" for number in range(options.passages)]
+    assert store.ids() == [f"passage-{number}" for number in range(options.num_passages)]
     print(f"{len(store)} texts in {took:.0f} s, {len(store) / took:.0f} passages/s; all hashes match, all ids in order")
     for share in (0.1, 0.25, 0.5, 0.75, 1.0):
-        at = [memory for texts, memory in watch.seen if texts <= share * options.passages]
+        at = [memory for texts, memory in watch.seen if texts <= share * options.num_passages]
         if at:
             print(f"after {share:4.0%} of the texts: {at[-1]:.0f} MB anonymous")
     search_repeatedly(model, options.scratch / "store", options.search_rounds)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hardware import CLOCKS, describe
 
+from diffretriever.cli.parser import Parser
 from diffretriever.search.searcher import Searcher
 from diffretriever.store.store import ShardContents, write_store
 
@@ -57,9 +58,9 @@ def latency_ms(passages: Any, query_masks: int, options: argparse.Namespace) -> 
     """Return the median time of searching one query, in milliseconds, everything in memory."""
     searcher = Searcher(passages, device=options.device, in_memory=True)
     generator = torch.Generator().manual_seed(0)
-    queries = random_vectors(options.queries + 1, query_masks, options.hidden_size, options.terms, generator)
+    queries = random_vectors(options.num_queries + 1, query_masks, options.hidden_size, options.terms, generator)
     took = []
-    for row in range(options.queries + 1):
+    for row in range(options.num_queries + 1):
         one = {name: values[row : row + 1] for name, values in queries.items()}
         start = CLOCKS[options.clock]()
         searcher.search(one, "multi_dense", top_k=options.top_k)  # its results are on the CPU, so the device is done
@@ -95,12 +96,12 @@ def report(content: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 3000, 10000, 30000], help="passages")
     parser.add_argument("--hidden-size", type=int, default=4096, help="of a vector (LLaDA-8B: 4096)")
     parser.add_argument("--terms", type=int, default=128, help="sparse terms a passage")
     parser.add_argument("--dtype", default="float16", help="of the stored vectors")
-    parser.add_argument("--queries", type=int, default=20, help="timed one after the other")
+    parser.add_argument("--num-queries", type=int, default=20, help="timed one after the other")
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")

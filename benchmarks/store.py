@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from hardware import describe  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
+from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.data.corpus import read_corpus  # noqa: E402
 from diffretriever.data.qrels import read_qrels  # noqa: E402
 from diffretriever.encode.encode_store import encode_store  # noqa: E402
@@ -37,11 +38,11 @@ from diffretriever.store.store import Shard, ShardContents, Store, write_store  
 
 def main() -> None:
     """Run one of the two measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     measurements = parser.add_subparsers(required=True)
     speed = measurements.add_parser("speed")
     speed.add_argument("--input", required=True)
-    speed.add_argument("--passages", type=int, default=1024)
+    speed.add_argument("--num-passages", type=int, default=1024)
     speed.add_argument("--shard-size", type=int, default=512)
     speed.add_argument("--rounds", type=int, default=5)
     speed.set_defaults(run=compare_speed)
@@ -61,7 +62,7 @@ def main() -> None:
 
 def compare_speed(model: Any, options: argparse.Namespace) -> None:
     """Print the throughput of both ways and the median of their ratios, round by round."""
-    passages = list(islice(read_corpus(options.input), options.passages))
+    passages = list(islice(read_corpus(options.input), options.num_passages))
     texts = [passage.text for passage in passages]
     tokens = int(model.tokenize(texts, False)[1].sum())
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,9 +5,9 @@ frozen projections (forward, and backward to their input), LoRA's small ones, at
 masks. What a step takes beyond that goes to norms, activations, rotary embeddings, softmax, dropout, casts, and the
 optimiser; `--account` lists it by kind of operation, from torch's profiler.
 
-python benchmarks/train.py --release RELEASE [--queries 32 --negatives 1] [--bf16]
+python benchmarks/train.py --model RELEASE [--num-queries 32 --negatives 1] [--bf16]
 
-RELEASE is a zero-shot release, as `python publish.py build --base checkpoints/llada-tiny --out DIR` makes one.
+RELEASE is a zero-shot release, as `python publish.py build --base checkpoints/llada-tiny --output DIR` makes one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
+from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.data.pair_files import TrainingItem  # noqa: E402
 from diffretriever.training.adapter_recipe import AdapterRecipe  # noqa: E402
 from diffretriever.training.batches import Collator  # noqa: E402
@@ -149,14 +150,15 @@ def account(step: Callable[[], Any]) -> dict[str, float]:
 def prepare(options: argparse.Namespace) -> tuple[ContrastiveModel, dict[str, Any], Callable[[], None], float]:
     """Return model, batch, a function that makes one step, and the seconds that preparing the batch took."""
     recipe = AdapterRecipe(
-        num_query_masks=options.masks, num_passage_masks=options.masks, max_length=options.max_length,
+        num_query_masks=options.num_query_masks, num_passage_masks=options.num_passage_masks,
+        max_length=options.max_length,
         grad_cache_chunk=options.grad_cache_chunk, bf16=options.bf16,
         backbone_dtype="bfloat16" if options.bf16 and options.device != "cpu" else "float32",
     )  # fmt: skip
     settings = {"attn_implementation": recipe.attention(), **recipe.model_settings()}
-    retriever = AutoModel.from_pretrained(options.release, trust_remote_code=True, **settings)
+    retriever = AutoModel.from_pretrained(options.model, trust_remote_code=True, **settings)
     model = prepare_model(retriever, recipe).to(options.device).train()
-    drawn = made_up_items(options.queries, options.negatives)
+    drawn = made_up_items(options.num_queries, options.negatives)
     collate = Collator(model.retriever, recipe)
     start = time.perf_counter()
     batch = to_device(collate(drawn), options.device)
@@ -186,11 +188,12 @@ def to_device(value: Any, device: str) -> Any:
 
 def main() -> None:
     """Print tokens per second, the prediction, and the account."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release", required=True, help="a zero-shot release")
-    parser.add_argument("--queries", type=int, default=32)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", required=True, help="a zero-shot release")
+    parser.add_argument("--num-queries", type=int, default=32)
     parser.add_argument("--negatives", type=int, default=1, help="hard negatives a query")
-    parser.add_argument("--masks", type=int, default=4, help="K_q and K_p")
+    parser.add_argument("--num-query-masks", type=int, default=4, help="K_q")
+    parser.add_argument("--num-passage-masks", type=int, default=4, help="K_p")
     parser.add_argument("--max-length", type=int, default=120)
     parser.add_argument(
         "--grad-cache-chunk", type=int, default=0, help="a third more arithmetic, not in the prediction"
@@ -218,7 +221,8 @@ def main() -> None:
     step_time, best = statistics.median(took), statistics.median(predicted)
     share = statistics.median(b / a for a, b in zip(took, predicted, strict=True))
     print(f"{where}; torch {torch.__version__}; products in {dtype}; {options.rounds} rounds, medians")
-    print(f"{options.queries} queries, {options.negatives} negatives each, K={options.masks}: {batch['tokens']} tokens")
+    masks = f"K_q={options.num_query_masks}, K_p={options.num_passage_masks}"
+    print(f"{options.num_queries} queries, {options.negatives} negatives each, {masks}: {batch['tokens']} tokens")
     print(f"a step: {step_time:.3f} s, {batch['tokens'] / step_time:.0f} tokens/s")
     print(f"its products: {best:.3f} s, {batch['tokens'] / best:.0f} tokens/s, {flops / best / 1e9:.0f} GFLOP/s")
     print(f"a step reaches {share:.0%} of the prediction; preparing its batch takes {preparing:.3f} s the first time")

@@ -38,7 +38,7 @@ def write_pairs(path: Path, count: int = 24, negatives: int = 2) -> Path:
 
 
 def arguments(recipe: Path, release: Path, pairs: Path, out: Path, *more: str) -> list[str]:
-    paths = ["--recipe", recipe, "--model", release, "--pairs", pairs, "--out", out]
+    paths = ["--recipe", recipe, "--model", release, "--pairs", pairs, "--output", out]
     return ["train", *map(str, paths), *more]
 
 

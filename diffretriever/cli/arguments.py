@@ -40,7 +40,6 @@ def add_command(
         name,
         help=help_text,
         description=(description or f"{help_text[0].upper()}{help_text[1:]}.") + IN_WORDS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run, again=again)
     return parser

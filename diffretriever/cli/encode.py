@@ -13,7 +13,7 @@ from ..files.claims import LEASE
 from ..store.manifest import STORE_DTYPES
 from .arguments import add_command, seconds
 from .exit_status import DONE
-from .load_model import add_length_options, add_model_options, lengths_of, load_model
+from .load_model import add_length_options, add_mask_options, add_model_options, lengths_of, load_model
 
 DESCRIPTION = """Encode a corpus or queries into a store of vectors.
 
@@ -32,7 +32,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--output", required=True, type=Path, help="the store's folder")
     parser.add_argument("--queries", action="store_true", help="the input is queries, not passages")
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="of the stored vectors")
-    parser.add_argument("--num-masks", type=int, help="K of this side (default: the model's)")
+    add_mask_options(parser)
     add_length_options(parser)
     parser.add_argument("--sparse-top-k", type=int, help="sparse weights kept a text (default: the release's)")
     parser.add_argument("--no-content-filter", action="store_true", help="let the whole vocabulary weigh")
@@ -63,10 +63,11 @@ def _encode(options: argparse.Namespace) -> None:
     from ..data.corpus import source_files
     from ..encode.encode_store import encode_store
 
+    masks = _own_masks(options)
     if not options.input.startswith("hf:"):
         source_files(options.input, "queries" if options.queries else "corpus")  # before a large model is loaded
     store = encode_store(
-        _load(options),
+        load_model(options, attn_implementation=options.attn_implementation, **masks, **lengths_of(options)),
         options.input,
         options.output,
         is_query=options.queries,
@@ -82,8 +83,17 @@ def _encode(options: argparse.Namespace) -> None:
     print(f"{options.output}: {len(store)} texts in {len(store.manifest.shards)} shards")
 
 
-def _load(options: argparse.Namespace) -> Any:
-    """Load the model with this side's budget."""
-    masks = "num_query_masks" if options.queries else "num_passage_masks"
-    settings = {masks: options.num_masks, **lengths_of(options)}
-    return load_model(options, attn_implementation=options.attn_implementation, **settings)
+def _own_masks(options: argparse.Namespace) -> dict[str, int | None]:
+    """Return the number of masks of the side that is encoded, as a setting of `from_pretrained`.
+
+    Raises:
+        ValueError: the other side's is given alone.
+    """
+    own, other = "num_passage_masks", "num_query_masks"
+    if options.queries:
+        own, other = other, own
+    if getattr(options, own) is None and getattr(options, other) is not None:
+        side = "queries" if options.queries else "passages, as --queries is not given"
+        told = f"--{own}, not --{other}".replace("_", "-")
+        raise ValueError(f"the input is {side}: say {told}.")
+    return {own: getattr(options, own)}

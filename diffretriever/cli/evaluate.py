@@ -9,7 +9,15 @@ from typing import Any
 
 from .arguments import add_command, add_fusion_options
 from .exit_status import DONE
-from .load_model import add_length_options, add_model_options, check_model, choose_modes, lengths_of, load_model
+from .load_model import (
+    add_length_options,
+    add_mask_options,
+    add_model_options,
+    check_model,
+    choose_modes,
+    lengths_of,
+    load_model,
+)
 
 DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
 
@@ -30,8 +38,7 @@ def register(commands: Any) -> None:
 def _what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is evaluated")
     add_model_options(group)
-    group.add_argument("--num-query-masks", type=int, help="K_q (default: the model's)")
-    group.add_argument("--num-passage-masks", type=int, help="K_p (default: the model's)")
+    add_mask_options(group)
     add_length_options(group)
     group.add_argument("--data", required=True, type=Path, help="folder in BEIR's or MS MARCO's layout")
     group.add_argument("--split", default="test", help="BEIR: a file of qrels/; MS MARCO: dev, dl19, dl20")
@@ -64,7 +71,7 @@ def _results(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", type=Path, metavar="FILE", help="{mode: {metric: value}}")
     group.add_argument("--markdown", type=Path, metavar="FILE", help="the table and the tests behind its marks")
     group.add_argument("--per-query", type=Path, metavar="FILE", help="JSON, {mode: {metric: {query id: value}}}")
-    group.add_argument("--runs", type=Path, metavar="FOLDER", help="a TREC run file for each row")
+    group.add_argument("--run-folder", type=Path, metavar="FOLDER", help="a TREC run file for each row")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -124,10 +131,15 @@ def _check_places(options: argparse.Namespace, benchmark: Any) -> None:
     from ..evaluation.runs import check_run_ids
     from ..files.durable import check_place
 
-    for place in (options.json, options.markdown, options.per_query, options.runs and options.runs / "run.trec"):
+    for place in (
+        options.json,
+        options.markdown,
+        options.per_query,
+        options.run_folder and options.run_folder / "run.trec",
+    ):
         if place:
             check_place(place)
-    if options.runs:
+    if options.run_folder:
         check_run_ids(benchmark.queries, "query")
         check_run_ids((passage for grades in benchmark.qrels.values() for passage in grades), "passage")
 
@@ -144,6 +156,6 @@ def _write(options: argparse.Namespace, evaluation: Any, runs: Mapping[str, Any]
         write_json(options.json, evaluation.figures())
     if options.markdown:
         write_text(options.markdown, to_markdown(evaluation))
-    if options.runs:  # last, as ids that a run file cannot hold are an error
+    if options.run_folder:  # last, as ids that a run file cannot hold are an error
         for name, found in runs.items():
-            write_run(options.runs / f"{name}.trec", found, name)
+            write_run(options.run_folder / f"{name}.trec", found, name)

@@ -45,6 +45,12 @@ def add_method_option(parser: Any) -> None:
     parser.add_argument("--method", choices=(OURS, *BASELINES), help=told)
 
 
+def add_mask_options(parser: Any) -> None:
+    """Add the options that say how many vectors a text has."""
+    parser.add_argument("--num-query-masks", type=int, help="K_q (default: the model's)")
+    parser.add_argument("--num-passage-masks", type=int, help="K_p (default: the model's)")
+
+
 def add_length_options(parser: Any) -> None:
     """Add the options that say where texts are cut."""
     parser.add_argument("--max-length", type=int, help="tokens of prompt and text (default: the release's)")
@@ -180,4 +186,4 @@ def check_release(release: str, revision: str | None = None) -> None:
 
 
 def _build_command(base: str) -> str:
-    return f"build one with `publish.py build --base {base} --out DIR` (or `diffretriever publish build`)."
+    return f"build one with `publish.py build --base {base} --output DIR` (or `diffretriever publish build`)."

@@ -26,6 +26,7 @@ from . import (
 )
 from .console import replace_what_cannot_be_shown
 from .exit_status import DONE, EXPECTED, TRY_AGAIN, cache_hint, is_failing_storage, status_of
+from .parser import Parser
 
 # Each has `register`, which adds its sub-command; that sets `run`, which takes the parsed arguments.
 COMMANDS = (
@@ -46,9 +47,9 @@ COMMANDS = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser with every sub-command."""
-    parser = argparse.ArgumentParser(prog="diffretriever", description="Diffusion language models as retrievers.")
+    parser = Parser(prog="diffretriever", description="Diffusion language models as retrievers.")
     parser.add_argument("--version", action="version", version=f"diffretriever {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -19,7 +19,7 @@ def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
     parser = add_command(commands, "mine-negatives", "find hard negatives by BM25 or by a release", run_mine)
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL to write, in the layout of pairs")
+    parser.add_argument("--output", type=Path, required=True, help="JSONL to write, in the layout of pairs")
     parser.add_argument("--corpus", help="to mine from, in any layout of a corpus (default: the pairs' passages)")
     add_model_options(parser, f'"{BM25}" (default), or {RELEASE}', default=BM25)
     parser.add_argument("--mode", default="multi_dense", choices=MODES, help="a release's scoring mode")
@@ -39,17 +39,17 @@ def run_mine(options: argparse.Namespace) -> int:
     draws = Draws(options.negatives, options.depth, options.skip, options.seed)
     if options.model != BM25:
         choose_modes(check_model(options), [options.mode])  # before the data is read
-    files = PairFiles(options.pairs, options.out.parent)
+    files = PairFiles(options.pairs, options.output.parent)
     with nullcontext(options.corpus) if options.corpus else passages_of(files) as corpus:
         if options.model == BM25:
-            counts = mine_negatives(files, rank_by_bm25(corpus), options.out, draws)
+            counts = mine_negatives(files, rank_by_bm25(corpus), options.output, draws)
         else:
             model = load_model(options)
             with encoded_corpus(model, corpus, options.store, progress=True) as store:
-                counts = mine_negatives(files, rank_by_release(model, store, options.mode), options.out, draws)
+                counts = mine_negatives(files, rank_by_release(model, store, options.mode), options.output, draws)
     files.close()
     print(
-        f"{options.out}: {counts['queries']} queries, {counts['negatives']} negatives; "
+        f"{options.output}: {counts['queries']} queries, {counts['negatives']} negatives; "
         f"{counts['queries_without_negatives']} queries have none"
     )
     return DONE

@@ -17,7 +17,7 @@ def register(commands: Any) -> None:
     add_recipe_option(parser, "pretraining")
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL files of {query, positive} lines")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="JSONL files of {text} lines")
-    parser.add_argument("--out", type=Path, required=True, help="output folder; run again to resume")
+    parser.add_argument("--output", type=Path, required=True, help="output folder; run again to resume")
     parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -29,5 +29,5 @@ def run_pretrain(options: argparse.Namespace) -> int:
     from ..pretraining.recipe import read_pretrain_recipe
 
     recipe = read_pretrain_recipe(find_recipe(options.recipe, "pretraining"), seed=options.seed)
-    pretrain(recipe, options.pairs, options.texts, options.out, options.dev, options.threads)
+    pretrain(recipe, options.pairs, options.texts, options.output, options.dev, options.threads)
     return DONE

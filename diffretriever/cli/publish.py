@@ -13,6 +13,7 @@ from ..publishing import hub
 from ..publishing.releases import MAIN, RELEASES
 from .arguments import RESUMED, add_command, usable_device
 from .exit_status import DONE, WRONG_INPUT
+from .parser import Parser
 
 if TYPE_CHECKING:
     from ..publishing.push import Job, Target
@@ -46,7 +47,7 @@ def _add_build(commands: Any) -> None:
     command.add_argument("release", nargs="?", help=f"a known release: {', '.join(RELEASES)}")
     command.add_argument("--base", help="backbone: Hub id or folder of a LLaDA, Dream, Llama or Qwen2")
     command.add_argument("--adapter", help="training output: folder or Hub id; without it, the zero-shot model")
-    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+    command.add_argument("--output", type=Path, required=True, help="the folder to make")
     command.add_argument("--name", help="the release's name (default: the folder's)")
     command.add_argument("--repo-id", metavar="ORG/NAME", help="the Hub id in the card's code; push puts in its own")
     command.add_argument("--num-query-masks", type=int, help="K_q, where the adapter does not record it")
@@ -128,15 +129,15 @@ def run_build(options: argparse.Namespace) -> int:
         "recording": _recording(options),
     }
     if options.release is not None:
-        config = build_known(options.release, options.out, **shared, **settings)
+        config = build_known(options.release, options.output, **shared, **settings)
     else:
-        config = build(options.base, options.out, options.adapter, **shared, **settings)
+        config = build(options.base, options.output, options.adapter, **shared, **settings)
     budgets = f"K_q={config.num_query_masks}, K_p={config.num_passage_masks}, max_length={config.max_length}"
     budgets += "".join(f", {name}={length}" for name in LENGTHS if (length := getattr(config, name)) is not None)
-    print(f"{options.out}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
-    absent = read_record(options.out)["fingerprint_absent"]
+    print(f"{options.output}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
+    absent = read_record(options.output)["fingerprint_absent"]
     if absent:
-        print(f"{options.out}: no vectors recorded: {absent}; check will say what it cannot check")
+        print(f"{options.output}: no vectors recorded: {absent}; check will say what it cannot check")
     return DONE
 
 
@@ -266,6 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .main import run
 
     replace_what_cannot_be_shown()
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.")
+    parser = Parser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.")
     add_commands(parser)
     return run(parser.parse_args(arguments), PROGRAM)

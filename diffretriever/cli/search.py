@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from .console import json_line
 from .display import result_lines
 from .exit_status import DONE
 from .load_model import RELEASE, add_model_options, check_model, choose_modes, load_model
+from .parser import LAST_VERSION
 
 if TYPE_CHECKING:
     from ..search.results import Hit
     from ..search.searcher import Searcher
 
 PROMPT = "question> "
+STDOUT, FLAG = "-", "--json"  # what --json says: its value for standard output, and nothing
 
 
 def register(commands: Any) -> None:
@@ -29,7 +32,7 @@ def register(commands: Any) -> None:
     parser.add_argument("question", nargs="*", help="one or more questions")
     where = "for example cuda (default: the model on the first GPU, else the CPU; exact search on the CPU)"
     add_model_options(parser, f"{RELEASE}; the one that encoded the store", where, default=None)
-    parser.add_argument("--num-masks", type=int, help="K of the questions (default: the model's)")
+    parser.add_argument("--num-query-masks", type=int, help="K of the questions (default: the model's)")
     parser.add_argument("--store", type=Path, help="the passages: a folder of `diffretriever encode` or `compress`")
     add_qdrant_options(parser, required=False)
     parser.add_argument("--queries", type=Path, help="a store of queries to search for, instead of questions")
@@ -41,7 +44,8 @@ def register(commands: Any) -> None:
     )
     add_fusion_options(parser)
     parser.add_argument("--interactive", action="store_true", help="keep the model loaded; a question a line")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a question")
+    told = "write one JSON object a question there, a line each; - prints them in place of the passages"
+    parser.add_argument("--json", nargs="?", const=FLAG, metavar="FILE", help=told)
     parser.add_argument("--in-memory", action="store_true", help="copy the vectors to the device's memory first")
 
 
@@ -51,14 +55,34 @@ def run_search(options: argparse.Namespace) -> int:
     Raises:
         ValueError: options that do not go together, or a model that is not the store's.
     """
+    from ..files.durable import check_place, write_text
+
+    _as_flag(options)
     _check(options)
+    if options.json not in (None, STDOUT):
+        check_place(Path(options.json))
     searcher = _searcher(options)
     if options.queries:
         return _search_store(searcher, options)
     model = _model(searcher, options)
-    for question in _questions(options):
-        _answer(searcher, model, question, options)
+    answers: list[dict[str, Any]] = []
+    try:
+        for question in _questions(options):
+            answers.append(_answer(searcher, model, question, options))
+    finally:
+        if options.json not in (None, STDOUT):
+            write_text(Path(options.json), "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     return DONE
+
+
+def _as_flag(options: argparse.Namespace) -> None:
+    """Let --json without a file mean what it did, also where it took the question for its file."""
+    asked = bool(options.question) or options.interactive or options.queries is not None
+    if options.json is FLAG or (options.json not in (None, STDOUT) and not asked):
+        options.question = options.question if options.json is FLAG else [options.json]
+        options.json = STDOUT
+        told = f"--json takes a file now, {STDOUT} for standard output; without one it works until {LAST_VERSION}"
+        print(f"diffretriever search: {told}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -93,7 +117,7 @@ def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     from ..store.identity import check_searchable, describe_model
 
     choose_modes(check_model(options), [options.mode])
-    model = load_model(options, num_query_masks=options.num_masks)
+    model = load_model(options, num_query_masks=options.num_query_masks)
     there = searcher.engine.settings
     if there is not None:
         check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))
@@ -122,15 +146,17 @@ def _questions(options: argparse.Namespace) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Namespace) -> None:
+def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Search and print; return the answer as --json has it."""
     query = searcher.encode(model, [question], [options.mode])
     hits = searcher.search(
         query, options.mode, options.top_k, candidates=options.candidates, fusion_weight=options.fusion_weight
     )[0]
     texts = searcher.engine.texts([hit.position for hit in hits])
-    if options.json:
-        print(json_line(_as_json(question, options.mode, hits, texts)), flush=True)
-        return
+    answer = _as_json(question, options.mode, hits, texts)
+    if options.json == STDOUT:
+        print(json_line(answer), flush=True)
+        return answer
     columns = shutil.get_terminal_size().columns
     if len(options.question) > 1:
         print(question)
@@ -139,6 +165,7 @@ def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Nam
     if not hits:
         print("no passage found")
     sys.stdout.flush()
+    return answer
 
 
 def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None]) -> dict[str, Any]:

@@ -26,10 +26,10 @@ def register(commands: Any) -> None:
     source.add_argument("--data", type=Path, help="a benchmark instead, in BEIR's or MS MARCO's layout")
     parser.add_argument("--split", default="test", help="of --data (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, required=True, help="JSON to write: the grid, each query's scores, the choice"
+        "--output", type=Path, required=True, help="JSON to write: the grid, each query's scores, the choice"
     )
-    parser.add_argument("--queries", type=count, help="how many of the pairs' to draw (default 500)")
-    parser.add_argument("--passages", type=count, help="size of the collection (default: 5000; all of --data)")
+    parser.add_argument("--num-queries", type=count, help="how many of the pairs' to draw (default 500)")
+    parser.add_argument("--num-passages", type=count, help="size of the collection (default: 5000; all of --data)")
     parser.add_argument("--budgets", type=count, nargs="+", default=[1, 2, 4, 8, 16], help="values of K_q and K_p")
     parser.add_argument("--seed", type=int, default=42)
     add_fusion_option(parser)
@@ -41,11 +41,11 @@ def run_budget(options: argparse.Namespace) -> int:
     from ..files.durable import check_place, write_json
     from ..training.budget import select_budget, table
 
-    check_place(options.out)
+    check_place(options.output)
     choose_modes(check_model(options), list(NAMES.values()))  # before the data is read
     task = replace(_task(options), fusion=options.fusion)
     found = select_budget(load_model(options), task, sorted(set(options.budgets)))
-    write_json(options.out, found)
+    write_json(options.output, found)
     choice = found["choice"]
     print(f"nDCG@10 of {found['queries']} queries on {found['passages']} passages")
     print(table(found["grid"]))
@@ -57,18 +57,18 @@ def _task(options: argparse.Namespace) -> SmallTask:
     """Read what the budgets are tried on.
 
     Raises:
-        ValueError: --queries with a benchmark, whose split is the choice of its queries.
+        ValueError: --num-queries with a benchmark, whose split is the choice of its queries.
     """
     from ..data.pair_files import PairFiles
     from ..evaluation.small_task import read_small_task
     from ..training.budget import training_task
 
     if options.data:
-        if options.queries:
-            raise ValueError("--queries draws from --pairs; of a benchmark (--data), the whole split is asked.")
-        return read_small_task(options.data, options.split, options.passages)
+        if options.num_queries:
+            raise ValueError("--num-queries draws from --pairs; of a benchmark (--data), the whole split is asked.")
+        return read_small_task(options.data, options.split, options.num_passages)
     with tempfile.TemporaryDirectory(prefix="diffretriever-") as scratch:  # where compressed pairs are unpacked
         files = PairFiles(options.pairs, Path(scratch))
-        task = training_task(files, options.queries or 500, options.passages or 5000, options.seed)
+        task = training_task(files, options.num_queries or 500, options.num_passages or 5000, options.seed)
         files.close()
     return task

@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--model", required=True, help="a release without an adapter, or a backbone: folder or id")
     add_method_option(parser)
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
-    parser.add_argument("--out", type=Path, required=True, help="output folder; run again to resume")
+    parser.add_argument("--output", type=Path, required=True, help="output folder; run again to resume")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one of the recipe's")
     parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
@@ -46,7 +46,13 @@ def run_train(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     try:
         train_adapter(
-            recipe, options.model, partial(load_model, options), options.pairs, options.out, options.dev, options.base
+            recipe,
+            options.model,
+            partial(load_model, options),
+            options.pairs,
+            options.output,
+            options.dev,
+            options.base,
         )
     except Interrupted as stop:
         print(f"diffretriever train: {stop}", file=sys.stderr)

@@ -100,7 +100,7 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
     if (out / EARLIER_CHECKPOINT).is_file():
         raise ValueError(
             f"{out / EARLIER_CHECKPOINT} is the checkpoint of an earlier version, from which this one cannot go on. "
-            "Choose another --out, or remove the folder to start anew."
+            "Choose another --output, or remove the folder to start anew."
         )
     file = out / RUN_FILE
     check_same_run((file, read_object(file)) if file.is_file() else None, record, FREE_KEYS)
@@ -191,7 +191,7 @@ class Pretrainer:
         except (RuntimeError, KeyError, pickle.UnpicklingError) as error:  # whole, as its hash says
             raise ValueError(
                 f"{file} was written by another version of this software or of torch, and does not fit this one "
-                f"({error}). Go on with that version, or choose another --out."
+                f"({error}). Go on with that version, or choose another --output."
             ) from error
         self.log(note=f"resumed at stage {self.stage}, step {self.step}")
         return optimizer

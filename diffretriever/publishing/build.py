@@ -93,7 +93,7 @@ def build(
     local = Path(base).expanduser().is_dir()
     name = name or out.name
     check_name("--name", name)
-    check_name("--out", out.name)
+    check_name("--output", out.name)
     if out.exists():
         _check_replaceable(out, Path(base).expanduser(), force)
     if with_backbone and not local:
@@ -119,12 +119,16 @@ def build(
 def _check_replaceable(out: Path, base: Path, force: bool) -> None:
     """Refuse to delete what nobody asked to, what is no release, or what holds the backbone."""
     if not force:
-        raise FileExistsError(f"--out: {out} is there already; choose another folder, or pass --force to replace it.")
+        raise FileExistsError(
+            f"--output: {out} is there already; choose another folder, or pass --force to replace it."
+        )
     config = out / "config.json"
     if out.is_symlink() or not config.is_file() or read_object(config).get("model_type") != "diffretriever":
-        raise FileExistsError(f"--out: {out} is no release folder, so --force does not replace it; remove it yourself.")
+        raise FileExistsError(
+            f"--output: {out} is no release folder, so --force does not replace it; remove it yourself."
+        )
     if out.resolve() in (base.resolve(), *base.resolve().parents):
-        raise FileExistsError(f"--out: {out} holds the backbone {base}, which --force would delete.")
+        raise FileExistsError(f"--output: {out} holds the backbone {base}, which --force would delete.")
 
 
 def _path_from(base_folder: Path, out: Path) -> str:

@@ -89,7 +89,7 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
 def check_searchable(passages: Settings, queries: Settings, name: str) -> None:
     """Refuse queries that another model made than the passages, and sides that are swapped.
 
-    Budgets and lengths that were chosen when one of them was encoded (`--num-masks`, `--max-length`) may differ.
+    Budgets and lengths that were chosen when one of them was encoded (`--num-query-masks`, `--max-length`) may differ.
 
     Args:
         passages: the passage store's manifest.

@@ -32,7 +32,7 @@ def training_task(files: PairFiles, queries: int, passages: int, seed: int) -> S
         ValueError: there are fewer queries than are to be drawn.
     """
     if queries > len(files):
-        raise ValueError(f"--queries {queries} is more than the {len(files)} queries of {', '.join(files.names)}")
+        raise ValueError(f"--num-queries {queries} is more than the {len(files)} queries of {', '.join(files.names)}")
     order = list(range(len(files)))
     random.Random(seed).shuffle(order)
     drawn = [files[number] for number in order[:queries]]

@@ -69,6 +69,6 @@ def base_name(model: Any) -> str:
     if model.loaded_from.adapter is not None or base is None:
         raise ValueError(
             f"{model.config.name_or_path} holds an adapter already; training starts from a zero-shot release, as "
-            "`publish.py build --base BACKBONE --out DIR` makes one, or by another method from a backbone"
+            "`publish.py build --base BACKBONE --output DIR` makes one, or by another method from a backbone"
         )
     return Path(base).name if base.startswith((".", "/")) else str(base)

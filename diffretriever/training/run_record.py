@@ -92,8 +92,8 @@ def check_same_run(
             if old.get(name) != new.get(name) and key not in free and not _is_name(name):
                 told = tell_difference(key.removeprefix("release."), old.get(name), new.get(name))
                 raise ValueError(
-                    f"{where}: this run was started with {lead}{told}. Choose another --out, or remove the folder to "
-                    "start anew."
+                    f"{where}: this run was started with {lead}{told}. Choose another --output, or remove the folder "
+                    "to start anew."
                 )
 
 

@@ -71,7 +71,7 @@ def case(request: pytest.FixtureRequest, place: Callable[[str, str], Path]) -> t
     """A method, the options of its model, and those of its vectors."""
     method, kind, k = CASES[request.param]
     options = ["--model-dtype", "float32", *model_options(method, place(method, kind))]
-    return method, options, [] if k is None else ["--num-masks", str(k)]
+    return method, options, [] if k is None else ["--num-passage-masks", str(k)]
 
 
 def encode(options: list[str], data: Path, out: Path, *more: str) -> int:
@@ -131,7 +131,10 @@ def loaded(method: str, options: list[str], **chosen: Any) -> Any:
 def test_texts_with_different_numbers_of_vectors(place: Callable[[str, str], Path], data: Path, tmp_path: Path) -> None:
     options = ["--model-dtype", "float32", *model_options("promptreps", place("promptreps", "llama"))]
     for dtype in ("float32", "int8"):
-        assert encode(options, data, tmp_path / dtype, "--num-masks", "4", "--dtype", dtype, "--shard-size", "3") == 0
+        assert (
+            encode(options, data, tmp_path / dtype, "--num-passage-masks", "4", "--dtype", dtype, "--shard-size", "3")
+            == 0
+        )
     model = loaded("promptreps", options, num_passage_masks=4)
     out = model.encode_texts(PASSAGES, False)
     counts = out.repr_mask.sum(dim=1)
@@ -156,7 +159,7 @@ def test_texts_with_different_numbers_of_vectors(place: Callable[[str, str], Pat
 @pytest.mark.once
 def test_the_same_bytes_after_an_interruption(place: Callable[[str, str], Path], data: Path, tmp_path: Path) -> None:
     options = model_options("promptreps", place("promptreps", "llama"))
-    again = ("--num-masks", "3", "--shard-size", "3")
+    again = ("--num-passage-masks", "3", "--shard-size", "3")
     for name in ("whole", "resumed"):
         assert encode(options, data, tmp_path / name, *again) == 0
     whole = folder_bytes(tmp_path / "whole")
@@ -171,7 +174,10 @@ def test_a_compressed_store_keeps_the_mask(place: Callable[[str, str], Path], tm
     texts = [record["positive"] for record in made_up_pairs(160)]
     write_lines(tmp_path / "corpus.jsonl", [{"_id": str(n), "text": text} for n, text in enumerate(texts)])
     options = model_options("promptreps", place("promptreps", "llama"))
-    assert encode(options, tmp_path / "corpus.jsonl", tmp_path / "store", "--num-masks", "4", "--dtype", "float32") == 0
+    assert (
+        encode(options, tmp_path / "corpus.jsonl", tmp_path / "store", "--num-passage-masks", "4", "--dtype", "float32")
+        == 0
+    )
     store = open_store(tmp_path / "store")
     small = compress(store, tmp_path / "small")
     [shard], [packed] = list(store.shards()), list(small.shards())
@@ -190,7 +196,7 @@ def test_qdrant_holds_the_vectors_that_exist(
     from diffretriever.search.qdrant.engine import QdrantEngine
 
     cases: list[tuple[str, str, list[str], list[str]]] = [
-        ("promptreps", "llama", ["--num-masks", "4"], ["multi_dense", "single_dense", "sparse_max"]),
+        ("promptreps", "llama", ["--num-passage-masks", "4"], ["multi_dense", "single_dense", "sparse_max"]),
         ("repllama", "qwen2", [], ["multi_dense", "single_dense"]),
     ]
     for method, kind, budget, modes in cases:
@@ -216,16 +222,16 @@ def test_negatives_are_mined_and_impacts_exported(
 ) -> None:
     options = model_options("promptreps", place("promptreps", "llama"))
     given = ["--pairs", str(data / "pairs.jsonl"), "--negatives", "2", "--depth", "4"]
-    assert main(["mine-negatives", *options, *given, "--out", str(tmp_path / "mined.jsonl")]) == 0
+    assert main(["mine-negatives", *options, *given, "--output", str(tmp_path / "mined.jsonl")]) == 0
     assert "8 queries, 16 negatives" in capsys.readouterr().out
-    assert encode(options, data, tmp_path / "store", "--num-masks", "2") == 0
+    assert encode(options, data, tmp_path / "store", "--num-passage-masks", "2") == 0
     assert main(["export", "--store", str(tmp_path / "store"), *options, "--output", str(tmp_path / "out.jsonl")]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(PASSAGES)
 
 
 def test_budgets_are_selected_for_promptreps(place: Callable[[str, str], Path], data: Path, tmp_path: Path) -> None:
     options = model_options("promptreps", place("promptreps", "llama"))
-    given = ["--data", str(data), "--budgets", "1", "3", "--out", str(tmp_path / "b.json")]
+    given = ["--data", str(data), "--budgets", "1", "3", "--output", str(tmp_path / "b.json")]
     assert main(["select-budget", *options, *given]) == 0
     grid = json.loads((tmp_path / "b.json").read_text())["grid"]
     assert [(cell["num_query_masks"], cell["num_passage_masks"]) for cell in grid] == [(1, 1), (1, 3), (3, 1), (3, 3)]
@@ -255,10 +261,10 @@ def test_budgets_that_one_side_chose(
 ) -> None:
     """K may be chosen for each side alone; the paper's prompt of a side follows its K, another prompt does not."""
     options = model_options("promptreps", place("promptreps", "llama"))
-    assert encode(options, data, tmp_path / "store", "--num-masks", "4") == 0
-    assert encode(options, data, tmp_path / "store", "--num-masks", "3") == 2  # its own side's is the store's
+    assert encode(options, data, tmp_path / "store", "--num-passage-masks", "4") == 0
+    assert encode(options, data, tmp_path / "store", "--num-passage-masks", "3") == 2  # its own side's is the store's
     assert "`num_masks` 4, not 3" in capsys.readouterr().err.splitlines()[-1]
-    search = ["search", *options, "--store", str(tmp_path / "store"), "question", "--num-masks"]
+    search = ["search", *options, "--store", str(tmp_path / "store"), "question", "--num-query-masks"]
     assert [main([*search, k]) for k in ("1", "3")] == [0, 0]
     own = {"system": "s", "user": "{text}", "assistant": "a"}
     for number, prompt in enumerate((None, own)):
@@ -282,10 +288,16 @@ def test_budgets_that_one_side_chose(
             "evaluate --data {data} --modes multi_dense sparse_max",
             "repllama has no sparse vectors for mode 'sparse_max'",
         ),
-        ("mine-negatives --pairs {data}/pairs.jsonl --out {out} --mode sparse_max", "repllama has no sparse vectors"),
-        ("select-budget --data {data} --out {out}", "repllama has no sparse vectors for mode 'sparse_max'"),
+        (
+            "mine-negatives --pairs {data}/pairs.jsonl --output {out} --mode sparse_max",
+            "repllama has no sparse vectors",
+        ),
+        ("select-budget --data {data} --output {out}", "repllama has no sparse vectors for mode 'sparse_max'"),
         ("encode --input {data} --output {out} --sparse-top-k 8", "sparse_top_k is 8, but RepLLaMA has no sparse vec"),
-        ("encode --input {data} --output {out} --num-masks 4", "`num_query_vectors` of repllama can only be 1, got 4"),
+        (
+            "encode --input {data} --output {out} --num-query-masks 4",
+            "`num_query_vectors` of repllama can only be 1, got 4",
+        ),
         ("encode --input {data} --output {out} --max-length 99", "of repllama, set query_length and passage_length"),
     ],
 )
@@ -297,7 +309,7 @@ def test_what_a_method_has_not(
     words = command.format(store=tmp_path / "store", data=data, out=tmp_path / "out").split()
     if command.startswith("search"):
         assert encode(options, data, tmp_path / "store") == 0
-    if "--num-masks" in words:
+    if "--num-query-masks" in words:
         words.append("--queries")
     assert main([words[0], *options, *words[1:]]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
@@ -334,7 +346,7 @@ def test_an_answer_that_ends_at_once_leaves_one_vector(tmp_path: Path, data: Pat
     from causal_backbones import make_backbone
 
     quiet = make_backbone("llama", tmp_path / "quiet", stops=50.0)
-    assert encode(model_options("promptreps", quiet), data, tmp_path / "store", "--num-masks", "4") == 0
+    assert encode(model_options("promptreps", quiet), data, tmp_path / "store", "--num-passage-masks", "4") == 0
     [shard] = open_store(tmp_path / "store").shards()
     mask = shard.mask(0, len(shard))
     assert mask is not None

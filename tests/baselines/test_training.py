@@ -62,7 +62,7 @@ def train(tmp_path: Path, method: str, model: Path, *more: str, **changes: Any) 
     pairs = tmp_path / "pairs.jsonl"
     if not pairs.exists():
         write_pairs(pairs, 8, 1)
-    paths = ["--recipe", recipe, "--model", model, "--pairs", pairs, "--out", tmp_path / "out"]
+    paths = ["--recipe", recipe, "--model", model, "--pairs", pairs, "--output", tmp_path / "out"]
     return main(["train", *map(str, paths), *more])
 
 
@@ -223,8 +223,8 @@ def test_what_an_adapter_is_not(
     (tmp_path / "corpus.jsonl").write_text('{"_id": "1", "text": "a river"}\n')
     encode = ["encode", "--input", str(tmp_path / "corpus.jsonl"), "--output", str(tmp_path / "store"), "--model"]
     for options, said in (
-        ([str(out), "--num-masks", "4"], "`num_passage_vectors` is 4, but"),
-        ([str(folder), "--adapter", str(out), "--num-masks", "4"], "its adapter was trained with at most 2"),
+        ([str(out), "--num-passage-masks", "4"], "`num_passage_vectors` is 4, but"),
+        ([str(folder), "--adapter", str(out), "--num-passage-masks", "4"], "its adapter was trained with at most 2"),
         ([str(out), "--method", "repllama"], "is of method 'promptreps', not 'repllama'"),
         ([str(folder), "--adapter", str(out), "--method", "diffretriever"], "is of method 'promptreps', not"),
     ):

@@ -84,13 +84,13 @@ COMMANDS = {
     "export": "--store {here}/store --output {out}/impacts.jsonl --model {here}/release",
     "evaluate": "--model {here}/release --data {here} --json {out}/figures.json --quiet",
     "plot budget": "--input {here}/grid.json --output {out}/budget.svg",
-    "pretrain": "--recipe {here}/pretrain.yaml --pairs {here}/pairs.jsonl --texts {here}/texts.jsonl --out {out}/made",
-    "train": "--recipe {here}/train.yaml --model {here}/zero-shot --pairs {here}/pairs.jsonl --out {out}/made",
-    "mine-negatives": "--model {here}/release --pairs {here}/pairs.jsonl --out {out}/mined.jsonl",
-    "select-budget": "--model {here}/zero-shot --pairs {here}/pairs.jsonl --out {out}/b.json --queries 4 --budgets 1",
+    "pretrain": "--recipe {here}/pretrain.yaml --pairs {here}/pairs.jsonl --texts {here}/texts.jsonl --output {out}/m",
+    "train": "--recipe {here}/train.yaml --model {here}/zero-shot --pairs {here}/pairs.jsonl --output {out}/made",
+    "mine-negatives": "--model {here}/release --pairs {here}/pairs.jsonl --output {out}/mined.jsonl",
+    "select-budget": "--model {here}/zero-shot --pairs {here}/pairs.jsonl --output {out}/b --num-queries 4 --budgets 1",
     "analyze-budget": "--input {here}/sweep.json --json {out}/analysis.json",
     "publish list": "",
-    "publish build": f"--base {BACKBONE} --out {{out}}/made",
+    "publish build": f"--base {BACKBONE} --output {{out}}/made",
     "publish check": "{here}/release --no-load",
     "publish push": "{here}/release --repo-id lab/x --dry-run --no-load",
 }
@@ -229,9 +229,9 @@ def test_a_full_disk(name: str, here: Path, tmp_path: Path, capsys: pytest.Captu
 def test_publish_py_keeps_the_same_table(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert publish.main(["list"]) == 0
     assert publish.main(["check", str(tmp_path / "typo")]) == 2
-    assert publish.main(["build", "--base", str(tmp_path / "typo"), "--out", str(tmp_path / "made")]) == 2
+    assert publish.main(["build", "--base", str(tmp_path / "typo"), "--output", str(tmp_path / "made")]) == 2
     with full_disk():
-        assert publish.main(["build", "--base", str(BACKBONE), "--out", str(tmp_path / "made")]) == 3
+        assert publish.main(["build", "--base", str(BACKBONE), "--output", str(tmp_path / "made")]) == 3
     assert capsys.readouterr().err.splitlines()[-1].startswith("publish.py: ")
 
 

@@ -11,7 +11,7 @@ from checkpoint_folders import ROOT, run_python
 
 from diffretriever import __version__
 from diffretriever.cli.arguments import find_recipe
-from diffretriever.cli.main import main
+from diffretriever.cli.main import build_parser, main
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,3 +67,76 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command.stdin.close()
     assert command.stderr.read() == b""
     assert command.wait() == 0
+
+
+def wrong(words: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a refused command line prints to stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "said"),
+    [
+        ("search --topk 3 x", "diffretriever search", "unknown option --topk; did you mean --top-k?"),
+        ("search --collectio c", "diffretriever search", "unknown option --collectio; did you mean --collection?"),
+        ("encode --inptu=x", "diffretriever encode", "unknown option --inptu; did you mean --input?"),
+        ("publish build --outptu x", "diffretriever publish build", "did you mean --output?"),
+        ("train --qqqqqq", "diffretriever train", "unknown option --qqqqqq"),
+        ("serach x", "diffretriever", "did you mean search?"),
+        ("search --mode multi_dens x", "diffretriever search", "did you mean multi_dense?"),
+        ("compress a --store s --output o", "diffretriever compress", "unexpected: a"),
+        ("compress --runs x --store s --output o", "diffretriever compress", "unknown option --runs"),  # not its own
+    ],
+)
+def test_wrong_words_get_the_commands_usage_and_a_suggestion(
+    words: str, usage: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = wrong(words, capsys)
+    assert printed[0].startswith(f"usage: {usage} [-h]")
+    assert printed[-1].startswith(f"{usage}: error: ")
+    assert printed[-1].endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("encode --model m --input i --out o --queries --num-masks 3", {"output": Path("o"), "num_query_masks": 3}),
+        ("encode --model m --input i --out=o --num-masks=3", {"output": Path("o"), "num_passage_masks": 3}),
+        ("search --store s --num-masks 2 -- --out", {"num_query_masks": 2, "question": ["--out"]}),
+        ("evaluate --model m --data d --runs r", {"run_folder": Path("r")}),
+        ("select-budget --model m --data d --out o --passages 9", {"num_passages": 9, "output": Path("o")}),
+    ],
+)
+def test_old_names_work_with_a_note(old: str, new: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    options = vars(build_parser().parse_args(old.split()))
+    assert {name: options[name] for name in new} == new
+    notes = capsys.readouterr().err.splitlines()
+    given = [
+        name for name in ("--out", "--num-masks", "--runs", "--passages") if f" {name}" in old.partition(" -- ")[0]
+    ]
+    assert len(notes) == len(given)
+    assert all("now; the old name works until version" in note for note in notes)
+
+
+def test_an_old_name_is_read_as_its_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wrong("train --recipe r --model m --pairs p --out", capsys)[-1].endswith("--output: expected one argument")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "encode --model m --input i --output o --queries --num-passage-masks 3",
+            "say --num-query-masks, not --num-pa",
+        ),
+        ("encode --model m --input i --output o --num-query-masks 3", "say --num-passage-masks, not --num-query-masks"),
+    ],
+)
+def test_the_other_sides_masks_are_no_slip_of_the_tongue(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err

@@ -27,8 +27,9 @@ def test_every_option_reaches_the_store(
     queries = write_jsonl(tmp_path / "queries.jsonl", made_up_texts(5))
     status = command(
         "encode", "--model", release, "--input", tmp_path, "--queries", "--output", tmp_path / "s", "--dtype", "int8",
-        "--model-dtype", "bfloat16", "--num-masks", 2, "--max-length", 120, "--sparse-top-k", 6, "--no-content-filter",
-        "--no-texts", "--shard-size", 2, "--tokens-per-batch", 333, "--device", "cpu", "--attn-implementation", "eager",
+        "--model-dtype", "bfloat16", "--num-query-masks", 2, "--max-length", 120, "--sparse-top-k", 6,
+        "--no-content-filter", "--no-texts", "--shard-size", 2, "--tokens-per-batch", 333,
+        "--device", "cpu", "--attn-implementation", "eager",
     )  # fmt: skip
     assert (status, queries.is_file()) == (0, True)
     captured = capsys.readouterr()

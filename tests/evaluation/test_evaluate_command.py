@@ -41,7 +41,7 @@ def test_files_agree_with_each_other(evaluate: Command, tmp_path: Path, capsys: 
     files = {name: tmp_path / "out" / name for name in ("figures.json", "table.md", "queries.json", "runs")}
     status = evaluate(
         "--json", files["figures.json"], "--markdown", files["table.md"], "--per-query", files["queries.json"],
-        "--runs", files["runs"], "--store", tmp_path / "store", "--bm25", "--tune-split", "dev", "--latency", 2,
+        "--run-folder", files["runs"], "--store", tmp_path / "store", "--bm25", "--tune-split", "dev", "--latency", 2,
     )  # fmt: skip
     assert status == 0
     figures = json.loads(files["figures.json"].read_text())
@@ -101,7 +101,7 @@ def test_another_length_of_texts(evaluate: Command, tmp_path: Path) -> None:
         (["--baseline", "absent.json"], "absent.json"),
         (["--relevance-level", "0"], "relevance level must be at least 1"),
         (["--json", "."], "Is a directory"),
-        (["--runs", f"{__file__}/runs"], "test_evaluate_command.py"),
+        (["--run-folder", f"{__file__}/runs"], "test_evaluate_command.py"),
     ],
 )
 def test_wrong_input_is_status_2_before_the_model_is_loaded(
@@ -139,7 +139,7 @@ def test_judged_ids_that_a_run_file_cannot_hold_are_said_at_once(
         queries.write_text(queries.read_text().replace(f'"{query}"', f'"a {query}"', 1))
         query = f"a {query}"
     qrels.write_text("\n".join([header, f"{query}\t{passage}\t{grade}", *rest]) + "\n")
-    assert evaluate("--runs", tmp_path / "runs") == 2
+    assert evaluate("--run-folder", tmp_path / "runs") == 2
     assert f"the {kind} id 'a " in capsys.readouterr().err
 
 
@@ -210,7 +210,7 @@ def test_ids_that_a_run_file_cannot_hold_cost_only_the_run_files(
     corpus = tmp_path / "data" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace('"clock"', '"a clock"'))
     given = ("--modes", "single_dense", "--metrics", "AP")
-    assert evaluate(*given, "--json", tmp_path / "figures.json", "--runs", tmp_path / "runs") == 2
+    assert evaluate(*given, "--json", tmp_path / "figures.json", "--run-folder", tmp_path / "runs") == 2
     printed = capsys.readouterr()
     assert "the passage id 'a clock' cannot stand in a TREC run file" in printed.err
     assert json.loads((tmp_path / "figures.json").read_text()).keys() == {"single_dense"}

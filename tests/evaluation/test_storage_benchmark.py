@@ -33,7 +33,7 @@ def test_bytes_and_latency(
     monkeypatch.setattr(storage, "SHARD", 20)
     monkeypatch.setattr(
         sys, "argv",
-        ["storage.py", "--sizes", *map(str, sizes), "--hidden-size", "64", "--terms", "8", "--queries", "2",
+        ["storage.py", "--sizes", *map(str, sizes), "--hidden-size", "64", "--terms", "8", "--num-queries", "2",
          "--device", "cpu", "--scratch", str(tmp_path), "--json", str(tmp_path / "storage.json")],
     )  # fmt: skip
     storage.main()

@@ -89,7 +89,7 @@ def test_shipped_checkpoints_load_where_they_lie() -> None:
 
 @pytest.mark.parametrize("name", [name for name in building.RELEASES if "tiny" in name])
 def test_shipped_checkpoints_are_built_by_name(name: str, tmp_path: Path) -> None:
-    assert publish.main(["build", name, "--out", str(tmp_path / name)]) == 0
+    assert publish.main(["build", name, "--output", str(tmp_path / name)]) == 0
     built, shipped = (json.loads((at / name / "config.json").read_text()) for at in (tmp_path, CHECKPOINTS))
     backbone = f"{shipped['backbone_type']}-tiny"
     assert built.pop("base_model_name_or_path") == str(CHECKPOINTS / backbone)

@@ -94,7 +94,7 @@ def newest(out: Path) -> Path:
 
 def command(kind: str, data: dict[str, Path], out: Path, *more: str) -> int:
     """Run `diffretriever pretrain`."""
-    arguments = ["--pairs", data["pairs"], "--texts", data["texts"], "--out", out]
+    arguments = ["--pairs", data["pairs"], "--texts", data["texts"], "--output", out]
     return main(["pretrain", "--recipe", str(data["folder"] / f"{kind}.yaml"), *map(str, arguments), *more])
 
 
@@ -250,7 +250,7 @@ def test_another_recipe_is_refused(
     assert command(kind, {**data, "folder": tmp_path}, pretrained) == 2
     said = capsys.readouterr().err
     assert f"{pretrained / 'run.json'}: this run was started with {words}" in said
-    assert "Choose another --out" in said
+    assert "Choose another --output" in said
     assert (pretrained / "run.json").read_bytes() == before
 
 
@@ -313,7 +313,7 @@ def release(kind: str, pretrained: Path, tmp_path_factory: pytest.TempPathFactor
     """The pretrained backbone as a zero-shot release, K_q = 1 and K_p = 4, loaded as a user loads it."""
     out = tmp_path_factory.mktemp("training-release") / f"pretrained-{kind}-{os.getpid()}"
     settings = ["--num-query-masks", "1", "--num-passage-masks", "4"]
-    assert publish.main(["build", "--base", str(pretrained / "backbone"), "--out", str(out), *settings]) == 0
+    assert publish.main(["build", "--base", str(pretrained / "backbone"), "--output", str(out), *settings]) == 0
     return AutoModel.from_pretrained(str(out), trust_remote_code=True, torch_dtype=torch.float32)
 
 

@@ -205,10 +205,10 @@ def test_misfits(base: str, adapter: str | None, words: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["v1.0", "a b", "", "ü", "a/b"])
 def test_names_that_transformers_cannot_take(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name and "/" not in name:
-        assert publish.main(["build", "--base", LLADA, "--out", str(tmp_path / name)]) == 2
+        assert publish.main(["build", "--base", LLADA, "--output", str(tmp_path / name)]) == 2
         assert f"--name: {name!r} may hold only letters, digits, - and _" in capsys.readouterr().err
     if name:
-        arguments = ["build", "--base", LLADA, "--out", str(tmp_path / "fine"), "--name", name]
+        arguments = ["build", "--base", LLADA, "--output", str(tmp_path / "fine"), "--name", name]
         assert publish.main(arguments) == 2
         assert "a dot breaks transformers 4.54" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -218,7 +218,7 @@ def test_an_existing_folder_is_kept_unless_forced(tmp_path: Path) -> None:
     out = tmp_path / "release"
     building.build(LLADA, out, SINGLE)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"--out: .*release is there already; .* pass --force"):
+    with pytest.raises(FileExistsError, match=r"--output: .*release is there already; .* pass --force"):
         building.build(LLADA, out, MULTI)
     assert (out / "notes.txt").exists()
     with pytest.raises(ValueError, match="says num_query_masks"):
@@ -291,7 +291,7 @@ def test_command_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "publish.py"), "build", "--base", LLADA, "--adapter", MULTI]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, "--out", "by-command", "--name", "a-name"],
+        [*command, "--output", "by-command", "--name", "a-name"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -307,10 +307,16 @@ def test_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["build", "--out", "x"], "give either a known release or --base"),
-        (["build", "diffretriever-llada-8b-single", "--base", LLADA, "--out", "x"], "give either a known release or"),
-        (["build", "no-such-release", "--out", "x"], "is no known release; known: diffretriever-llada-8b-single"),
-        (["build", "diffretriever-llada-8b-single", "--adapter", SINGLE, "--out", "x"], "--adapter goes with --base"),
+        (["build", "--output", "x"], "give either a known release or --base"),
+        (
+            ["build", "diffretriever-llada-8b-single", "--base", LLADA, "--output", "x"],
+            "give either a known release or",
+        ),
+        (["build", "no-such-release", "--output", "x"], "is no known release; known: diffretriever-llada-8b-single"),
+        (
+            ["build", "diffretriever-llada-8b-single", "--adapter", SINGLE, "--output", "x"],
+            "--adapter goes with --base",
+        ),
     ],
 )
 def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +327,7 @@ def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["build", "--base", LLADA], "the following arguments are required: --out"),
+        (["build", "--base", LLADA], "the following arguments are required: --output"),
         (["publish"], "invalid choice: 'publish'"),
     ],
 )
@@ -334,7 +340,7 @@ def test_wrong_options(arguments: list[str], words: str, capsys: pytest.CaptureF
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert publish.main(["build", "--base", LLADA, "--adapter", SINGLE, "--out", out, "--num-query-masks", "4"]) == 2
+    assert publish.main(["build", "--base", LLADA, "--adapter", SINGLE, "--output", out, "--num-query-masks", "4"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("publish.py: ")
     assert "num_query_masks = 1, but 4 was asked for" in printed.err
@@ -376,7 +382,7 @@ def test_known_release_from_the_hub(
         (source / "retriever_config.json").unlink()
     commit = hub_repository(cache, release.base, PARITY / "backbones" / f"tiny-{kind}")
     adapter_commit = hub_repository(cache, release.adapter, source)
-    assert publish.main(["build", name, "--out", str(tmp_path / name)]) == 0
+    assert publish.main(["build", name, "--output", str(tmp_path / name)]) == 0
     fields = read(tmp_path / name / "config.json")
     assert fields["base_model_name_or_path"] == release.base
     assert fields["base_model_revision"] == commit
@@ -393,7 +399,7 @@ def test_known_release_from_the_hub(
     if recorded:
         edit_json(source / "retriever_config.json", n_gen_p_tokens=9)
         hub_repository(cache, release.adapter, source)
-        assert publish.main(["build", name, "--out", str(tmp_path / "again")]) == 2
+        assert publish.main(["build", name, "--output", str(tmp_path / "again")]) == 2
         assert "says num_passage_masks = 9" in capsys.readouterr().err
 
 

@@ -169,7 +169,7 @@ def test_without_a_fingerprint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     base = tmp_path / "weightless"
     shutil.copytree(LLADA, base, ignore=shutil.ignore_patterns("*.safetensors"))
     out = tmp_path / "release"
-    assert publish.main(["build", "--base", str(base), "--adapter", SINGLE, "--out", str(out)]) == 0
+    assert publish.main(["build", "--base", str(base), "--adapter", SINGLE, "--output", str(out)]) == 0
     assert "no vectors recorded: the weights of ../weightless were not on the machine" in capsys.readouterr().out
     made = json.loads((out / "release.json").read_text())
     assert made["fingerprint"] is None
@@ -178,7 +178,7 @@ def test_without_a_fingerprint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "right, as far as it was checked" in said
     assert "NOT CHECKED: whether it loads and its vectors are right: release.json has no fingerprint" in said
-    assert publish.main(["build", "--base", LLADA, "--out", str(tmp_path / "never"), "--fingerprint", "never"]) == 0
+    assert publish.main(["build", "--base", LLADA, "--output", str(tmp_path / "never"), "--fingerprint", "never"]) == 0
     assert "no vectors recorded: not asked for (--fingerprint never)" in capsys.readouterr().out
 
 
@@ -193,7 +193,7 @@ def test_a_broken_backbone_is_found_at_the_build(tmp_path: Path, capsys: pytest.
         tmp_path / "base" / "model.safetensors",
         lambda tensors: tensors["model.transformer.ln_f.weight"].fill_(float("nan")),
     )
-    assert publish.main(["build", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "release")]) == 2
+    assert publish.main(["build", "--base", str(tmp_path / "base"), "--output", str(tmp_path / "release")]) == 2
     assert "model.transformer.ln_f.weight hold NaN or infinite values" in capsys.readouterr().err
     assert not (tmp_path / "release").exists()
 

@@ -133,13 +133,13 @@ def test_the_package_works_alone(installed: Path, tmp_path: Path) -> None:
         tmp_path,
         [
             (0, "publish list"),
-            (0, "publish build --base backbone --adapter adapter --out release"),
+            (0, "publish build --base backbone --adapter adapter --output release"),
             (0, "publish check release"),
             (0, "encode --model release --input corpus.jsonl --output store"),
             (0, "search --model release --store store --json clock"),
-            (0, "publish build --base backbone --out zero-shot"),
-            (0, f"train --recipe llada-tiny-single {small} --model zero-shot --pairs pairs.jsonl --out trained"),
-            (2, f"publish build {tiny} --out tiny"),
+            (0, "publish build --base backbone --output zero-shot"),
+            (0, f"train --recipe llada-tiny-single {small} --model zero-shot --pairs pairs.jsonl --output trained"),
+            (2, f"publish build {tiny} --output tiny"),
         ],
     )
     assert "its vectors in a fresh process are those of the build" in said

@@ -54,7 +54,7 @@ def run(*arguments: object) -> int:
 def test_search_prints_what_score_ranks(
     model: Any, folder: Path, capsys: pytest.CaptureFixture[str], mode: str
 ) -> None:
-    arguments = ["--model", RELEASE, "--store", folder / "store", "--mode", mode, "--top-k", 3, "--json"]
+    arguments = ["--model", RELEASE, "--store", folder / "store", "--mode", mode, "--top-k", 3, "--json", "-"]
     assert run("search", *arguments, "play audio files") == 0
     answer = json.loads(capsys.readouterr().out)
     passages = model.encode_texts(list(TEXTS.values()), is_query=False)
@@ -75,7 +75,7 @@ def test_results_are_printed_on_any_console(
     printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr("sys.stdout", printed)
     given = ["--model", RELEASE, "--store", folder / "store", "--top-k", 5]
-    assert run("search", *given, *(["--json"] if as_json else []), "naïve 検索 😀") == 0
+    assert run("search", *given, *(["--json", "-"] if as_json else []), "naïve 検索 😀") == 0
     printed.flush()
     shown = printed.buffer.getvalue().decode(encoding)
     if as_json:
@@ -104,10 +104,28 @@ def test_interactive_keeps_the_model(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("web pages\n\n  play mp3 \n"))
-    assert run("search", "--model", RELEASE, "--store", folder / "store", "--interactive", "--json") == 0
+    assert run("search", "--model", RELEASE, "--store", folder / "store", "--interactive", "--json", "-") == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["query"] for answer in answers] == ["web pages", "play mp3"]
     assert len(answers[1]["hits"]) == len(TEXTS)
+
+
+def test_json_goes_to_a_file_or_as_before_to_standard_output(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("search", "--model", RELEASE, "--store", folder / "store", "--top-k", 2)
+    assert run(*given, "web pages", "play mp3", "--json", tmp_path / "found.jsonl") == 0
+    shown, rows = (
+        capsys.readouterr(),
+        [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()],
+    )
+    assert [row["query"] for row in rows] == ["web pages", "play mp3"]
+    assert shown.out.startswith(f"web pages\n 1  {rows[0]['hits'][0]['score']:.4f}  ")
+    for words in (("--json", "web pages"), ("web pages", "--json")):
+        assert run(*given, *words) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out) == rows[0]
+    assert run(*given, "web pages", "--json", tmp_path / "no" / "\0") == 2
 
 
 def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +185,7 @@ def test_the_fusion_is_chosen(model: Any, folder: Path, capsys: pytest.CaptureFi
     given = ["--model", RELEASE, "--store", folder / "store", "--mode", MODES[4], "--candidates", 2, "--top-k", 2]
     query = model.encode_texts(["play audio files"], is_query=True)
     expected = Searcher(open_store(folder / "store"), fusion="runs").search(query, MODES[4], 2, candidates=2)
-    assert run("search", *given, "--fusion", "runs", "--json", "play audio files") == 0
+    assert run("search", *given, "--fusion", "runs", "--json", "-", "play audio files") == 0
     hits = json.loads(capsys.readouterr().out)["hits"]
     assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in expected[0]]
 
@@ -178,7 +196,7 @@ def test_index_then_search_by_engine(folder: Path, tmp_path: Path, capsys: pytes
     assert "holds 5 passages, 5 of them sent now" in capsys.readouterr().out
     answers = []
     for place in (engine, ["--store", folder / "store"]):
-        assert run("search", "--model", RELEASE, *place, "--json", "--mode", MODES[4], "web server") == 0
+        assert run("search", "--model", RELEASE, *place, "--json", "-", "--mode", MODES[4], "web server") == 0
         answers.append(json.loads(capsys.readouterr().out))
     assert [hit["id"] for hit in answers[0]["hits"]] == [hit["id"] for hit in answers[1]["hits"]]
     assert answers[0]["hits"][0]["text"] == answers[1]["hits"][0]["text"]

@@ -38,7 +38,7 @@ def write(folder: Path, row: str, seed: int, **levels: float) -> None:
 
 
 def run(results: Path, data: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--results", str(results), "--data", f"toy={data}"]
+    command = [sys.executable, str(SCRIPT), "--input", str(results), "--data", f"toy={data}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

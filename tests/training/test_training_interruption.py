@@ -259,7 +259,7 @@ def test_another_recipe_or_other_data_is_no_resumption(
     whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*command(whole, whole["out"]), "--set", "temperature=0.5"]) == 2
-    assert "this run was started with `temperature` 0.05, not 0.5. Choose another --out" in capsys.readouterr().err
+    assert "this run was started with `temperature` 0.05, not 0.5. Choose another --output" in capsys.readouterr().err
     other = tmp_path / "pairs.jsonl"
     other.write_bytes(whole["pairs"].read_bytes().replace(b"river", b"brook"))
     assert main(arguments(whole["recipe"], whole["release"], other, whole["out"])) == 2
@@ -305,7 +305,7 @@ def test_another_release_in_a_folder_of_the_same_name_is_no_resumption(
     assert main(arguments(whole["recipe"], release, whole["pairs"], whole["out"])) == 2
     said = capsys.readouterr().err
     assert f"{whole['out'] / 'state' / 'checkpoint-8'}: this run was started with another release: " in said
-    assert f"{field}. Choose another --out" in said
+    assert f"{field}. Choose another --output" in said
     shutil.rmtree(release)
     shutil.copytree(whole["release"], release)  # the same content at another place is the same
     assert main(arguments(whole["recipe"], release, whole["pairs"], whole["out"])) == 0

@@ -42,7 +42,7 @@ def test_negatives_share_words_and_are_no_answers(tmp_path: Path, capsys: pytest
     records[0]["query_id"] = "seven"
     pairs = write_lines(tmp_path / "pairs.jsonl", records)
     out = tmp_path / "mined.jsonl"
-    command = ["mine-negatives", "--pairs", str(pairs), "--out", str(out), "--negatives", "4", "--depth", "8"]
+    command = ["mine-negatives", "--pairs", str(pairs), "--output", str(out), "--negatives", "4", "--depth", "8"]
     assert main(command) == 0
     assert "30 queries" in capsys.readouterr().out
     mined = lines_of(out)
@@ -76,7 +76,7 @@ def test_negatives_come_from_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixt
     table = tmp_path / "corpus.tsv"
     table.write_text("".join("\t".join(row) + "\n" for row in [("id", "title", "text"), *passages]))
     out = tmp_path / "mined.jsonl"
-    command = ["mine-negatives", "--pairs", str(pairs), "--out", str(out), "--corpus"]
+    command = ["mine-negatives", "--pairs", str(pairs), "--output", str(out), "--corpus"]
     for corpus in (folder, folder / "corpus.jsonl", table):
         assert main([*command, str(corpus)]) == 0
         (mined,) = lines_of(out)
@@ -90,7 +90,7 @@ def test_negatives_come_from_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bm25s")
     pairs = write_lines(tmp_path / "pairs.jsonl", made_up_pairs(3))
-    command = ["mine-negatives", "--pairs", str(pairs), "--out", str(tmp_path / "out.jsonl")]
+    command = ["mine-negatives", "--pairs", str(pairs), "--output", str(tmp_path / "out.jsonl")]
     assert main([*command, "--depth", "5", "--negatives", "4", "--skip", "2"]) == 2
     assert "--depth 5 leaves fewer than --negatives 4 after --skip 2; raise it" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
@@ -148,7 +148,7 @@ def test_mining_with_a_release(
     written = []
     for number, more in enumerate(([], ["--store", str(tmp_path / "store")], ["--store", str(tmp_path / "store")])):
         out = tmp_path / f"{number}.jsonl"
-        assert main([*command, "--out", str(out), *more]) == 0
+        assert main([*command, "--output", str(out), *more]) == 0
         written.append(out.read_bytes())
     assert sum(counted) == 2 * 12 + 3 * 12  # the passages of two stores, and each time the queries
     assert written[0] == written[1] == written[2]
@@ -188,8 +188,8 @@ def test_the_grid_is_what_single_releases_give(
     packed = tmp_path / "pairs.jsonl.xz"
     packed.write_bytes(lzma.compress(pairs.read_bytes()))
     out, release = tmp_path / "out" / "budget.json", build_release("tiny-dream")
-    command = ["select-budget", "--model", str(release), "--pairs", str(packed), "--out", str(out)]
-    assert main([*command, "--queries", "6", "--passages", "30", "--budgets", "1", "3"]) == 0
+    command = ["select-budget", "--model", str(release), "--pairs", str(packed), "--output", str(out)]
+    assert main([*command, "--num-queries", "6", "--num-passages", "30", "--budgets", "1", "3"]) == 0
     assert [file.name for file in out.parent.iterdir()] == ["budget.json"]  # nothing unpacked is left
     found = json.loads(out.read_text())
     cells = [(cell["num_query_masks"], cell["num_passage_masks"]) for cell in found["grid"]]
@@ -249,14 +249,14 @@ def test_each_side_is_encoded_once_a_budget(load_release: Callable[..., Any], mo
 
 def test_budget_errors(build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = write_lines(tmp_path / "pairs.jsonl", made_up_pairs(4))
-    command = ["select-budget", "--pairs", str(pairs), "--out", str(tmp_path / "b.json"), "--model"]
+    command = ["select-budget", "--pairs", str(pairs), "--output", str(tmp_path / "b.json"), "--model"]
     assert main([*command, str(build_release("tiny-llada"))]) == 2
-    assert "--queries 500 is more than the 4 queries of " in capsys.readouterr().err
-    assert main([*command, str(build_release("tiny-llada", "llada-single")), "--queries", "2"]) == 2
+    assert "--num-queries 500 is more than the 4 queries of " in capsys.readouterr().err
+    assert main([*command, str(build_release("tiny-llada", "llada-single")), "--num-queries", "2"]) == 2
     assert "has fixed prompts, so it was made for one budget" in capsys.readouterr().err
-    given = ["select-budget", "--out", str(tmp_path / "b.json"), "--model", str(build_release("tiny-llada"))]
-    assert main([*given, "--data", str(tmp_path), "--queries", "2"]) == 2
-    assert "--queries draws from --pairs; of a benchmark (--data), the whole split" in capsys.readouterr().err
+    given = ["select-budget", "--output", str(tmp_path / "b.json"), "--model", str(build_release("tiny-llada"))]
+    assert main([*given, "--data", str(tmp_path), "--num-queries", "2"]) == 2
+    assert "--num-queries draws from --pairs; of a benchmark (--data), the whole split" in capsys.readouterr().err
 
 
 def test_budgets_on_a_benchmark(
@@ -270,7 +270,7 @@ def test_budgets_on_a_benchmark(
     (folder / "qrels" / "dev.tsv").write_text(
         "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\tp{n}\t1\n" for n in range(3))
     )
-    given = ["--data", str(folder), "--split", "dev", "--out", str(tmp_path / "b.json"), "--budgets", "1"]
+    given = ["--data", str(folder), "--split", "dev", "--output", str(tmp_path / "b.json"), "--budgets", "1"]
     assert main(["select-budget", "--model", str(build_release("tiny-llada")), *given, "--fusion", "runs"]) == 0
     found = json.loads((tmp_path / "b.json").read_text())
     assert (found["fusion"], found["queries"], found["passages"]) == ("runs", 3, 10)
