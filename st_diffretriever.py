@@ -6,6 +6,7 @@ Needs sentence-transformers 5 (dense, sparse) or 6 (multi-vector too). transform
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 # What sentence-transformers calls the two sides, and the prompts of a release that stand for them.
 TASKS = {"query": True, "document": False}
 ROLE_TAGS = {"<|query|>": True, "<|document|>": False}
-KINDS = ("dense", "sparse", "multi-vector")  # for SentenceTransformer, SparseEncoder and MultiVectorEncoder
+CLASSES = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multi-vector": "MultiVectorEncoder"}
+KINDS = tuple(CLASSES)
 # Of what sentence-transformers hands on for the tokenizer, these are about the download only.
 DOWNLOAD_OPTIONS = {"token", "trust_remote_code", "revision", "local_files_only", "cache_dir"}
 
@@ -124,16 +126,17 @@ class DiffRetrieverModule(InputModule):
                 f"{model_name_or_path} has no {cls.config_file_name}, which says what the release gives to "
                 "sentence-transformers; load it with transformers' AutoModel, or build it again with publish.py."
             )
-        given = [model_kwargs or {}, processor_kwargs, config_kwargs or {}]
-        if settings.get("kind") == "dense" and all("trust_remote_code" in options for options in given):
-            # Only SparseEncoder repeats the download's options so, about to put random weights behind this module.
-            raise ValueError(
-                f"SparseEncoder was given {model_name_or_path}, whose files are for SentenceTransformer; load the "
-                'release\'s sparse branch: SparseEncoder(..., revision="sparse", trust_remote_code=True).'
-            )
+        kind, asked = settings.get("kind", ""), revision if revision in KINDS else None
+        if kind == "dense" and all(
+            "trust_remote_code" in given for given in (model_kwargs or {}, processor_kwargs, config_kwargs or {})
+        ):
+            asked = "sparse"  # SparseEncoder alone repeats the download's options so, to put random weights behind this
+        if asked is not None and asked != kind:
+            raise ValueError(_elsewhere(model_name_or_path, asked))
         hub |= {"cache_dir": cache_folder, "trust_remote_code": trust_remote_code}
         options = {**hub, **(config_kwargs or {}), **(model_kwargs or {})}
-        return cls(AutoModel.from_pretrained(model_name_or_path, **options), settings.get("kind", ""))
+        release = _around(model_name_or_path) if settings.get("release") == ".." else model_name_or_path
+        return cls(AutoModel.from_pretrained(release, **options), kind)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write merged weights, tokenizer, config and code, and this module's settings, into a folder."""
@@ -312,6 +315,21 @@ class DiffRetrieverModule(InputModule):
     def get_sentence_embedding_dimension(self) -> int:
         """Return `get_embedding_dimension()`, by its name before sentence-transformers 5.4."""
         return self.get_embedding_dimension()
+
+
+def _around(folder: str) -> str:
+    """Return the release that a folder for one class lies in, as given: a link is not followed."""
+    return os.path.dirname(os.path.abspath(folder))
+
+
+def _elsewhere(release: str, kind: str) -> str:
+    """Say where a release's files for another class are: in a folder, which has no revisions, or on a branch."""
+    inside = f'"{os.path.join(release, kind)}"'
+    place = inside if os.path.isdir(release) else f'"{release}", revision="{kind}"'
+    return (
+        f"the files of {release} are not for {CLASSES[kind]}; its {kind} vectors are loaded with "
+        f"{CLASSES[kind]}({place}, trust_remote_code=True)."
+    )
 
 
 def _check_options(subfolder: str, processor_kwargs: dict[str, Any], backend: str) -> None:

@@ -26,7 +26,15 @@ from ..model.modeling_diffretriever import ADAPTER_FILES, read_adapter, read_set
 from ..model.tokenization_helpers import RetrievalTokenizer, name_mask_token
 from . import card, probe, record
 from .hub import find_folder
-from .releases import BACKBONE_FOLDER, CODE_FILES, RELEASES, SENTENCE_TRANSFORMERS_FILE, check_name, check_repo_id
+from .releases import (
+    BACKBONE_FOLDER,
+    BRANCHES,
+    CODE_FILES,
+    RELEASES,
+    SENTENCE_TRANSFORMERS_FILE,
+    check_name,
+    check_repo_id,
+)
 from .sentence_transformers import sentence_transformers_files
 
 SOURCE = Path(configuration_diffretriever.__file__).resolve().parent  # of the code: the tree, or a wheel's folder
@@ -223,8 +231,14 @@ def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
         shutil.copyfile(SOURCE / file, made / file)
     backbones.save_tokenizer(parts.tokenizer, made)
     write_config(parts.config, made / "config.json")
-    for file, text in sentence_transformers_files("dense", read_object(made / "config.json")).items():
+    written = read_object(made / "config.json")
+    for file, text in sentence_transformers_files("dense", written).items():
         write_text(made / file, text)
+    for branch in BRANCHES:
+        (made / branch).mkdir()
+        shutil.copyfile(SOURCE / SENTENCE_TRANSFORMERS_FILE, made / branch / SENTENCE_TRANSFORMERS_FILE)
+        for file, text in sentence_transformers_files(branch, written, inside=True).items():
+            write_text(made / branch / file, text)
     if parts.adapter is not None:
         _copy_files(parts.adapter, made / "adapter", [CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE])
     if with_backbone:
@@ -246,9 +260,10 @@ def _copy_files(source: Path, folder: Path, names: list[str]) -> None:
 
 def _link_code(made: Path, out: Path) -> None:
     """Replace the code by links to the source tree; they start at the place the release is moved to."""
-    for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
-        remove_file(made / file)
-        (made / file).symlink_to(os.path.relpath(SOURCE / file, out.resolve()))
+    for file in list(made.rglob("*.py")):
+        remove_file(file)
+        place = out.resolve() / file.relative_to(made)
+        file.symlink_to(os.path.relpath(SOURCE / file.name, place.parent))
 
 
 def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files.lines import read_object
 from .hub import is_hub_id
-from .releases import BACKBONE_FOLDER, RELEASES
+from .releases import BACKBONE_FOLDER, BRANCHES, RELEASES
 
 HERE = Path(__file__).resolve().parent
 MODES = ("dense", "sparse", "hybrid")  # the columns of figures.yaml
@@ -112,8 +112,7 @@ def example_blocks(repo_id: str, single: bool) -> list[str]:
     """
     import jinja2
 
-    fields = {"repo_id": repo_id, "single": single, "fusion": _fusion(single)}  # all that the blocks depend on
-    card = _squeeze(_template(jinja2.ChainableUndefined).render(fields))
+    card = _squeeze(_template(jinja2.ChainableUndefined).render(_code_fields(repo_id, single)))
     return [source for _, source in code_blocks(card)]
 
 
@@ -130,8 +129,22 @@ def _template(undefined: Any) -> Any:
     return environment.get_template("card.md.jinja")
 
 
-def _fusion(single: bool) -> str:
-    return f"fusion_{'single' if single else 'multi'}_sparse_max"
+def _code_fields(repo_id: str, single: bool) -> dict[str, Any]:
+    """Return all that a card's code depends on, among it how the release is named for each class to load."""
+    on_hub = "/" in repo_id
+    known = RELEASES.get(repo_id)
+    places = {
+        branch: f'"{repo_id}", revision="{branch}"' if on_hub else f'f"{{release}}/{branch}"' for branch in BRANCHES
+    }
+    return {
+        "repo_id": repo_id,
+        "single": single,
+        "fusion": f"fusion_{'single' if single else 'multi'}_sparse_max",
+        "on_hub": on_hub,
+        "shipped": known is not None and known.is_local,
+        "main": f'"{repo_id}"' if on_hub else "release",
+        **{branch.replace("-", "_"): place for branch, place in places.items()},
+    }
 
 
 def _plain(name: str) -> str:
@@ -163,8 +176,8 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
     known = RELEASES.get(facts.known_as or "")
     has_adapter = facts.lora is not None
     return {
+        **_code_fields(facts.repo_id, single),
         "name": config.release_name,
-        "repo_id": facts.repo_id,
         "adapter": has_adapter,
         "lora": None if facts.lora is None else {name: _number(name, facts.lora.get(name)) for name in LORA_NUMBERS},
         "backbone": base,
@@ -178,13 +191,11 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "vectors_phrase": "one dense vector" if single else "several dense vectors",
         "k_q": k_q,
         "k_p": k_p,
-        "single": single,
         "steps": config.num_denoise_steps,
         "hidden_size": facts.hidden_size,
         "longest_input": _longest_input(config),
         "prompt_tokens": facts.prompt_tokens,
         "recommended": (known and known.recommended) or ("single_dense" if single else "multi_dense"),
-        "fusion": _fusion(single),
         "dense_words": "`single_dense`" if single else "MaxSim (`multi_dense`)",
         "paper": paper,
         "measured": measured,
@@ -360,23 +371,29 @@ def code_blocks(card: str) -> list[tuple[str, str]]:
 
 
 def with_repo_id(card: str, old: str, new: str) -> str:
-    """Return the card with another Hub id in its code.
-
-    >>> with_repo_id('AutoModel.from_pretrained("mine")  # mine', "mine", "lab/mine")
-    'AutoModel.from_pretrained("lab/mine")  # mine'
-    """
-    return card.replace(f'"{old}"', f'"{new}"')
-
-
-def with_folders(block: str, repo_id: str, folders: dict[str, str]) -> str:
-    """Return a code block that loads local folders instead of a Hub id.
+    """Return the card with code that loads another Hub id.
 
     Args:
-        block: Python source.
-        repo_id: the Hub id in it.
-        folders: a folder for "main" and for each branch that the source may name as `revision`.
+        card: README.md, as a build wrote it.
+        old: the Hub id or folder name that its code loads.
+        new: the one to load.
     """
-    for branch, folder in folders.items():
-        named = rf'"{re.escape(repo_id)}",\s*revision="{re.escape(branch)}"'
-        block = re.sub(named, repr(folder).replace("\\", r"\\"), block)
-    return block.replace(f'"{repo_id}"', repr(folders["main"]))
+    for single in (True, False):
+        for before, after in zip(example_blocks(old, single), example_blocks(new, single), strict=True):
+            card = card.replace(before, after)
+    return card
+
+
+def with_folder(block: str, repo_id: str, folder: str) -> str:
+    """Return a code block that loads a folder of this machine.
+
+    Args:
+        block: Python source, of `example_blocks`.
+        repo_id: the Hub id or folder name that it loads.
+        folder: the release's folder.
+    """
+    block = re.sub("^from diffretriever import .*\n", "", block, flags=re.MULTILINE)
+    block = re.sub("^release = .*", lambda _: f"release = {folder!r}", block, flags=re.MULTILINE)
+    for branch in BRANCHES:
+        block = block.replace(f'"{repo_id}", revision="{branch}"', repr(f"{folder}/{branch}"))
+    return block.replace(f'"{repo_id}"', repr(folder))

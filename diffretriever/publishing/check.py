@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files.durable import write_text
 from ..files.lines import read_object
 from . import card, fingerprint, record
 from .hub import is_hub_id
-from .releases import BACKBONE_FOLDER, BRANCHES, library_versions
-from .sentence_transformers import sentence_transformers_files
+from .releases import BACKBONE_FOLDER, library_versions
 
 PROBE = Path(__file__).with_name("probe.py")
 SECRET = re.compile("token|secret|passw|credential|api_?key|access_key", re.IGNORECASE)  # in a variable's name
@@ -139,14 +137,11 @@ def check_loaded(
         report.problems.append(f"{strange}; nothing of the card was run. Build the release again")
         return
     with tempfile.TemporaryDirectory(prefix="check-") as scratch:
-        places = {"main": str(folder)} | {
-            branch: str(branch_folder(folder, branch, config, Path(scratch))) for branch in BRANCHES
-        }
         order = {
             "folder": str(folder),
             "dtype": made["fingerprint"]["dtype"],
             "device": device,
-            "blocks": [card.with_folders(source, made["repo_id"], places) for _, source in blocks],
+            "blocks": [card.with_folder(source, made["repo_id"], str(folder)) for _, source in blocks],
             "names": [name for name, _ in blocks],
         }
         answers, error = run_fresh(order, Path(scratch))
@@ -182,21 +177,6 @@ def judge_block(answer: dict[str, Any], report: Report) -> None:
         )
     else:
         report.problems.append(f"{answer['name']}: the card's code fails: {answer['error']}")
-
-
-def branch_folder(folder: Path, branch: str, config: dict[str, Any], scratch: Path) -> Path:
-    """Make a folder that holds what a branch of the repository would, by links."""
-    place = scratch / f"{folder.name}-{branch}"  # its own name: transformers 4.54 goes by it
-    for name, file in record.release_files(folder).items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).symlink_to(file.resolve())
-    files = dict(sentence_transformers_files(branch, config))
-    base = config.get("base_model_name_or_path")
-    if base is not None and base != BACKBONE_FOLDER and (folder / base).is_dir():  # relative to the release
-        files["config.json"] = json.dumps({**config, "base_model_name_or_path": str((folder / base).resolve())})
-    for name, content in files.items():
-        write_text(place / name, content)  # of a link, the link is replaced
-    return place
 
 
 def run_fresh(order: dict[str, Any], scratch: Path) -> tuple[list[dict[str, Any]], str | None]:

@@ -1,7 +1,8 @@
 """The small JSON files that make a release a sentence-transformers model.
 
-A repository's root serves one class. So a release's root and its branches "sparse" and "multi-vector" hold the same
-files but for these.
+A place serves one class, a release's root the one for dense vectors. On the Hub its branches "sparse" and
+"multi-vector" hold the same files but for these. A folder has no branches: in it, folders of these names hold these
+files, which lead to the release around them, and `st_diffretriever.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ MODULE = "st_diffretriever.DiffRetrieverModule"
 REQUIREMENTS = {"transformers": ">=4.54", "peft": ">=0.18"}  # sentence-transformers 6 checks them before it loads
 
 
-def sentence_transformers_files(kind: str, config: dict[str, Any]) -> dict[str, str]:
+def sentence_transformers_files(kind: str, config: dict[str, Any], inside: bool = False) -> dict[str, str]:
     """Return the files that a release needs for one class of sentence-transformers.
 
     Args:
-        kind: "dense" (the release's root), "sparse" or "multi-vector" (the branches of these names).
+        kind: "dense" (the release's root), "sparse" or "multi-vector" (the branches or folders of these names).
         config: the release's config.json.
+        inside: the files are for a folder inside the release, which has no model of its own.
 
     Returns:
         Relative path to JSON text, with a line break at its end.
@@ -56,6 +58,6 @@ def sentence_transformers_files(kind: str, config: dict[str, Any]) -> dict[str, 
     files: dict[str, Any] = {
         "modules.json": [{"idx": 0, "name": "0", "path": "", "type": MODULE}],
         "config_sentence_transformers.json": settings,
-        "st_diffretriever.json": {"kind": kind},
+        "st_diffretriever.json": {"kind": kind, **({"release": ".."} if inside else {})},
     }
     return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import diffretriever
 import publish
 from diffretriever.publishing import build as building
 
@@ -83,8 +84,14 @@ def test_shipped_checkpoints_load_where_they_lie() -> None:
     assert [folder.name for folder in releases] == sorted(name for name in building.RELEASES if "tiny" in name)
     assert len(releases) == 4
     for folder in releases:
-        for file in folder.glob("*.py"):
-            assert file.resolve() == ROOT / file.name
+        assert diffretriever.shipped_release(folder.name) == str(folder)
+        code = list(folder.rglob("*.py"))
+        assert len(code) > 14
+        assert all(file.resolve() == ROOT / file.name for file in code)
+    with pytest.raises(
+        FileNotFoundError, match=r"other is not there; shipped are: .*dream-tiny-single.*pip install -e"
+    ):
+        diffretriever.shipped_release("other")
 
 
 @pytest.mark.parametrize("name", [name for name in building.RELEASES if "tiny" in name])

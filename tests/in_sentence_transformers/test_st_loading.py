@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sentence_transformers_folders import CHECKPOINTS, CLASSES, RELEASES, TEXTS,
 from transformers import AutoModel
 
 from diffretriever.publishing import build as building
+from diffretriever.publishing import card, probe
 
 NEWEST = int(sentence_transformers.__version__.split(".")[0]) >= 6
 
@@ -76,6 +78,26 @@ def test_branches_in_a_fresh_process(folders: Folders, cache: Path, tmp_path: Pa
     run_python(FRESH, tmp_path / "kept.pt", json.dumps(wanted), *TEXTS, HF_HOME=tmp_path / "home")
     for kind, vectors in torch.load(tmp_path / "kept.pt", weights_only=False).items():
         close(vectors, folders.model("multi", kind).encode_query(TEXTS))
+
+
+# ---------------------------------------------------------------------------------------------- the cards
+
+
+@pytest.mark.parametrize("name", ["diffretriever-llada-tiny-single", "diffretriever-dream-tiny-multi-q4-p16"])
+def test_the_cards_code_as_pasted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder that knows nothing of the release, and each print says something: the right passage is first."""
+    monkeypatch.chdir(tmp_path)
+    blocks = card.code_blocks((CHECKPOINTS / name / "README.md").read_text(encoding="utf-8"))
+    answers = list(probe.run_blocks([source for _, source in blocks], [line for line, _ in blocks]))
+    assert len(answers) == 4
+    told = [answer for answer in answers if answer["missing"] is None]
+    assert len(told) == 4 or (not NEWEST and [answer["missing"] for answer in answers].count(None) == 3)
+    for answer in told:
+        rows = [list(map(float, row.split(","))) for row in re.findall(r"\[([\d., ]+)\]", answer["printed"])]
+        assert len(rows) == 2, answer["printed"]
+        assert rows[1][1] == max(rows[1]) > 0, "compress files"
+        sparse = "SparseEncoder" in dict(blocks)[answer["name"]]
+        assert rows[0] == [0, 0, 0] if sparse else rows[0][0] == max(rows[0]) > 0, "audio player"
 
 
 # ---------------------------------------------------------------------------------------------- AutoModel apart
@@ -197,8 +219,19 @@ def test_pool_of_processes(folders: Folders, kind: str) -> None:
 
 def test_sparse_encoder_of_the_dense_root(folders: Folders) -> None:
     """sentence-transformers would put a random autoencoder behind it."""
-    with pytest.raises(ValueError, match=r"whose files are for SentenceTransformer; load the .*revision=\"sparse\""):
+    with pytest.raises(ValueError, match=r"are not for SparseEncoder; .* with SparseEncoder\(\".*/sparse\", trust"):
         load("sparse", folders.folder("single", "dense"))
+
+
+def test_a_folder_has_no_revisions(folders: Folders, kind: str) -> None:
+    """Said is what does load: the folder inside."""
+    release = CHECKPOINTS / RELEASES["multi"]
+    if kind != "dense":
+        words = rf"with {CLASSES[kind]}\(\"{release}/{kind}\", trust_remote_code=True\)"
+        with pytest.raises(ValueError, match=words):
+            load(kind, release, revision=kind)
+    model = load(kind, release if kind == "dense" else release / kind)
+    close(model.encode_query(TEXTS), folders.model("multi", kind).encode_query(TEXTS))
 
 
 @pytest.mark.parametrize("other", ["sparse", "multi-vector"])
@@ -264,7 +297,7 @@ def test_module_not_at_the_top(tmp_path: Path) -> None:
 def test_files_agree_with_the_module() -> None:
     module = importlib.import_module("st_diffretriever")
     files = importlib.import_module("diffretriever.publishing.sentence_transformers")
-    assert files.KINDS == module.KINDS
+    assert files.CLASSES == module.CLASSES
     assert set(files.PROMPTS.values()) == set(module.ROLE_TAGS)
     assert set(files.PROMPTS) == set(module.TASKS)
     name, class_name = files.MODULE.split(".")

@@ -37,6 +37,14 @@ LLADA, DREAM = str(PARITY / "backbones" / "tiny-llada"), str(PARITY / "backbones
 SINGLE, MULTI = str(PARITY / "adapters" / "llada-single"), str(PARITY / "adapters" / "llada-q4p4")
 
 
+SENTENCE_TRANSFORMERS_FILES = (
+    "st_diffretriever.py",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "st_diffretriever.json",
+)
+
+
 def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -54,10 +62,7 @@ def test_what_a_release_holds(kind: str, adapter: str | None, tmp_path: Path) ->
     kept = {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "retriever_config.json")}
     required = {
         *building.CODE_FILES,
-        "st_diffretriever.py",
-        "modules.json",
-        "config_sentence_transformers.json",
-        "st_diffretriever.json",
+        *(f"{place}{name}" for place in ("", "sparse/", "multi-vector/") for name in SENTENCE_TRANSFORMERS_FILES),
         "README.md",
         "release.json",
         "config.json",

@@ -240,12 +240,20 @@ def test_bad_metadata_is_found_by_check(release: Path) -> None:
 # --------------------------------------------------------------------------------------------------- the code's Hub id
 
 
-def test_hub_ids_in_code() -> None:
-    block = 'A("lab/x", trust=True)\nB("lab/x", revision="sparse", trust=True)\nC("lab/x",\n  revision="other")\n'
-    folders = {"main": "/m", "sparse": "/s"}
-    assert card.with_folders(block, "lab/x", folders) == (
-        "A('/m', trust=True)\nB('/s', trust=True)\nC('/m',\n  revision=\"other\")\n"
-    )
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("repo_id", ["lab/x", "x", "diffretriever-llada-tiny-single"])
+def test_what_the_code_of_a_card_loads(repo_id: str, single: bool) -> None:
+    """On the Hub branches, elsewhere folders; a check puts its own folder in, a push the repository."""
+    blocks = card.example_blocks(repo_id, single)
+    code = "\n".join(blocks)
+    assert ('revision="sparse"' in code) == ("/" in repo_id)
+    assert ("shipped_release(" in code) == ("tiny" in repo_id)
+    checked = "\n".join(card.with_folder(block, repo_id, "/here") for block in blocks)
+    assert "revision" not in checked
+    assert "import shipped" not in checked
+    assert f'"{repo_id}"' not in checked
+    assert ("'/here/sparse'" in checked) or ('f"{release}/sparse"' in checked and "release = '/here'" in checked)
+    assert card.with_repo_id(code, repo_id, "lab/other") == "\n".join(card.example_blocks("lab/other", single))
 
 
 # --------------------------------------------------------------------------------------- what others chose

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -351,13 +350,3 @@ def test_a_model_is_freed_once_no_block_needs_it() -> None:
         "assert seen[0]() is None and seen[1]() is kept",
     ]
     assert [one["error"] for one in probe.run_blocks(blocks, ["one", "two"])] == [None, None]
-
-
-def test_the_branches_of_a_check(release: Path, tmp_path: Path) -> None:
-    config = json.loads((release / "config.json").read_text())
-    place = check.branch_folder(release, "sparse", config, tmp_path / "scratch")
-    assert json.loads((place / "config_sentence_transformers.json").read_text())["model_type"] == "SparseEncoder"
-    assert (
-        json.loads((release / "config_sentence_transformers.json").read_text())["model_type"] == "SentenceTransformer"
-    )
-    assert os.path.samefile(place / "scoring.py", release / "scoring.py")
