@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel
 
 from .data.texts import join_title
+from .files.install import install_hint
 from .publishing.releases import DREAM, LLADA, RELEASES
 from .search.modes import SPARSE
 
@@ -127,7 +128,7 @@ def _mteb_models() -> Any:
         from mteb import models
         from mteb.models import sentence_transformer_wrapper  # noqa: F401
     except ImportError as error:
-        raise ImportError('MTEB is not installed: pip install "diffretriever[mteb]"') from error
+        raise ImportError(f"MTEB is not installed: {install_hint('mteb')}") from error
     return models
 
 

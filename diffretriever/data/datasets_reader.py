@@ -6,8 +6,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.install import install_hint
+
 BATCH_ROWS = 512
-EXTRA = 'pip install "diffretriever[retrieval]"'
+EXTRA = install_hint("retrieval")
 
 
 def read_parquet(file: Path, known: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

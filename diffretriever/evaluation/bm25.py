@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files.install import install_hint
 from .runs import Run, ranking
 
 COMPILED_FROM = 20_000  # passages from which bm25s is worth compiling, where numba is installed
@@ -38,7 +39,7 @@ class BM25:
             import bm25s
             import Stemmer
         except ImportError as error:
-            raise ImportError('BM25 needs bm25s and PyStemmer: pip install "diffretriever[retrieval]"') from error
+            raise ImportError(f"BM25 needs bm25s and PyStemmer: {install_hint('retrieval')}") from error
         self.ids = list(ids)
         self._tokenize = bm25s.tokenize
         self._rules: dict[str, Any] = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.install import install_hint
 from ..files.lines import read_object
 
 Budget = tuple[int, int]  # (K_q, K_p)
@@ -171,7 +172,7 @@ def correlations(best: Mapping[str, int], features: Mapping[str, Mapping[str, fl
     try:
         from scipy.stats import kendalltau, spearmanr
     except ImportError as error:
-        raise ImportError('correlations need scipy: pip install "diffretriever[retrieval]"') from error
+        raise ImportError(f"correlations need scipy: {install_hint('retrieval')}") from error
     found: dict[str, Any] = {}
     for feature in FEATURES:
         pairs = [(k_q, features[query][feature]) for query, k_q in best.items()]

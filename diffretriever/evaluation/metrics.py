@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from ..files.install import install_hint
 from .runs import cut
 
 Qrels = Mapping[str, Mapping[str, int]]
@@ -76,7 +77,7 @@ def _positive(digits: str, text: str, what: str) -> int:
 def _ir_measures() -> Any:
     for package in ("ir_measures", "pytrec_eval"):
         if find_spec(package) is None:
-            raise ImportError(f'metrics need {package}: pip install "diffretriever[retrieval]"')
+            raise ImportError(f"metrics need {package}: {install_hint('retrieval')}")
     return import_module("ir_measures")
 
 

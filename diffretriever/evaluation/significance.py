@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..files.install import install_hint
+
 ROUNDING = 1e-12  # metrics lie between 0 and 1
 
 
@@ -39,7 +41,7 @@ def paired_t_test(ours: Mapping[str, float], baseline: Mapping[str, float]) -> T
     try:
         from scipy.stats import ttest_rel
     except ImportError as error:
-        raise ImportError('significance tests need scipy: pip install "diffretriever[retrieval]"') from error
+        raise ImportError(f"significance tests need scipy: {install_hint('retrieval')}") from error
     pairs = [(value, baseline[query]) for query, value in ours.items()]
     differences = [value - other for value, other in pairs]
     mean = math.fsum(differences) / len(pairs)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from .install import install_hint
+
 COMPRESSIONS = (".gz", ".xz", ".zst")
 CHUNK = 1 << 17  # bytes
 PACKED = 1 << 10  # bytes of a .zst file unpacked at once: at the most 256 blocks of 128 KiB, 32 MiB
@@ -49,7 +51,7 @@ def _open_zstandard(path: Path) -> BinaryIO:
     try:
         import zstandard
     except ImportError as error:
-        raise ImportError(f'{path}: .zst files need zstandard; pip install "diffretriever[retrieval]"') from error
+        raise ImportError(f"{path}: .zst files need zstandard; {install_hint('retrieval')}") from error
     return io.BufferedReader(_ZstandardStream(path, zstandard.ZstdDecompressor()), CHUNK)
 
 

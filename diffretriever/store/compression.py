@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..files.durable import TEMPORARY, write_whole
 from ..files.fields import fill
+from ..files.install import install_hint
 from ..files.lines import read_object
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry
 from .segments import existing
@@ -220,7 +221,7 @@ def _new_quantiser(width: int, dimensions_per_byte: int) -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError('compression needs faiss: pip install "diffretriever[retrieval]"') from error
+        raise ImportError(f"compression needs faiss: {install_hint('retrieval')}") from error
     return faiss.ProductQuantizer(width, width // dimensions_per_byte, 8)
 
 

@@ -255,4 +255,4 @@ def test_a_missing_package_is_said_with_the_extra(
     assert evaluate(*arguments) == 2
     said = capsys.readouterr().err
     assert package.split(".")[0] in said
-    assert 'pip install "diffretriever[retrieval]"' in said
+    assert 'pip install -e ".[retrieval]"' in said

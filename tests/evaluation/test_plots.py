@@ -257,4 +257,4 @@ def test_wrong_files_and_a_missing_package(
     assert "it has num_query_masks, num_passage_masks, fused, dense" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot("budget", "--input", grid, "--output", tmp_path / "picture.png") == 2
-    assert 'plots need matplotlib: pip install "diffretriever[retrieval]"' in capsys.readouterr().err
+    assert 'plots need matplotlib: pip install -e ".[retrieval]"' in capsys.readouterr().err

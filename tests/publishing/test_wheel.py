@@ -81,7 +81,11 @@ def test_what_a_wheel_holds(wheel: Path) -> None:
         for name in FLAT_FILES:
             assert packed.read(f"diffretriever/model/{name}") == (ROOT / name).read_bytes()
         about = next(name for name in names if name.endswith("/METADATA"))
-        assert f"\nVersion: {__version__}\n" in packed.read(about).decode()
+        told = packed.read(about).decode()
+        assert f"\nVersion: {__version__}\n" in told
+        assert "\nLicense-Expression: MIT\n" in told
+        assert "\nClassifier: Typing :: Typed\n" in told
+        assert "diffretriever/py.typed" in names
     kinds = {".py", ".yaml", ".json", ".jinja"}
     files = [file for file in (ROOT / "diffretriever").rglob("*") if file.suffix in kinds and not file.is_symlink()]
     assert len(files) > 100

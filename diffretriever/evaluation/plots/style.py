@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.durable import check_place, write_whole
+from ...files.install import install_hint
 
 # Okabe and Ito's palette, without its yellow, which is too light for lines
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -54,7 +55,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot, which would need a display and keep the figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "diffretriever[retrieval]"') from error
+        raise ImportError(f"plots need matplotlib: {install_hint('retrieval')}") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...files.install import install_hint
 from ...files.lines import read_object
 from ...files.removal import remove_file
 from .location import KEY_VARIABLE, Location
@@ -21,7 +22,7 @@ ATTEMPTS = 4
 PASSING = (408, 429, 500, 502, 503, 504)  # status codes worth another try
 UNAUTHORISED, TOO_LARGE, FULL = (401, 403), 413, 507
 OLDEST = (1, 16)  # the first server that keeps a collection's metadata
-INSTALL = 'this needs qdrant-client: pip install "diffretriever[retrieval]"'
+INSTALL = f"this needs qdrant-client: {install_hint('retrieval')}"
 FIRST_META = b'{"collections": {}, "aliases": {}}'  # what the embedded engine writes into a new folder's meta.json
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError, sqlite3.DatabaseError)
 
