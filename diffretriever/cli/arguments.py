@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..search.modes import FUSIONS
+from .examples import EXAMPLES
 from .exit_status import IN_WORDS
 
 AGAIN = "Run the same command again."
@@ -30,7 +31,7 @@ def add_command(
         name: of the sub-command.
         help_text: a line for the list of commands.
         run: takes the parsed arguments and returns the exit status.
-        description: what its help begins with (default: the line); it ends with the exit statuses.
+        description: what its help begins with (default: the line); it ends with an example and the exit statuses.
         again: what to say where another try helps: after Ctrl-C, on a full disk.
 
     Returns:
@@ -39,8 +40,11 @@ def add_command(
     parser = commands.add_parser(
         name,
         help=help_text,
-        description=(description or f"{help_text[0].upper()}{help_text[1:]}.") + IN_WORDS,
+        description=description or f"{help_text[0].upper()}{help_text[1:]}.",
     )
+    known_as = parser.prog.split(" ", 1)[1]
+    example = EXAMPLES.get(known_as) or EXAMPLES[f"publish {known_as}"].removeprefix("publish ")  # of publish.py
+    parser.epilog = f"Example:\n  {parser.prog.split()[0]} {example}\n\n{IN_WORDS}"
     parser.set_defaults(run=run, again=again)
     return parser
 

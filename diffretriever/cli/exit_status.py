@@ -17,7 +17,8 @@ from ..search.qdrant.calls import EngineAwayError, EngineError
 
 DONE, WRONG_INPUT, TRY_AGAIN = 0, 2, 3
 FAILING_STORAGE = (*FULL_DISK, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
-IN_WORDS = "\n\nExit status: 0 done; 2 wrong input or options; 3 interrupted, or something is full or away: run again."
+IN_WORDS = """Exit status: 0 done; 2 wrong input or options; 3 interrupted, or something is full or away: run again;
+130, 143 training was stopped by a signal and has saved: run again."""
 EXPECTED = (OSError, ValueError, ImportError, FloatingPointError, EngineError)  # told in words, without a traceback
 
 

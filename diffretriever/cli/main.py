@@ -25,7 +25,8 @@ from . import (
     train,
 )
 from .console import replace_what_cannot_be_shown
-from .exit_status import DONE, EXPECTED, TRY_AGAIN, cache_hint, is_failing_storage, status_of
+from .examples import EXAMPLES
+from .exit_status import DONE, EXPECTED, IN_WORDS, TRY_AGAIN, cache_hint, is_failing_storage, status_of
 from .parser import Parser
 
 # Each has `register`, which adds its sub-command; that sets `run`, which takes the parsed arguments.
@@ -49,7 +50,10 @@ COMMANDS = (
 
 def build_parser() -> Parser:
     """Return the parser with every sub-command."""
-    parser = Parser(prog="diffretriever", description="Diffusion language models as retrievers.")
+    what = "Diffusion language models as retrievers. Each command has its own help: diffretriever encode --help."
+    parser = Parser(
+        prog="diffretriever", description=what, epilog=f"Example:\n  diffretriever {EXAMPLES['search']}\n\n{IN_WORDS}"
+    )
     parser.add_argument("--version", action="version", version=f"diffretriever {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import add_command
-from .exit_status import DONE
+from .exit_status import DONE, IN_WORDS
+
+WHAT = "draw measurements as pictures, PNG, SVG or PDF"
 
 
 def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
-    parser = commands.add_parser("plot", help="draw measurements as PNG, SVG or PDF")
+    parser = commands.add_parser("plot", help=WHAT, description=f"D{WHAT[1:]}.", epilog=IN_WORDS)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     quality = _kind(kinds, "quality", "quality against latency", run_quality, several=True)
     quality.add_argument("--metric", default="nDCG@10", help="of the evaluation (default: nDCG@10)")

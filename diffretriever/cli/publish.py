@@ -9,21 +9,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..publishing import hub
 from ..publishing.releases import MAIN, RELEASES
 from .arguments import RESUMED, add_command, usable_device
-from .exit_status import DONE, WRONG_INPUT
+from .exit_status import DONE, IN_WORDS, WRONG_INPUT
 from .parser import Parser
 
 if TYPE_CHECKING:
     from ..publishing.push import Job, Target
 
 PROGRAM = "publish.py"
+WHAT = "build, check and push releases"
 
 
 def register(commands: Any) -> None:
     """Add the commands to a parser's `add_subparsers` object, one level down."""
-    parser = commands.add_parser("publish", help="build, check and push releases")
+    parser = commands.add_parser("publish", help=WHAT, description=f"{WHAT.capitalize()}.", epilog=IN_WORDS)
     add_commands(parser)
 
 
@@ -267,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .main import run
 
     replace_what_cannot_be_shown()
-    parser = Parser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.")
+    parser = Parser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.", epilog=IN_WORDS)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} of diffretriever {__version__}")
     add_commands(parser)
     return run(parser.parse_args(arguments), PROGRAM)

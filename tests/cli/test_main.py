@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from checkpoint_folders import ROOT, run_python
 
 from diffretriever import __version__
+from diffretriever.cli import publish
 from diffretriever.cli.arguments import find_recipe
 from diffretriever.cli.main import build_parser, main
+from diffretriever.cli.parser import Parser
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,12 +26,35 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"diffretriever {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["encode", "train", "plot budget", "publish push"])
-def test_help_has_the_exit_statuses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*command.split(), "--help"])
-    assert stop.value.code == 0
-    assert "Exit status: 0 done; 2 wrong input or options; 3 interrupted" in capsys.readouterr().out
+def helps(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Every command's parser."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from helps(one) if one._subparsers else [one]
+
+
+def test_every_help_has_a_description_an_example_that_parses_and_the_exit_statuses() -> None:
+    """As do the helps of publish.py, which names itself."""
+    whole = build_parser()
+    script = Parser(prog="publish.py")
+    publish.add_commands(script)
+    seen = [(parser, whole) for parser in helps(whole)] + [(parser, script) for parser in helps(script)]
+    assert len(seen) == 24
+    for parser, top in seen:
+        text = parser.format_help()
+        assert parser.description, parser.prog
+        assert "Exit status: 0 done; 2 wrong input or options; 3 interrupted" in text
+        program, *words = shlex.split(text.partition("Example:\n")[2].partition("\n\n")[0])
+        assert (program, f"{program} {' '.join(words)}".startswith(parser.prog)) == (top.prog, True)
+        assert top.parse_args(words)
+
+
+def test_helps_of_groups_have_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["plot"], ["publish"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        assert "Exit status: 0 done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
