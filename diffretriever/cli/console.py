@@ -1,11 +1,18 @@
-"""What reaches a terminal that cannot show every character."""
+"""What reaches the terminal: characters that it can show, and what its user can act on."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
+
+# Libraries whose warnings a command's user cannot act on: of deprecated calls, of kernels that are not there
+OTHERS = "accelerate bitsandbytes faiss huggingface_hub matplotlib peft qdrant_client torch transformers".split()
 
 
 def replace_what_cannot_be_shown() -> None:
@@ -23,3 +30,35 @@ def json_line(value: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(value)
     return line
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep other libraries' warnings back while a command runs; errors, and what is ours, are shown."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("bitsandbytes",)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=rf"({'|'.join(OTHERS)})(\.|$)")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in loggers.items():
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Keep back the bars with which transformers counts the weights that it loads; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    shown, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -11,6 +11,7 @@ from ..files.lines import read_object
 from ..publishing.hub import find_folder
 from ..search.modes import MODES, SPARSE
 from .arguments import usable_device
+from .console import no_loading_bars
 
 RELEASE = "a release: Hub id or folder; with --method, a backbone"
 WHERE = 'for example cuda:1; "auto" spreads the model over all (default: the first GPU, else the CPU)'
@@ -100,10 +101,12 @@ def load_model(options: argparse.Namespace, **settings: Any) -> Any:
         from ..baselines import load_baseline
         from ..baselines.configuration import own_names
 
-        return load_baseline(options.model, method, **own_names(method, given))
+        with no_loading_bars():
+            return load_baseline(options.model, method, **own_names(method, given))
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **given)
+    with no_loading_bars():
+        return AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **given)
 
 
 def check_model(options: argparse.Namespace) -> str:

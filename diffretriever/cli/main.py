@@ -24,10 +24,11 @@ from . import (
     select_budget,
     train,
 )
-from .console import replace_what_cannot_be_shown
+from .console import quiet_libraries, replace_what_cannot_be_shown
 from .examples import EXAMPLES
 from .exit_status import DONE, EXPECTED, IN_WORDS, TRY_AGAIN, cache_hint, is_failing_storage, status_of
 from .parser import Parser
+from .threads import wait_asleep
 
 # Each has `register`, which adds its sub-command; that sets `run`, which takes the parsed arguments.
 COMMANDS = (
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status; see `exit_status`.
     """
     replace_what_cannot_be_shown()  # before the parser, which may print a help
+    wait_asleep()  # as well: it may look for a device
     options = build_parser().parse_args(arguments)
     return run(options, f"diffretriever {options.command}")
 
@@ -78,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, program: str) -> int:
     """Run a parsed command; print what stops it to stderr and return the exit status."""
     try:
-        status: int = options.run(options)
+        with quiet_libraries():
+            status: int = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted. {options.again}", file=sys.stderr)

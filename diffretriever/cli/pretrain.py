@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
 from .exit_status import DONE
+from .threads import choose_threads
 
 
 def register(commands: Any) -> None:
@@ -20,7 +21,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="output folder; run again to resume")
     parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: by the backbone's width; it is said)")
 
 
 def run_pretrain(options: argparse.Namespace) -> int:
@@ -29,5 +30,6 @@ def run_pretrain(options: argparse.Namespace) -> int:
     from ..pretraining.recipe import read_pretrain_recipe
 
     recipe = read_pretrain_recipe(find_recipe(options.recipe, "pretraining"), seed=options.seed)
-    pretrain(recipe, options.pairs, options.texts, options.output, options.dev, options.threads)
+    choose_threads(options.threads, recipe.shape.d_model)
+    pretrain(recipe, options.pairs, options.texts, options.output, options.dev)
     return DONE

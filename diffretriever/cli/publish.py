@@ -180,12 +180,13 @@ def run_push(options: argparse.Namespace) -> int:
         hub.hidden(token) if token else contextlib.nullcontext(),
     ):
         jobs = list(_jobs(options, Path(scratch)))
-        refused = [job for job in jobs if not _passes(job, options)]
+        refused = {job.folder.name: reasons for job in jobs if (reasons := _refusals(job, options))}
         if options.dry_run:
             for job in jobs:
                 print(push.dry_run(job))
         if refused:
-            print(f"Nothing was pushed: {', '.join(job.folder.name for job in refused)} refused.")
+            for name, reasons in refused.items():
+                print(f"Nothing was pushed: {name} is refused: {'; '.join(reasons)}.")
             return WRONG_INPUT
         if token is None:
             return DONE
@@ -251,16 +252,12 @@ def _find_folder(target: str, built: Path | None) -> Path | None:
     return None
 
 
-def _passes(job: Job, options: argparse.Namespace) -> bool:
-    from ..publishing.check import check_release, publishing_problems
+def _refusals(job: Job, options: argparse.Namespace) -> list[str]:
+    from ..publishing.check import check_release
 
     report = check_release(job.folder, options.device, load=not options.no_load)
-    report.problems += publishing_problems(job.made)
     print(report.in_words(job.folder.name), flush=True)
-    if report.unchecked and not options.allow_unchecked and not report.problems:
-        print("  refused: not everything could be checked; pass --allow-unchecked to push it all the same.")
-        return False
-    return not report.problems
+    return report.refusals(options.allow_unchecked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

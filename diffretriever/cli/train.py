@@ -11,6 +11,7 @@ from typing import Any
 from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
 from .exit_status import DONE
 from .load_model import add_method_option, add_trust_option, check_model, load_model
+from .threads import choose_threads
 
 
 def register(commands: Any) -> None:
@@ -26,15 +27,13 @@ def register(commands: Any) -> None:
     parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: by the backbone's width; it is said)")
     add_trust_option(parser)
     parser.set_defaults(adapter=None, revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Run `diffretriever train`; return 128 + the signal's number where one stopped it."""
-    import torch
-
     from ..training.adapter_recipe import read_adapter_recipe
     from ..training.train import Interrupted, train_adapter
 
@@ -42,13 +41,11 @@ def run_train(options: argparse.Namespace) -> int:
     recipe = read_adapter_recipe(find_recipe(options.recipe, "training"), options.set, **changes)
     options.method = recipe.method
     check_model(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
         train_adapter(
             recipe,
             options.model,
-            partial(load_model, options),
+            partial(_load, options),
             options.pairs,
             options.output,
             options.dev,
@@ -58,3 +55,11 @@ def run_train(options: argparse.Namespace) -> int:
         print(f"diffretriever train: {stop}", file=sys.stderr)
         return 128 + stop.signal
     return DONE
+
+
+def _load(options: argparse.Namespace, **settings: Any) -> Any:
+    """Load what is trained, and choose its CPU threads, which a GPU leaves idle."""
+    model = load_model(options, **settings)
+    if options.threads or model.device.type == "cpu":
+        choose_threads(options.threads, model.config.hidden_size)
+    return model

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..files.claims import Claims
 from ..files.durable import remove_temporaries
 from ..files.removal import remove_file
+from ..progress import progress_bar
 from ..store.manifest import MANIFEST_FILE, Manifest, ShardEntry
 from ..store.plan import CLAIMS_FOLDER, PLAN_FILE
 from ..store.shard_file import ShardFile, write_shard
@@ -45,7 +45,7 @@ class Progress:
     def reach(self, there: int) -> None:
         """Count what earlier runs and other processes have done: `there` texts are in finished shards."""
         if self._bar is None:  # what was there before is no part of the speed
-            self._bar = tqdm(total=self._total, initial=there, disable=not self._show, unit=self._unit, desc="encode")
+            self._bar = progress_bar(self._total, self._unit, "encode", self._show, there)
             self._there, self._begun = there, time.perf_counter()
         elif there > self._there:
             self._bar.update(there - self._there)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..data.benchmark import Benchmark
+from ..progress import progress_bar
 from ..search.searcher import Rankings, Searcher
 from .runs import Run, cut, without_own_id
 
@@ -60,7 +59,7 @@ def ranked_windows(
         The queries' ids, and their rankings, deep enough for `depth` passages after own ids are left out.
     """
     entries = iter(benchmark.queries.items())
-    with tqdm(total=len(benchmark.queries), disable=not progress, unit="query", desc="search") as bar:
+    with progress_bar(len(benchmark.queries), "query", "search", progress) as bar:
         while window := dict(islice(entries, QUERY_WINDOW)):
             vectors = searcher.encode(model, list(window.values()), modes)
             yield list(window), searcher.rank(vectors, reach(benchmark, depth))

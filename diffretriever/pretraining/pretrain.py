@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import pickle
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..evaluation.small_task import SmallTask, read_small_task
 from ..files.durable import write_json, write_whole
 from ..files.hashes import hash_file
 from ..files.lines import read_object
 from ..model.modeling_diffretriever import DiffRetriever
+from ..progress import progress_bar
 from ..training.checkpoints import newest_whole, partial_checkpoint, publish_checkpoint, remove_partial
 from ..training.run_record import RUN_FILE, check_same_run
 from ..training.trainer import StopOnSignal
@@ -48,7 +51,6 @@ def pretrain(
     text_files: Sequence[Path],
     out: Path,
     dev: Path | None = None,
-    threads: int | None = None,
 ) -> Path:
     """Train tokenizer and backbone; called again after an interruption, it goes on from its checkpoint.
 
@@ -57,7 +59,6 @@ def pretrain(
         pair_files, text_files: JSONL data.
         out: output folder; the result is <out>/backbone.
         dev: BEIR-style folder whose dev split is evaluated along the way.
-        threads: CPU threads.
 
     Returns:
         The backbone's folder.
@@ -67,8 +68,6 @@ def pretrain(
         FloatingPointError: the loss is not finite; the last checkpoint stays.
         KeyboardInterrupt: SIGINT or SIGTERM, during the steps after saving a checkpoint.
     """
-    if threads:
-        torch.set_num_threads(threads)
     record = {"recipe": dataclasses.asdict(recipe), "data": [_describe(file) for file in [*pair_files, *text_files]]}
     _begin(out, record)
     split = read_small_task(dev, "dev", recipe.eval_passages) if dev else None
@@ -134,6 +133,7 @@ class Pretrainer:
         self.stage, self.step = 0, 0
         self._started = time.monotonic()
         self._averages: dict[str, float] = {}
+        self._bar: Any = None
 
     def run(self) -> None:
         """Train to the end.
@@ -149,7 +149,9 @@ class Pretrainer:
                 self.model, self.corpus.texts, self.recipe.seed, FORMATS[self.recipe.backbone_type].shift
             )
         stop = StopOnSignal()
-        with stop.listening():
+        before = sum(stage.steps for stage in self.recipe.stages[: self.stage]) + self.step
+        total = sum(stage.steps for stage in self.recipe.stages)
+        with stop.listening(), progress_bar(total, "step", "pretrain", initial=before) as self._bar:
             for number in range(self.stage, len(self.recipe.stages)):
                 steps = StageSteps(self.model, self.recipe, number, self.corpus)
                 if resumed is not None:
@@ -164,6 +166,9 @@ class Pretrainer:
         while self.step < total:
             self._note(steps.take(self.step))
             self.step += 1
+            words = ", ".join(f"{name} {value:.3f}" for name, value in self._averages.items())
+            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.update()
             if self.step % recipe.log_every == 0:
                 self.log(rate=steps.optimizer.param_groups[0]["lr"])
             if stop.received:
@@ -234,7 +239,8 @@ class Pretrainer:
         record = {"minutes": round((time.monotonic() - self._started) / 60, 2), "stage": self.stage}
         record |= {"step": self.step} | {name: round(value, 4) for name, value in self._averages.items()} | extra
         line = json.dumps(record)
-        print(line, flush=True)
+        tqdm.write(line)  # above the bar
+        sys.stdout.flush()
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / LOG_FILE).open("a") as log:
             log.write(line + "\n")

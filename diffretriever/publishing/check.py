@@ -30,11 +30,13 @@ class Report:
         problems: what is wrong; a release with any is refused.
         unchecked: what could not be checked here, and what to do about it.
         passed: what was checked and is right.
+        kept_here: why a release that works here would be refused by push.
     """
 
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
+    kept_here: list[str] = field(default_factory=list)
 
     def add(self, problems: list[str], passed: str) -> None:
         """Note the outcome of one check."""
@@ -43,12 +45,21 @@ class Report:
             self.passed.append(passed)
 
     def in_words(self, name: str) -> str:
-        """Return the verdict on a release of this name and what was found, a line each."""
+        """Return the verdict on a release of this name and what was found, a line each; the worst comes last."""
         verdict = "right, as far as it was checked" if self.unchecked else "right"
+        verdict += " here, but push would refuse it" if self.kept_here else ""
         lines = [f"{name}: {'refused' if self.problems else verdict}"]
-        for what, found in (("ok", self.passed), ("NOT CHECKED", self.unchecked), ("WRONG", self.problems)):
+        kinds = {"ok": self.passed, "NOT CHECKED": self.unchecked, "NOT TO BE PUSHED": self.kept_here}
+        for what, found in (*kinds.items(), ("WRONG", self.problems)):
             lines += [f"  {what}: {sentence}" for sentence in found]
         return "\n".join(lines)
+
+    def refusals(self, allow_unchecked: bool) -> list[str]:
+        """Return why push refuses the release: nothing, where it does not."""
+        if found := self.problems + self.kept_here:
+            return found
+        advice = "; pass --allow-unchecked to push it all the same"
+        return [] if allow_unchecked else [f"not checked: {one}{advice}" for one in self.unchecked]
 
 
 def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Report:
@@ -69,7 +80,7 @@ def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Repor
     folder = folder.resolve()
     versions = library_versions()
     made = record.read_record(folder)
-    report = Report()
+    report = Report(kept_here=_kept_here(made))
     changes = record.changes_since(made, folder)
     report.add(changes, f"{len(made['files'])} files are as they were built")
     if any(name.startswith(("config.json is missing", "README.md is missing")) for name in changes):
@@ -92,7 +103,7 @@ def check_release(folder: Path, device: str = "cpu", load: bool = True) -> Repor
     return report
 
 
-def publishing_problems(made: dict[str, Any]) -> list[str]:
+def _kept_here(made: dict[str, Any]) -> list[str]:
     """Return what keeps a release that works here from working elsewhere, by its release.json."""
     found = []
     if made["code_sha256"] is None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from ..files.durable import TEMPORARY, write_whole
 from ..files.fields import fill
 from ..files.install import install_hint
 from ..files.lines import read_object
+from ..progress import progress_bar
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry
 from .segments import existing
 from .shard_file import DamagedShardError, ShardFile, write_shard
@@ -140,7 +140,7 @@ def compress(
     codebook_file = _codebook(store, output, about)
     quantiser = _quantiser(codebook_file.tensor("codebook"))
     entries = []
-    with tqdm(total=len(store), disable=not show_progress_bar, unit="passage", desc="compress") as bar:
+    with progress_bar(len(store), "passage", "compress", show_progress_bar) as bar:
         for shard in store.shards():
             path = output / shard.file.path.name
             if not _is_done(path, shard, codebook_file):

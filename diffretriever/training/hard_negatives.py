@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..data.corpus import read_corpus
 from ..data.pair_files import PairFiles
 from ..data.texts import text_key
 from ..evaluation.bm25 import BM25
 from ..files.durable import write_whole
 from ..model.tokenization_helpers import without_lone_surrogates
+from ..progress import progress_bar
 from ..search.searcher import Searcher
 
 BLOCK = 2048  # queries that are ranked at a time
@@ -149,6 +148,6 @@ def mine_negatives(files: PairFiles, rank: Ranker, out: Path, draws: Draws) -> d
                 yield without_lone_surrogates(json.dumps(record, ensure_ascii=False)).encode() + b"\n"
             bar.update(len(items))
 
-    with tqdm(total=len(files), unit="query", desc="mine") as bar:
+    with progress_bar(len(files), "query", "mine") as bar:
         write_whole(out, lines())
     return counts

@@ -28,6 +28,7 @@ from .measuring import measure_candidates, measure_texts
 from .methods import adapted, base_name
 from .objective import ContrastiveModel
 from .run_record import RUN_FILE, check_same_run, release_identity, run_record
+from .step_bar import StepBar
 from .trainer import RetrievalTrainer, StopOnSignal, training_arguments
 
 
@@ -97,6 +98,7 @@ def train_adapter(
     say(describe(files, recipe), *alone, *lengths)
     model = prepare_model(retriever, recipe)
     trainer = RetrievalTrainer(model, items, recipe, arguments, record)
+    trainer.add_callback(StepBar(trainer))
     if task is not None:
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
     run(trainer, kept[0] if kept else None)

@@ -230,5 +230,5 @@ def training_arguments(recipe: AdapterRecipe, counts: Sequence[int], folder: Pat
         report_to=[] if recipe.report_to == "none" else [recipe.report_to],
         remove_unused_columns=False,
         dataloader_num_workers=recipe.workers,
-        disable_tqdm=None if os.isatty(2) else True,
+        disable_tqdm=True,  # see StepBar
     )

@@ -130,10 +130,14 @@ def test_linked_code_may_change_but_is_not_pushed(tmp_path: Path) -> None:
     made = json.loads((out / "release.json").read_text())
     assert made["code_sha256"] is None
     assert not any(name.endswith(".py") for name in made["files"])
-    assert check.check_release(out).problems == []
-    said = check.publishing_problems(made)
+    report = check.check_release(out)
+    assert report.problems == []
+    said = report.kept_here
     assert said[0] == "its code is linked to a source tree; build it without --link-code"
     assert "is a folder of this machine; build it with --with-backbone" in said[1]
+    assert "right here, but push would refuse it" in report.in_words("linked").splitlines()[0]
+    assert report.in_words("linked").splitlines()[-1] == f"  NOT TO BE PUSHED: {said[1]}"
+    assert report.refusals(allow_unchecked=True) == said
 
 
 @pytest.mark.parametrize(

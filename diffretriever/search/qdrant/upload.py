@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ...model.batching import check_count
 from ...model.scoring import mean_vectors
+from ...progress import progress_bar
 from ...store.differences import tell_apart, tell_difference
 from ...store.identity import check_sides
 from ...store.segments import Segment, existing, segments_of
@@ -81,7 +81,7 @@ def upload(
             _refuse_texts(calls, collection, texts and segments[0].text(0) is not None)
         else:
             _create(calls, collection, record, wanted)
-        with tqdm(total=record.count, disable=not show_progress_bar, unit="passage", desc="upload") as bar:
+        with progress_bar(record.count, "passage", "upload", show_progress_bar) as bar:
             return _send_missing(_Sender(calls, collection), segments, texts, most, bar)
     finally:
         calls.close()
