@@ -152,7 +152,8 @@ def prepare(options: argparse.Namespace) -> tuple[ContrastiveModel, dict[str, An
     recipe = AdapterRecipe(
         num_query_masks=options.num_query_masks, num_passage_masks=options.num_passage_masks,
         max_length=options.max_length,
-        grad_cache_chunk=options.grad_cache_chunk, bf16=options.bf16,
+        grad_cache_chunk=options.grad_cache_chunk, forward_texts=options.forward_texts, bf16=options.bf16,
+        dropout=options.dropout, compile_layers=options.compile,
         backbone_dtype="bfloat16" if options.bf16 and options.device != "cpu" else "float32",
     )  # fmt: skip
     settings = {"attn_implementation": recipe.attention(), **recipe.model_settings()}
@@ -198,6 +199,9 @@ def main() -> None:
     parser.add_argument(
         "--grad-cache-chunk", type=int, default=0, help="a third more arithmetic, not in the prediction"
     )
+    parser.add_argument("--forward-texts", type=int, default=0, help="texts read at once (0: a whole side)")
+    parser.add_argument("--dropout", type=float, default=0.05, help="LoRA's")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each layer")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -13,9 +13,11 @@ import yaml
 
 from ..baselines import configuration
 from ..files.recipe import read_recipe
+from ..model.configuration_diffretriever import check_prompt
 
 METHODS = ("diffretriever", *configuration.METHODS)
 LENGTHS = ("query_length", "passage_length", "max_length")
+PROMPTS = ("query_prompt", "passage_prompt")
 DTYPES = ("float32", "bfloat16")
 REPORTS = ("none", "tensorboard", "wandb")
 
@@ -35,13 +37,16 @@ class AdapterRecipe:
     query_length: int | None = None  # tokens of a query's text alone, in training and in the release; 32, the paper's
     passage_length: int | None = None  # the same for passages; 156
     max_length: int | None = None  # in their place, of diffretriever: tokens of prefix + text + suffix
+    query_prompt: dict[str, str] | None = None  # system, user (with {text}), assistant; the paper's (Table 1)
+    passage_prompt: dict[str, str] | None = None
     append_end_of_text: bool = False  # diffembed: let an end-of-text token take part in the mean
     epochs: float = 3.0
     max_steps: int = 0  # stop after so many optimiser steps; 0 leaves it to `epochs`
     global_batch_size: int = 128  # queries a step, over all processes
     mix_files: bool = True  # false: all queries of a step are from one file of pairs, so that negatives are of its kind
     accumulation_steps: int = 1  # micro-batches a step; each has its own in-batch negatives
-    grad_cache_chunk: int = 0  # texts whose activations are held at once (GradCache); 0 holds all
+    forward_texts: int = 0  # texts of similar length that are read at once, so that little is padding; 0: a whole side
+    grad_cache_chunk: int = 0  # the same, but texts whose activations are held at once (GradCache); 0 holds all
     hard_negatives: int = 15  # sampled for each query
     temperature: float = 0.01  # of the dense InfoNCE
     sparse_weight: float = 1.0
@@ -55,6 +60,7 @@ class AdapterRecipe:
     bf16: bool = True  # mixed precision
     backbone_dtype: str = "float32"  # of the frozen weights; bfloat16 halves their memory
     gradient_checkpointing: bool = False
+    compile_layers: bool = False  # torch.compile: a step takes less time and memory, the first half a minute more
     workers: int = 0  # processes that prepare batches
     save_steps: int = 200
     keep_checkpoints: int = 2
@@ -76,7 +82,8 @@ class AdapterRecipe:
         """Return what `from_pretrained` needs to load the release as the recipe wants it."""
         names = ("num_query_masks", "num_passage_masks", "num_denoise_steps")
         masks = {name: getattr(self, name) for name in names}
-        settings = {"dtype": self.backbone_dtype, "denoise_confidence": "entropy", **masks, **self.lengths()}
+        prompts = {name: prompt for name in PROMPTS if (prompt := getattr(self, name)) is not None}
+        settings = {"dtype": self.backbone_dtype, "denoise_confidence": "entropy", **masks, **self.lengths(), **prompts}
         return settings | ({"append_end_of_text": True} if self.append_end_of_text else {})
 
     def attention(self) -> str:
@@ -176,6 +183,7 @@ _AT_LEAST: dict[str, int] = {
     "max_steps": 0,
     "global_batch_size": 1,
     "accumulation_steps": 1,
+    "forward_texts": 0,
     "grad_cache_chunk": 0,
     "hard_negatives": 0,
     "rank": 1,
@@ -225,6 +233,11 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
             f"accumulation_steps {recipe.accumulation_steps}, global_batch_size must be at least {least}, got "
             f"{recipe.global_batch_size}"
         )
+    for name in PROMPTS:
+        try:
+            check_prompt(name, getattr(recipe, name))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     if recipe.method in configuration.METHODS:
         _check_baseline(recipe, where)
     elif recipe.append_end_of_text:

@@ -75,7 +75,7 @@ class Collator:
 
     Args:
         model: a DiffRetriever or a baseline.
-        recipe: grad_cache_chunk.
+        recipe: forward_texts, grad_cache_chunk.
     """
 
     def __init__(self, model: Any, recipe: AdapterRecipe) -> None:
@@ -108,7 +108,7 @@ class Collator:
 
     def chunked(self, sequences: Sequence[Sequence[int]], is_query: bool) -> dict[str, Any]:
         """Cut one side into chunks of similar length, each padded for itself."""
-        size = self.recipe.grad_cache_chunk or len(sequences)
+        size = self.recipe.grad_cache_chunk or self.recipe.forward_texts or len(sequences)
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         chunks = [self._pad([sequences[row] for row in order[start : start + size]], is_query)
                   for start in range(0, len(order), size)]  # fmt: skip

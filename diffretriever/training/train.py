@@ -148,8 +148,12 @@ def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:
     kind = getattr(retriever.config, "backbone_type", None)  # a DiffRetriever's; baselines read no mask and no head
     head, mask_row = kind == "llada", kind not in (None, *DIFFUSION_TYPES)
     add_lora(retriever, recipe.rank, recipe.alpha, recipe.dropout, head, mask_row)
+    if recipe.bf16:
+        leave_casts_to_autocast(retriever)
     if recipe.gradient_checkpointing:
         checkpoint_layers(adapted(retriever))
+    if recipe.compile_layers:
+        compile_layers(adapted(retriever))
     return ContrastiveModel(retriever, recipe)
 
 
@@ -157,6 +161,20 @@ def checkpoint_layers(retriever: Any) -> None:
     """Turn on transformers' gradient checkpointing, which has another name in 5.x."""
     newer = getattr(retriever, "activation_checkpointing_enable", None)
     (newer or retriever.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def leave_casts_to_autocast(retriever: Any) -> None:
+    """Keep peft from copying each input into LoRA's float32, which autocast then casts back."""
+    for module in retriever.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
+def compile_layers(retriever: Any) -> None:
+    """Let torch.compile fuse what surrounds each layer's products; texts of any length share one compiled code."""
+    stacks = (part for name, part in retriever.named_modules() if name.endswith("layers"))
+    for layer in next(stacks).children():
+        layer.compile(dynamic=True)
 
 
 def run(trainer: RetrievalTrainer, last: Path | None) -> None:

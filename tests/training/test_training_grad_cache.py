@@ -1,4 +1,4 @@
-"""GradCache: the same gradient, dropout included, at the memory of one chunk."""
+"""A step in parts (GradCache, texts of similar length together) or compiled: the same gradient as the plain one."""
 
 from __future__ import annotations
 
@@ -44,6 +44,44 @@ def test_gradients_equal_the_plain_ones(release: Path, tmp_path: Path, chunk: in
     model.recipe.grad_cache_chunk = chunk
     cached = gradient_of(model, batch_of(model, records, tmp_path / "q.jsonl"), chunk)
     assert_equal(cached, plain, 2e-4)
+
+
+def test_reading_similar_lengths_together_has_the_plain_gradients(release: Path, tmp_path: Path) -> None:
+    model = contrastive_model(release, small_recipe(num_query_masks=2, num_passage_masks=3, dropout=0.0))
+    records = [row | {"positive": row["positive"] + " more" * 9 * n} for n, row in enumerate(made_up_pairs(4))]
+    plain = gradient_of(model, batch_of(model, records, tmp_path / "p.jsonl"), 0)
+    model.recipe.forward_texts = 2
+    batch = batch_of(model, records, tmp_path / "q.jsonl")
+    assert [len(chunk["ids"]) for chunk in batch["passage"]["chunks"]] == [2, 2]
+    assert batch["passage"]["chunks"][0]["ids"].shape[1] < batch["passage"]["chunks"][1]["ids"].shape[1]
+    assert_equal(gradient_of(model, batch, 0), plain, 2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_compiled_layers_have_the_plain_gradients(build_release: Callable[..., Path], tmp_path: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        recipe = small_recipe(dropout=0.0, forward_texts=2, compile_layers=compiled)
+        model = contrastive_model(build_release("tiny-llada"), recipe)
+        first = next(part for name, part in model.named_modules() if name.endswith("layers.0"))
+        assert (first._compiled_call_impl is not None) == compiled
+        batch = batch_of(model, made_up_pairs(4, negatives=1), tmp_path / "p.jsonl")
+        found.append(gradient_of(model, batch, 0))
+    assert_equal(found[1], found[0], 2e-4)
+
+
+def test_in_bfloat16_the_casts_left_out_change_nothing(build_release: Callable[..., Path], tmp_path: Path) -> None:
+    model = contrastive_model(build_release("tiny-llada"), small_recipe(dropout=0.0, bf16=True))
+    batch, found = batch_of(model, made_up_pairs(4), tmp_path / "p.jsonl"), []
+    layers = [part for part in model.modules() if hasattr(part, "cast_input_dtype_enabled")]
+    for casts in (False, True):
+        assert {layer.cast_input_dtype_enabled for layer in layers} == {casts}
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradient_of(model, batch, 0))
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
+    assert_equal(found[0], found[1], 0)
 
 
 def test_dropout_is_the_same_in_both_forward_passes(release: Path, tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def test_lengths_are_said_in_one_way(
         ("sparse_weight: -0.1", r"sparse_weight must not be negative, got -0.1"),
         ("dropout: 1.5", r"dropout must lie between 0 and 1, got 1.5"),
         ("method: colbert", r"method must be one of diffretriever, promptreps, repllama, diffembed, got 'colbert'"),
+        ("query_prompt: {user: q}", r"`query_prompt` must be null .the paper's wording. or an object with exactly"),
+        ("forward_texts: -1", r"forward_texts must be at least 0, got -1"),
         ("report_to: email", r"report_to must be one of none, tensorboard, wandb, got 'email'"),
         ("method: diffembed", r"r.yaml: diffembed has no sparse vectors; set sparse_weight to 0"),
         ("method: repllama\nnum_query_masks: 4", r"`num_query_vectors` of repllama can only be 1, got 4"),
