@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -139,20 +139,15 @@ def vectors(model: Any, is_query: bool = True) -> list[torch.Tensor]:
 
 
 def run_python(code: str, *arguments: Any, **environment: Any) -> str:
-    """Run code in a fresh interpreter, offline, and return what it printed."""
-    done = subprocess.run(
-        [environment.pop("python", sys.executable), "-c", code, *map(str, arguments)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            **{k: str(v) for k, v in environment.items()},
-        },
-        cwd=environment.pop("PWD", None),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run code in a fresh process, offline, and return what it printed; `python`: in that interpreter."""
+    python = environment.pop("python", None)
+    given = {name: str(value) for name, value in environment.items()}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **given}
+    words = ["-c", code, *map(str, arguments)]
+    if python is None:
+        done = fresh.run(words, env=env)
+    else:
+        done = subprocess.run([python, *words], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

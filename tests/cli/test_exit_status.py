@@ -8,12 +8,11 @@ import errno
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import yaml
 from checkpoint_folders import PARITY, ROOT
@@ -240,9 +239,7 @@ def test_a_hub_that_is_away_may_come_back(offline: str, status: int, tmp_path: P
     """What is not in the cache is wrong input where nothing may be fetched; where no Hub answers, try again."""
     environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = ["-m", "diffretriever", "export", "--store", "s", "--output", "o", "--model", "lab/unknown"]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = fresh.run(command, cwd=ROOT, env=environment)
     assert done.returncode == status, done.stderr
     assert "lab/unknown: no such folder" in done.stderr.splitlines()[-1]
 

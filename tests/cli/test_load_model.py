@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ print(type(AutoModel.from_pretrained(sys.argv[1])).__module__)
 @pytest.mark.slow
 @pytest.mark.once
 def test_the_package_is_imported_without_waiting_for_transformers(release: Path) -> None:
-    assert run_python(REGISTER, release).split() == ["diffretriever.model.modeling_diffretriever"]
+    said = run_python(REGISTER, release, python=sys.executable)
+    assert said.split() == ["diffretriever.model.modeling_diffretriever"]
 
 
 @pytest.mark.parametrize("command", ["encode", "search", "evaluate", "train", "mine-negatives", "select-budget"])

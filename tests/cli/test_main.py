@@ -62,7 +62,8 @@ def test_help_does_not_wait_for_torch() -> None:
     """And OpenMP's threads are told how to wait before torch starts them."""
     code = "import os, sys, diffretriever.cli.main as cli; cli.main(['publish', 'list']); cli.build_parser()"
     more = "; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
-    assert run_python(code + more, PYTHONPATH=ROOT).splitlines()[-1] == "False PASSIVE"
+    said = run_python(code + more, python=sys.executable, PYTHONPATH=ROOT)
+    assert said.splitlines()[-1] == "False PASSIVE"
 
 
 def test_recipes_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,9 +62,7 @@ def test_the_imports_that_a_page_shows(page: str) -> None:
 
 def test_quickstart_ranks_sensibly() -> None:
     """The README's first command: in seconds, and the right passage near the top in every mode."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd="/")
+    run = fresh.run([ROOT / "examples" / "quickstart.py"], cwd="/")
     assert run.returncode == 0, run.stderr
     blocks = dict(re.findall(r"^▸ (.*)\n((?:    .*\n)+)", run.stdout, re.MULTILINE))
     assert len(blocks) >= 8
@@ -111,7 +107,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_readmes_python_blocks(number: int) -> None:
     """Each runs as written, from the top of the tree, and scores the player above the HTTP daemon."""
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
-    run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    run = fresh.run(["-c", block], cwd=ROOT)
     assert run.returncode == 0, run.stderr
     scores = re.findall(r"\d\.\d+", run.stdout.split("tensor(")[1].split("]")[0])
     assert len(scores) == 2
@@ -130,10 +126,7 @@ def test_the_readmes_search_runs_as_written(tmp_path: Path) -> None:
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "diffretriever"
-        run = subprocess.run(
-            [sys.executable, "-m", "diffretriever", *arguments],
-            capture_output=True, text=True, timeout=300, cwd=tmp_path,
-        )  # fmt: skip
+        run = fresh.run(["-m", "diffretriever", *arguments], cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         printed.append(run.stdout)
     assert "16 texts" in printed[0]

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import sentence_transformers
@@ -201,8 +202,9 @@ def test_dream_backbone(build_release: Any, load_release: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_pool_of_processes(folders: Folders, kind: str) -> None:
+def test_pool_of_processes(folders: Folders, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers get the module by name from transformers' cache of remote code."""
+    monkeypatch.setattr("torch.multiprocessing.get_context", lambda _: fresh.CONTEXT)  # not "spawn", which takes longer
     model = folders.load("multi", kind)
     texts = TEXTS * 3
     expected = model.encode_query(texts), model.encode_document(texts)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from checkpoint_folders import ADAPTERS, KINDS, PARITY, REMOVED, TEXTS, edit_json, run_python, vectors
@@ -108,12 +107,12 @@ def test_saved_folders_load_alone_in_a_fresh_process(tmp_path: Path) -> None:
         shutil.rmtree(place / "base")
         shutil.rmtree(release)
         arguments += [saved, place / "kept.pt", str(dtype).removeprefix("torch.")]
-    for python in filter(None, (sys.executable, os.environ.get("OTHER_PYTHON"))):
-        modules = tmp_path / ("modules" if python == sys.executable else "other-modules")
+    for python in {None, os.environ.get("OTHER_PYTHON")}:
+        modules = tmp_path / ("other-modules" if python else "modules")
         run_python(LOADER, json.dumps(TEXTS), *arguments, python=python, HF_MODULES_CACHE=modules)
         for kept, want, case in zip(arguments[1::3], expected, CASES, strict=True):
             got = torch.load(kept)
-            if python == sys.executable:
+            if python is None:
                 assert same(got, want), case
             for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
                 tolerance = 3e-6 if case[2] is torch.float32 else 0.02
@@ -273,10 +272,10 @@ def test_outputs_survive_pickling_and_worker_processes(load_release: Load) -> No
 
 
 @pytest.mark.slow
-def test_outputs_travel_to_a_spawned_worker_and_back(load_release: Load) -> None:
+def test_outputs_travel_to_a_worker_and_back(load_release: Load) -> None:
     out = load_release("tiny-llada", "llada-q4p4").encode_texts(TEXTS, True)
     expected = out.repr_hidden * 2
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with fresh.CONTEXT.Pool(1) as pool:
         returned = pool.apply(doubled, (out,))
     assert torch.equal(returned.repr_hidden, expected)
     assert torch.equal(returned["sparse_indices"], out.sparse_indices)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import huggingface_hub
 import pytest
 from checkpoint_folders import PARITY
@@ -40,6 +42,16 @@ def quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments[-1].passed.append("stood in for")
 
     monkeypatch.setattr(check, "check_loaded", check_loaded)
+
+
+@pytest.fixture
+def forked_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork a check's fresh process from one that has imported torch; one test starts an interpreter."""
+
+    def run(command: list[str], **options: Any) -> Any:
+        return fresh.run(command[1:], env=options["env"], cwd=options["cwd"], input=options["input"])
+
+    monkeypatch.setattr(check, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from checkpoint_folders import (
@@ -293,16 +293,8 @@ def test_the_adapters_own_tokenizer_is_shipped(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "publish.py"), "build", "--base", LLADA, "--adapter", MULTI]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--output", "by-command", "--name", "a-name"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [ROOT / "publish.py", "build", "--base", LLADA, "--adapter", MULTI]
+    done = fresh.run([*command, "--output", "by-command", "--name", "a-name"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"by-command: a-name on {LLADA} (K_q=4, K_p=4, max_length=256)" in done.stdout
     assert read(tmp_path / "by-command" / "config.json")["release_name"] == "a-name"

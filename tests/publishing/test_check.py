@@ -280,6 +280,7 @@ def test_in_a_fresh_process(release: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_check")
 def test_wrong_weights_with_right_hashes(release: Path) -> None:
     """The vectors are compared, not only the hashes: an adapter that lost its head's part has other sparse weights."""
 
@@ -297,6 +298,7 @@ def test_wrong_weights_with_right_hashes(release: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_check")
 def test_code_that_does_not_load(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong is told; the code of a release sees none of this machine's secrets."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "QDRANT_API_KEY"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from checkpoint_folders import ROOT
@@ -59,9 +58,7 @@ def run(server: FakeHub, tmp_path: Path, *command: str) -> str:
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = fresh.run(command, env=environment, cwd=tmp_path)
     assert TOKEN not in done.stdout + done.stderr
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
