@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -77,6 +78,7 @@ def hash_code(file: Path) -> str:
     return _digest(file.read_bytes())
 
 
+@functools.lru_cache(maxsize=64)  # read anew each time, and each content taken apart once
 def _digest(code: bytes) -> str:
     try:
         told = json.dumps(_essence(ast.parse(code))).encode()

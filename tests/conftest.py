@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -42,6 +43,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if hasattr(os, "register_at_fork"):
         # A fork breaks torch's thread pool, and threads that mend it together fail ("Invalid thread pool!").
         os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a collection, as each training asks for one, then passes over the million objects of the imports
 
 
 @pytest.fixture
