@@ -64,14 +64,19 @@ def test_quickstart_ranks_sensibly() -> None:
     """The README's first command: in seconds, and the right passage near the top in every mode."""
     run = fresh.run([ROOT / "examples" / "quickstart.py"], cwd="/")
     assert run.returncode == 0, run.stderr
-    blocks = dict(re.findall(r"^▸ (.*)\n((?:    .*\n)+)", run.stdout, re.MULTILINE))
+    blocks = dict(re.findall(r"^▸ (.*)\n((?:  .*\n)+)", run.stdout, re.MULTILINE))
     assert len(blocks) >= 8
-    expected = {"chess playing program": "chess", "SQL database engine": "database"}
-    for query, passage in expected.items():
-        for mode, ranking in re.findall(r"    (dense|sparse|fused) +(.*)", blocks[query]):
-            assert passage in ranking, f"{mode} ranking for {query!r}: {ranking}"
-        assert re.search(rf"    fused +{passage} ", blocks[query])
+    for query, passage in {"chess playing program": "chess", "SQL database engine": "database"}.items():
+        assert re.findall(r"^  ✓ (dense|sparse|fused) +(\S+) ", blocks[query], re.MULTILINE) == [
+            (mode, passage) for mode in ("dense", "sparse", "fused")
+        ]
+    assert re.search(r"words of the query: chess \d\.\d\d, playing", blocks["chess playing program"])
     assert re.search(r"encoded and scored in \d+\.\d s\.", run.stdout)
+    right = {mode: run.stdout.count(f"  ✓ {mode} ") for mode in ("fused", "dense", "sparse")}
+    counts = f"{right['fused']} of 8 in fused, {right['dense']} in dense, {right['sparse']} in sparse"
+    assert run.stdout.splitlines()[-1] == f"The right passage comes first: {counts}."
+    assert right["fused"] >= 6
+    assert "Loading weights" not in run.stderr
 
 
 def test_shipped_checkpoints_load_where_they_lie() -> None:
