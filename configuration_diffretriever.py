@@ -22,6 +22,7 @@ from .checked_files import (
     read_json,
     refuse_unknown,
 )
+from .scoring import SCORING_MODES
 
 AUTO_MAP = {
     "AutoConfig": "configuration_diffretriever.DiffRetrieverConfig",
@@ -74,6 +75,7 @@ RULES: dict[str, tuple[Any, ...]] = COUNTS | {
     "normalize": ("flag",),
     "cut_in_training": ("object", ("number", 0, 1), None),
     "merge_adapter": ("flag", None),
+    "recommended_mode": ("one of", *SCORING_MODES, None),
 }
 # What else a config.json may hold: what transformers and its Trainer write. Others could change which weights and whose
 # code transformers loads, so they are the caller's to pass.
@@ -164,6 +166,8 @@ class DiffRetrieverConfig(PretrainedConfig):
             wording for K_q (Table 1).
         passage_prompt: the same for passages and K_p.
         sparse_top_k: how many sparse weights `encode` keeps when it is not told.
+        recommended_mode: the scoring mode that serves the release best, which `diffretriever search` takes when it is
+            told none; None is `single_dense` where both K are 1, else `multi_dense`.
         backbone_config: the backbone as transformers' own Llama or Qwen2 config. Set in self-contained releases.
 
     Raises:
@@ -192,6 +196,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         query_prompt: dict[str, str] | None = None,
         passage_prompt: dict[str, str] | None = None,
         sparse_top_k: int = 128,
+        recommended_mode: str | None = None,
         backbone_config: dict[str, Any] | PretrainedConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -215,6 +220,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.query_prompt = query_prompt
         self.passage_prompt = passage_prompt
         self.sparse_top_k = sparse_top_k
+        self.recommended_mode = recommended_mode
         if isinstance(backbone_config, dict):
             backbone_config = _read_backbone_fields(backbone_config)
         self.backbone_config = backbone_config
@@ -325,6 +331,12 @@ class DiffRetrieverConfig(PretrainedConfig):
     def vocab_size(self) -> int | None:
         """V, the rows of the output head; None until the backbone is known."""
         return getattr(self.backbone_config, "vocab_size", None)
+
+    @property
+    def default_mode(self) -> str:
+        """The scoring mode to use where none is asked for."""
+        single = self.num_query_masks == self.num_passage_masks == 1
+        return self.recommended_mode or ("single_dense" if single else "multi_dense")
 
     def num_masks(self, is_query: bool) -> int:
         """Return K_q or K_p."""

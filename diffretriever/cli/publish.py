@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..publishing import hub
 from ..publishing.releases import MAIN, RELEASES
+from ..search.modes import MODES
 from .arguments import RESUMED, add_command, usable_device
 from .exit_status import DONE, IN_WORDS, WRONG_INPUT
 from .parser import Parser
@@ -61,6 +62,8 @@ def _add_build(commands: Any) -> None:
         told = f"tokens of a {side}'s text alone, instead of --max-length"
         command.add_argument(f"--{side}-length", type=int, help=told)
     command.add_argument("--mask-token", help="an unused special token that serves as [MASK], for a Llama or Qwen2")
+    told = "the scoring mode that serves it best, which search takes (default: the dense one)"
+    command.add_argument("--recommended-mode", choices=MODES, help=told)
     command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
     command.add_argument("--link-code", action="store_true", help="link to this source tree's code, do not copy it")
     command.add_argument("--force", action="store_true", help="replace the folder if it is there")
@@ -122,7 +125,11 @@ def run_build(options: argparse.Namespace) -> int:
         raise ValueError("build: give either a known release or --base.")
     if options.release is not None and options.adapter is not None:
         raise ValueError(f"build: --adapter goes with --base; {options.release} has an adapter of its own.")
-    settings = {name: value for name in (*SETTINGS, *LENGTHS) if (value := getattr(options, name)) is not None}
+    settings = {
+        name: value
+        for name in (*SETTINGS, *LENGTHS, "recommended_mode")
+        if (value := getattr(options, name)) is not None
+    }
     shared = {
         "name": options.name,
         "link_code": options.link_code,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..search.searcher import Searcher
 
 PROMPT = "question> "
+DENSE = "multi_dense"  # what every store can be searched by
 STDOUT, FLAG = "-", "--json"  # what --json says: its value for standard output, and nothing
 
 
@@ -37,7 +38,8 @@ def register(commands: Any) -> None:
     add_qdrant_options(parser, required=False)
     parser.add_argument("--queries", type=Path, help="a store of queries to search for, instead of questions")
     parser.add_argument("--run-file", type=Path, help="write a TREC run there (with --queries)")
-    parser.add_argument("--mode", choices=MODES, default="multi_dense", help="scoring mode (default: %(default)s)")
+    told = "scoring mode (default: the one that the release recommends; multi_dense without --model)"
+    parser.add_argument("--mode", choices=MODES, help=told)
     parser.add_argument("--top-k", type=int, default=10, help="passages a question (default: %(default)s)")
     parser.add_argument(
         "--candidates", type=int, default=CANDIDATES, help="of each side, in the fusion modes (default: %(default)s)"
@@ -63,6 +65,7 @@ def run_search(options: argparse.Namespace) -> int:
         check_place(Path(options.json))
     searcher = _searcher(options)
     if options.queries:
+        options.mode = options.mode or DENSE
         return _search_store(searcher, options)
     model = _model(searcher, options)
     answers: list[dict[str, Any]] = []
@@ -91,6 +94,8 @@ def _check(options: argparse.Namespace) -> None:
     ways = [bool(options.question), options.interactive, options.queries is not None]
     if sum(ways) != 1:
         raise ValueError('ask one way: "a question", --interactive or --queries STORE.')
+    if any(not question.strip() for question in options.question):
+        raise ValueError('a question is empty; give its words: "what causes the seasons".')
     if options.queries is not None and options.run_file is None:
         raise ValueError("--queries needs --run-file FILE, where the results go.")
     if options.run_file is not None and options.queries is None:
@@ -116,8 +121,9 @@ def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     """Load the model and refuse one that did not encode the passages."""
     from ..store.identity import check_searchable, describe_model
 
-    choose_modes(check_model(options), [options.mode])
+    choose_modes(check_model(options), [options.mode] if options.mode else None)
     model = load_model(options, num_query_masks=options.num_query_masks)
+    options.mode = options.mode or getattr(model.config, "default_mode", DENSE)
     there = searcher.engine.settings
     if there is not None:
         check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))

@@ -90,7 +90,7 @@ def build(
         with_backbone: copy a local backbone into the release, which then loads anywhere.
         recording: what to record in release.json; None records no fingerprint.
         settings: config fields (num_query_masks, num_passage_masks, max_length, query_length, passage_length); with an
-            adapter they must agree with what its retriever_config.json recorded.
+            adapter they must agree with what its retriever_config.json recorded. And recommended_mode.
 
     Returns:
         The config that was written.
@@ -106,12 +106,15 @@ def build(
         _check_replaceable(out, Path(base).expanduser(), force)
     if with_backbone and not local:
         raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
+    recommended = settings.pop("recommended_mode", None)
     parts = _read_parts(base, adapter, settings)
     place = BACKBONE_FOLDER if with_backbone else _path_from(parts.backbone, out)
     config = parts.config
     config.base_model_name_or_path = place if local else base
     config.base_model_revision = None if local else parts.backbone.name  # the Hub cache names snapshots by commit
     config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
+    config.recommended_mode = recommended
+    config.check()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
         made = Path(scratch) / out.name
@@ -344,6 +347,7 @@ _OWN_FIELDS = (
     "query_prompt",
     "passage_prompt",
     "sparse_top_k",
+    "recommended_mode",
 )
 
 
@@ -393,5 +397,6 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     recording = options.pop("recording", None) or Recording()
     if not release.is_local and recording.repo_id is None:
         recording = replace(recording, repo_id=release.adapter)
+    settings |= {"recommended_mode": release.recommended_mode}
     options = {**settings, **options, "name": options.get("name") or release_name}
     return build(places[0], out, places[1], recording=replace(recording, known_as=release_name), **options)

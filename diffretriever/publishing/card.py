@@ -195,7 +195,7 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "hidden_size": facts.hidden_size,
         "longest_input": _longest_input(config),
         "prompt_tokens": facts.prompt_tokens,
-        "recommended": (known and known.recommended) or ("single_dense" if single else "multi_dense"),
+        "recommended": config.default_mode,
         "dense_words": "`single_dense`" if single else "MaxSim (`multi_dense`)",
         "paper": paper,
         "measured": measured,

@@ -45,7 +45,7 @@ class Release:
         num_query_masks, num_passage_masks: K_q and K_p.
         max_length: tokens of prompt and text.
         mask_token: the special token that serves as [MASK] where the backbone has none.
-        recommended: the scoring mode that serves it best; None is `single_dense` for K = 1, else `multi_dense`.
+        recommended_mode: the scoring mode that serves it best; None is `single_dense` for K = 1, else `multi_dense`.
     """
 
     base: str
@@ -53,7 +53,7 @@ class Release:
     num_query_masks: int
     num_passage_masks: int
     max_length: int = 156
-    recommended: str | None = None
+    recommended_mode: str | None = None
     mask_token: str | None = None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,23 @@ def test_json_goes_to_a_file_or_as_before_to_standard_output(
     assert run(*given, "web pages", "--json", tmp_path / "no" / "\0") == 2
 
 
+def test_the_release_recommends_the_mode(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It makes no other model: a store of the release that recommends nothing is searched as before."""
+    assert run("search", "--model", RELEASE, "--store", folder / "store", "web pages", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["mode"] == "fusion_multi_sparse_max"
+    other = tmp_path / "advises-otherwise"
+    shutil.copytree(RELEASE, other, symlinks=False)
+    fields = json.loads((other / "config.json").read_text())
+    fields["base_model_name_or_path"] = str(RELEASE.parent / "llada-tiny")
+    for mode, taken in (("sparse_max", "sparse_max"), (None, "multi_dense")):
+        (other / "config.json").write_text(json.dumps(fields | {"recommended_mode": mode}))
+        assert run("search", "--model", other, "--store", folder / "store", "web pages", "--json", "-") == 0
+        assert json.loads(capsys.readouterr().out)["mode"] == taken
+    (other / "config.json").write_text(json.dumps(fields | {"recommended_mode": "best"}))
+    assert run("search", "--model", other, "--store", folder / "store", "web pages") == 2
+    assert re.search(r"recommended_mode.*best.*only .single_dense", capsys.readouterr().err)
+
+
 def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = ROOT / "checkpoints" / "diffretriever-llada-tiny-single"
     assert run("search", "--model", other, "--store", folder / "store", "x") == 2
@@ -141,6 +159,8 @@ def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[st
     [
         (["--model", "m", "x"], "--store FOLDER or --qdrant LOCATION"),
         (["--model", "m", "--store", "s"], "--interactive or --queries"),
+        (["--model", "m", "--store", "s", " "], "a question is empty"),
+        (["--model", "m", "--store", "s", "x", ""], "a question is empty"),
         (["--store", "s", "x"], "questions need --model"),
         (["--store", "s", "--queries", "q"], "--queries needs --run-file"),
     ],
