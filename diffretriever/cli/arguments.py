@@ -11,6 +11,7 @@ from typing import Any
 from ..search.modes import FUSIONS
 from .examples import EXAMPLES
 from .exit_status import IN_WORDS
+from .parser import suggestion
 
 AGAIN = "Run the same command again."
 RESUMED = "The same command goes on from what is there."
@@ -143,8 +144,9 @@ def find_recipe(given: str, part: str) -> Path:
         return Path(given)
     packaged = {path.stem: path for path in _packaged_recipes(part)}
     if given not in packaged:
+        near = suggestion(Path(given).stem, packaged)
         raise FileNotFoundError(
-            f"--recipe: {given}: no such recipe; expected a YAML file or one of {', '.join(packaged)}."
+            f"--recipe: {given}: no such recipe; expected a YAML file or one of {', '.join(packaged)}{near or '.'}"
         )
     return packaged[given]
 

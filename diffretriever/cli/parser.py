@@ -64,18 +64,18 @@ class Parser(argparse.ArgumentParser):
                 values = [value] if sign else [one for one in (next(rest, None),) if one is not None]
                 yield from (part for option in new for part in (option, *values))
             else:
-                self.error(f"unknown option {name}{_suggestion(name, ours)}")
+                self.error(f"unknown option {name}{suggestion(name, ours)}")
 
     def error(self, message: str) -> NoReturn:
         """End the program with the usage and a message; a wrong choice gets the one nearest to it."""
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        super().error(message + (_suggestion(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""))
+        super().error(message + (suggestion(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""))
 
 
-def _suggestion(name: str, known: Any) -> str:
+def suggestion(name: str, known: Any) -> str:
     """Return a question with the name that was perhaps meant, or nothing.
 
-    >>> _suggestion("--topk", ["--top-k", "--mode"])
+    >>> suggestion("--topk", ["--top-k", "--mode"])
     '; did you mean --top-k?'
     """
     longer = [one for one in known if one.startswith(name)]

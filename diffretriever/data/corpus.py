@@ -43,7 +43,7 @@ def read_corpus(source: str | Path) -> Iterator[Passage]:
 
     Args:
         source: a BEIR folder (its `corpus` file), a .jsonl or .tsv file (also .gz, .xz, .zst), a .parquet file, a
-            folder of such parts (`part0.jsonl` …), or a Hugging Face dataset, `hf:NAME[:SPLIT]` or
+            folder of such files (`part0.jsonl` …; all of one format), or a Hugging Face dataset, `hf:NAME[:SPLIT]` or
             `hf:NAME:CONFIG:SPLIT`.
 
     Yields:
@@ -140,6 +140,9 @@ def _parts(folder: Path, kind: str) -> list[Path]:
     if not named and not (kind == "queries" and (folder / "qrels").is_dir()):  # a benchmark's parts are its corpus
         others = tuple(name for names in KINDS.values() for name in names)
         named = {name: files for name, files in groups.items() if not name.startswith(others)}
+        endings = {_format(name) for name in named}
+        if kind == "corpus" and len(endings) == 1:  # whatever the files of one format are called
+            named = {"": [file for files in named.values() for file in files]}
     if len(named) > 1:
         some = ", ".join(sorted(files[0].name for files in named.values())[:4])
         raise ValueError(
@@ -169,8 +172,8 @@ def _id_of(record: Mapping[str, Any], where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value:
-        shown = ", ".join(ID_FIELDS[:3])
-        raise ValueError(f"{where}: the id is missing, empty or no text ({name!r}: {value!r:.80}); looked for {shown}.")
+        found = "is missing" if value is None else f"{name!r} is empty or no text ({value!r:.80})"
+        raise ValueError(f"{where}: the id {found}; the field of ids is one of {', '.join(ID_FIELDS)}.")
     if without_lone_surrogates(value) != value:
         raise ValueError(f"{where}: the id {value!r:.80} holds half a surrogate pair, which UTF-8 cannot keep exactly.")
     return value
@@ -180,6 +183,8 @@ def _text_of(record: Mapping[str, Any], where: str) -> str:
     name, text = _field(record, TEXT_FIELDS)
     title_name, title = _field(record, TITLE_FIELDS)
     for field, value in ((name, text), (title_name, "" if title is None else title)):
+        if value is None:
+            raise ValueError(f"{where}: the text is missing; its field is one of {', '.join(TEXT_FIELDS)}.")
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {field!r} is missing or no text ({value!r:.80}).")
+            raise ValueError(f"{where}: {field!r} is no text ({value!r:.80}).")
     return without_lone_surrogates(join_title(title, text))  # a store holds what was encoded

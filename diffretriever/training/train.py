@@ -98,7 +98,6 @@ def train_adapter(
     say(describe(files, recipe), *alone, *lengths)
     model = prepare_model(retriever, recipe)
     trainer = RetrievalTrainer(model, items, recipe, arguments, record)
-    trainer.add_callback(StepBar(trainer))
     if task is not None:
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
     run(trainer, kept[0] if kept else None)
@@ -194,6 +193,7 @@ def run(trainer: RetrievalTrainer, last: Path | None) -> None:
         say(f"going on from {last}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
+    trainer.add_callback(StepBar(trainer))
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -122,13 +122,13 @@ def test_ids_and_texts_are_kept_exactly(tmp_path_factory: pytest.TempPathFactory
         (b'{"_id": "1", "text": "a"}\n{"_id": "2", "te', r"line 2: not valid JSON \(Unterminated string"),
         (b'{"_id": "1", "text": "a"}\n\n[1]\n', "line 3: expected a JSON object, got list"),
         (b'{"_id": "1", "text": "a\xff"}\n', r"line 1: not valid UTF-8 \(byte 24 of the line is 0xff\)"),
-        (b'{"text": "a"}\n', r"line 1: the id is missing, empty or no text \('_id': None\); looked for _id, id, docid"),
-        (b'{"_id": "", "text": "a"}\n', "line 1: the id is missing, empty or no text"),
-        (b'{"_id": true, "text": "a"}\n', "line 1: the id is missing, empty or no text"),
+        (b'{"text": "a"}\n', r"line 1: the id is missing; the field of ids is one of _id, id, docid, .*, qid\."),
+        (b'{"_id": "", "text": "a"}\n', r"line 1: the id '_id' is empty or no text \(''\); the field"),
+        (b'{"_id": true, "text": "a"}\n', r"line 1: the id '_id' is empty or no text \(True\)"),
         (b'{"_id": "\\ud800", "text": "a"}\n', "line 1: the id .* holds half a surrogate pair"),
-        (b'{"_id": "1"}\n', "line 1: 'text' is missing or no text"),
-        (b'{"_id": "1", "text": ["a"]}\n', "line 1: 'text' is missing or no text"),
-        (b'{"_id": "1", "text": "a", "title": 5}\n', "line 1: 'title' is missing or no text"),
+        (b'{"_id": "1"}\n', "line 1: the text is missing; its field is one of text, contents, passage, body, query"),
+        (b'{"_id": "1", "text": ["a"]}\n', "line 1: 'text' is no text"),
+        (b'{"_id": "1", "text": "a", "title": 5}\n', "line 1: 'title' is no text"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -147,7 +147,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, content: bytes, message: str)
         ("1\n", "line 1: expected 2 columns between tabs, id and text, got 1"),
         ("7\tpassage\ttitle\n", "line 1: expected 2 columns .*, got 3. Other columns need names: begin the file with"),
         ("id\ttext\ttext\n1\ta\tb\n", "line 1: two columns have one name"),
-        ("\ta\n", "line 1: the id is missing, empty"),
+        ("\ta\n", "line 1: the id 'id' is empty"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -249,8 +249,11 @@ def test_a_folder_of_numbered_parts_is_read_in_their_order(tmp_path: Path) -> No
 def test_a_folder_of_several_things_or_without_a_part_is_refused(tmp_path: Path) -> None:
     for name in ("a0.jsonl", "a1.jsonl", "b0.jsonl"):
         write_jsonl(tmp_path / name, [(name, "x")])
-    with pytest.raises(ValueError, match=r"which files are the corpus\? There are a[01]\.jsonl, b0\.jsonl"):
+    assert [passage.id for passage in read_corpus(tmp_path)] == ["a0.jsonl", "a1.jsonl", "b0.jsonl"]
+    (tmp_path / "c.tsv").write_text("c\tx\n")
+    with pytest.raises(ValueError, match=r"which files are the corpus\? There are a[01]\.jsonl, b0\.jsonl, c\.tsv"):
         list(read_corpus(tmp_path))
+    (tmp_path / "c.tsv").unlink()
     (tmp_path / "b0.jsonl").rename(tmp_path / "a-00000-of-00003.jsonl")
     (tmp_path / "a0.jsonl").unlink()
     (tmp_path / "a1.jsonl").rename(tmp_path / "a-00002-of-00003.jsonl")

@@ -103,7 +103,10 @@ def test_a_store_deleted_during_the_run_is_said_in_one_line(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"_id": "1", "text": "a"}\n{"_id": "2"}\n', "bad.jsonl, line 2: 'text' is missing or no text (None)."),
+        (
+            '{"_id": "1", "text": "a"}\n{"_id": "2"}\n',
+            "bad.jsonl, line 2: the text is missing; its field is one of text, contents, passage, body, query.",
+        ),
         (
             '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n',
             "ids occur twice, counted from 1: '1' (texts 1 and 2)",
