@@ -15,7 +15,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def describe(device: str | torch.device) -> str:
     """Return the processor's or GPU's name, threads and torch's version, in one line."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
-    return f"{name}; {torch.get_num_threads()} thread(s); torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{name}; {threads} thread{'s' if threads > 1 else ''}; torch {torch.__version__}"
 
 
 def _processor() -> str:

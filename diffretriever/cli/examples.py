@@ -7,7 +7,7 @@ EXAMPLES = {
     "compress": "compress --store store --output small-store",
     "export": "export --store store --model RELEASE --output impacts.jsonl",
     "evaluate": "evaluate --model RELEASE --data scifact --bm25 --json figures.json",
-    "plot quality": "plot quality --input figures.json --output quality.png",
+    "plot quality": "plot quality --input figures.json --dataset SciFact --output quality.png",
     "plot scaling": "plot scaling --input storage.json --output scaling.png",
     "plot latency": "plot latency --input latency.json --output latency.png",
     "plot budget": "plot budget --input budget.json --output budget.png",

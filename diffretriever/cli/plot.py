@@ -18,6 +18,7 @@ def register(commands: Any) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     quality = _kind(kinds, "quality", "quality against latency", run_quality, several=True)
     quality.add_argument("--metric", default="nDCG@10", help="of the evaluation (default: nDCG@10)")
+    quality.add_argument("--dataset", help="that the evaluations are of, to be named beside the metric")
     _kind(kinds, "scaling", "storage and latency against corpus size", run_scaling)
     _kind(kinds, "latency", "encoding and search latency of the methods", run_latency)
     budget = _kind(kinds, "budget", "the landscape of K_q and K_p", run_budget)
@@ -46,7 +47,7 @@ def run_quality(options: argparse.Namespace) -> int:
     from ..evaluation.plots.style import save
 
     points = read_evaluations(options.input, options.metric)
-    save(plot_quality(points, options.metric, options.title), options.output)
+    save(plot_quality(points, options.metric, options.title, options.dataset), options.output)
     return DONE
 
 

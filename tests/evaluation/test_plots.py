@@ -34,7 +34,11 @@ LATENCY = {
     "hardware": "a machine",
     "backbone": "2 layers",
     "encoding": [
-        {"system": f"method {number}", "tokens": tokens, "latency_ms": 10.0 * (number + 1) + tokens}
+        {
+            "system": f"A method of a long name, {number} words",
+            "tokens": tokens,
+            "latency_ms": 10.0 * (number + 1) + tokens,
+        }
         for number in range(8)
         for tokens in (256, 8, 32)
     ],
@@ -92,13 +96,17 @@ def test_quality_draws_every_timed_mode(tmp_path: Path) -> None:
     points = read_evaluations(files, "nDCG@10")
     assert len(points) == 6
     assert points[0] == Timed("single", "single_dense", 10.0, 0.5)
-    figure = plot_quality(points, "nDCG@10", "title")
+    figure = plot_quality(points, "nDCG@10", "title", "SciFact")
     axes = figure.axes[0]
+    assert plot_quality(points, "nDCG@10").axes[0].get_ylabel() == "nDCG@10"
     drawn = [tuple(collection.get_offsets()[0]) for collection in axes.collections]
     assert sorted(drawn) == [(0.4, 0.74), (10.0, 0.5), (10.0, 0.5), (20.0, 0.7), (20.0, 0.7)]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["single_dense", "fusion_multi_sparse_max", "single", "multi", "bm25"]
-    assert axes.get_ylabel() == "nDCG@10"
+    assert axes.get_ylabel() == "nDCG@10 on SciFact"
+    assert len({float(collection.get_sizes()[0]) for collection in axes.collections}) == 1
+    looks = [(c.get_paths()[0].vertices.shape, tuple(c.get_edgecolors()[0])) for c in axes.collections]
+    assert len(set(looks)) == 5  # two modes of two releases, and BM25
     assert "ms" in axes.get_xlabel()
     assert faults(figure) == []
 

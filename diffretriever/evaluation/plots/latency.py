@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.lines import read_object
-from .style import COLOURS, MARKERS, checked_points, new_figure, plain_axes
+from .style import COLOURS, LINE_WIDTH, MARKER_SIZE, MARKERS, checked_points, new_figure, plain_axes
 
 PARTS = {"encoding": "tokens", "search": "passages"}  # of the file, and what each is drawn against
 
@@ -35,7 +35,7 @@ def read_latency(path: str | Path) -> tuple[dict[str, list[dict[str, Any]]], str
 
 
 def plot_latency(parts: Mapping[str, Sequence[Mapping[str, Any]]], made_on: str = "", title: str | None = None) -> Any:
-    """Draw both parts side by side, a line a system, all axes logarithmic.
+    """Draw both parts side by side, a line a system, all axes logarithmic; what is searched are random vectors.
 
     Args:
         parts: from `read_latency`.
@@ -47,14 +47,15 @@ def plot_latency(parts: Mapping[str, Sequence[Mapping[str, Any]]], made_on: str 
     """
     figure = new_figure(10.0, 4.4)
     labels = {"encoding": ("tokens of text", "encoding one query, median (ms)")}
-    labels["search"] = ("passages", "searching one query, median (ms)")
+    labels["search"] = ("passages (random vectors)", "searching one query, median (ms)")
     for place, (part, axis) in enumerate(PARTS.items(), start=1):
         axes = figure.add_subplot(1, 2, place)
         systems = list(dict.fromkeys(str(point["system"]) for point in parts[part]))
         for number, system in enumerate(systems):
             line = sorted((point[axis], point["latency_ms"]) for point in parts[part] if point["system"] == system)
             axes.plot(
-                [size for size, _ in line], [value for _, value in line], label=system, markersize=5, linewidth=1.6,
+                [size for size, _ in line], [value for _, value in line], label=system,
+                markersize=MARKER_SIZE, linewidth=LINE_WIDTH,
                 color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
                 linestyle="-" if number < len(COLOURS) else "--",
             )  # fmt: skip
@@ -66,7 +67,12 @@ def plot_latency(parts: Mapping[str, Sequence[Mapping[str, Any]]], made_on: str 
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(labels[part][0])
         axes.set_ylabel(labels[part][1])
-        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.18), ncols=3)
         plain_axes(axes)
+        # side by side below the picture, so that neither widens the space between the parts
+        figure.legend(
+            *axes.get_legend_handles_labels(), fontsize=8, frameon=False, ncols=2,
+            loc=f"outside lower {'left' if place == 1 else 'right'}",
+        )  # fmt: skip
+    figure.get_layout_engine().set(wspace=0.06)
     figure.suptitle("\n".join(line for line in (title, made_on) if line), fontsize=9)
     return figure

@@ -10,7 +10,7 @@ from typing import Any
 from ...files.lines import read_object
 from ..comparisons import BM25_ROW
 from ..report import LATENCY
-from .style import COLOURS, MARKERS, new_figure, plain_axes
+from .style import COLOURS, LINE_WIDTH, MARKER_SIZE, MARKERS, new_figure, plain_axes
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ def read_evaluations(paths: Sequence[str | Path], metric: str) -> list[Timed]:
     """Read the timed modes of several evaluations.
 
     Args:
-        paths: JSON files, {mode: {metric: value, "latency_ms": value}}; each is named after its file.
+        paths: JSON files, {mode: {metric: value, "latency_ms": value}, "about": {"dataset", "split"}}; each is named
+            after its file.
         metric: the quality.
 
     Raises:
@@ -52,13 +53,14 @@ def read_evaluations(paths: Sequence[str | Path], metric: str) -> list[Timed]:
     return points
 
 
-def plot_quality(points: Sequence[Timed], metric: str, title: str | None = None) -> Any:
-    """Draw one point a mode: colour and size say the mode, shape the release. BM25 is drawn once.
+def plot_quality(points: Sequence[Timed], metric: str, title: str | None = None, dataset: str | None = None) -> Any:
+    """Draw one point a mode, its shape; of several releases, colour says which. BM25 is drawn once.
 
     Args:
         points: at least one.
         metric: the vertical axis's name.
         title: above the picture.
+        dataset: what the evaluations are of; stands beside the metric.
 
     Returns:
         A matplotlib figure.
@@ -66,22 +68,22 @@ def plot_quality(points: Sequence[Timed], metric: str, title: str | None = None)
     figure = new_figure(7.2, 4.2)
     axes = figure.add_subplot()
     ours = [point for point in points if point.mode != BM25_ROW]
-    colours = _assign([point.mode for point in ours], COLOURS[:-1])
-    markers = _assign([point.release for point in ours], MARKERS)
-    sizes = {mode: 210 / (1 + number) ** 0.9 for number, mode in enumerate(colours)}  # equal points become rings
+    markers = _assign([point.mode for point in ours], MARKERS)  # hollow, so that equal points show both shapes
+    releases = _assign([point.release for point in ours], COLOURS[:-1])
     for point in ours:
         axes.scatter(
-            point.milliseconds, point.quality, s=sizes[point.mode], marker=markers[point.release],
-            facecolors="none", edgecolors=colours[point.mode], linewidths=1.8,
+            point.milliseconds, point.quality, s=MARKER_SIZE**2, marker=markers[point.mode],
+            facecolors="none", edgecolors=releases[point.release], linewidths=LINE_WIDTH,
         )  # fmt: skip
     for point in [point for point in points if point.mode == BM25_ROW][:1]:
-        axes.scatter(point.milliseconds, point.quality, s=110, marker="*", color=COLOURS[-1], label=BM25_ROW)
+        look = {"marker": "*", "color": COLOURS[-1], "label": BM25_ROW}
+        axes.scatter(point.milliseconds, point.quality, s=MARKER_SIZE**2, **look)
     _logarithmic(axes)
     axes.margins(0.12)
     axes.set_xlabel("encoding and searching one query, median (ms, logarithmic)")
-    axes.set_ylabel(metric)
+    axes.set_ylabel(f"{metric} on {dataset}" if dataset else metric)
     plain_axes(axes)
-    handles = _legend(colours, markers, sizes) + axes.get_legend_handles_labels()[0]
+    handles = _legend(markers, releases) + axes.get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     if title:
         axes.set_title(title, loc="left", fontsize=10)
@@ -103,19 +105,16 @@ def _assign(names: Sequence[str], looks: Sequence[str]) -> dict[str, str]:
     return dict(zip(different, looks, strict=False))
 
 
-def _legend(colours: Mapping[str, str], markers: Mapping[str, str], sizes: Mapping[str, float]) -> list[Any]:
-    """Return handles that say which colour is which mode, and which shape which release."""
+def _legend(markers: Mapping[str, str], releases: Mapping[str, str]) -> list[Any]:
+    """Return handles that say which shape is which mode, and which colour which release."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    hollow: dict[str, Any] = {"linestyle": "", "markerfacecolor": "none"}
-    modes = [
-        Line2D(
-            [], [], marker="o", color=colour, markersize=sizes[mode] ** 0.5, markeredgewidth=1.8, label=mode, **hollow
-        )
-        for mode, colour in colours.items()
-    ]
-    releases = [Line2D([], [], marker=shape, color="#444444", label=name, **hollow) for name, shape in markers.items()]
-    return modes + (releases if len(releases) > 1 else [])
+    colour = "#444444" if len(releases) > 1 else next(iter(releases.values()), "#444444")
+    look: dict[str, Any] = {"linestyle": "", "markerfacecolor": "none", "color": colour}
+    look |= {"markersize": MARKER_SIZE, "markeredgewidth": LINE_WIDTH}
+    modes = [Line2D([], [], marker=shape, label=mode, **look) for mode, shape in markers.items()]
+    return modes + ([Patch(color=shade, label=name) for name, shade in releases.items()] if len(releases) > 1 else [])
 
 
 def _logarithmic(axes: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.lines import read_object
-from .style import COLOURS, MARKERS, checked_points, new_figure, plain_axes
+from .style import COLOURS, LINE_WIDTH, MARKER_SIZE, MARKERS, checked_points, new_figure, plain_axes
 
 NUMBERS = ("passages", "bytes", "latency_ms")
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
@@ -54,14 +54,14 @@ def plot_scaling(points: Sequence[Mapping[str, Any]], hardware: str = "", title:
             line = sorted((point["passages"], point[name]) for point in points if point["system"] == system)
             axes.plot(
                 [size for size, _ in line], [value for _, value in line], label=system,
-                color=COLOURS[number], marker=MARKERS[number], markersize=5, linewidth=1.6,
+                color=COLOURS[number], marker=MARKERS[number], markersize=MARKER_SIZE, linewidth=LINE_WIDTH,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: _with_unit(value, COUNTS, ""))
         axes.margins(x=0.08)
         axes.yaxis.set_major_formatter(_formatter(units))
-        axes.set_xlabel("passages")
+        axes.set_xlabel("passages (random vectors)")
         axes.set_ylabel(label)
         plain_axes(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -13,6 +13,7 @@ from ...files.install import install_hint
 # Okabe and Ito's palette, without its yellow, which is too light for lines
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKER_SIZE, LINE_WIDTH = 6.5, 1.6  # points, in all pictures
 FORMATS = (".png", ".svg", ".pdf")
 
 
