@@ -98,14 +98,31 @@ def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.cpu(), mask.cpu()
 
 
-def find_masks(ids: torch.Tensor, mask_id: int, num_masks: int) -> torch.Tensor:
-    """Return the positions of each row's [MASK] tokens, int64 [B, K]; raise ValueError unless every row has K."""
+def find_masks(ids: torch.Tensor, mask_id: int, budgets: Sequence[int]) -> torch.Tensor:
+    """Return the positions of each row's [MASK] tokens, int64 [B, K], the last one again where a row has fewer than K.
+
+    Args:
+        ids: [B, L].
+        mask_id: of the [MASK] token.
+        budgets: how many a row may have, rising; the last is K.
+
+    Raises:
+        ValueError: a row has another number.
+    """
     is_mask = ids == mask_id
     counts = is_mask.sum(dim=1)
-    if not bool((counts == num_masks).all()):
-        row = int((counts != num_masks).nonzero()[0])
-        raise ValueError(f"ids row {row} holds {int(counts[row])} [MASK] tokens (id {mask_id}), not {num_masks}.")
-    return is_mask.nonzero()[:, 1].view(len(ids), num_masks)
+    wrong = ~torch.isin(counts, torch.tensor(budgets, device=ids.device))
+    if bool(wrong.any()):
+        row, wanted = int(wrong.nonzero()[0]), " or ".join(map(str, budgets))
+        raise ValueError(f"ids row {row} holds {int(counts[row])} [MASK] tokens (id {mask_id}), not {wanted}.")
+    order = (counts.cumsum(0) - counts)[:, None] + torch.arange(budgets[-1], device=ids.device)
+    return is_mask.nonzero()[:, 1][torch.minimum(order, (counts.cumsum(0) - 1)[:, None])]
+
+
+def existing_masks(positions: torch.Tensor) -> torch.Tensor:
+    """Return which of the positions [B, K] are masks of their own, bool: behind a row's last one it is repeated."""
+    own = positions[:, 1:] > positions[:, :-1]
+    return torch.cat([torch.ones_like(positions[:, :1], dtype=torch.bool), own], dim=1)
 
 
 def batches_by_length(

@@ -251,8 +251,8 @@ def render_prompt(tokenizer: Any, prompt: dict[str, str]) -> tuple[str, str]:
     return before, after + prompt["assistant"]
 
 
-def render_prompts(tokenizer: Any, config: Any) -> dict[bool, tuple[str, str]]:
-    """Return the texts before and after a query (True) and a passage (False).
+def render_prompts(tokenizer: Any, config: Any) -> dict[tuple[bool, int], tuple[str, str]]:
+    """Return the texts before and after a query (True) and a passage (False), by side and K.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
@@ -261,4 +261,10 @@ def render_prompts(tokenizer: Any, config: Any) -> dict[bool, tuple[str, str]]:
     Raises:
         ValueError: as `render_prompt`.
     """
-    return {is_query: render_prompt(tokenizer, config.prompt(is_query)) for is_query in (True, False)}
+    own = {True: config.num_query_masks, False: config.num_passage_masks}
+    wanted = {
+        (is_query, k): config.prompt(is_query, k)
+        for is_query in own
+        for k in (own[is_query], *config.budgets(is_query))
+    }
+    return {key: render_prompt(tokenizer, prompt) for key, prompt in wanted.items()}

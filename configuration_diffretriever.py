@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Integral
@@ -22,6 +23,7 @@ from .checked_files import (
     read_json,
     refuse_unknown,
 )
+from .query_budgets import MOST_MASKS, budgets_of, check_table, choose_budget, query_features
 from .scoring import SCORING_MODES
 
 AUTO_MAP = {
@@ -57,8 +59,8 @@ BACKBONE_FIELDS = (
 LONGEST_PROMPT = 10_000  # characters of a role's text
 # What our own fields may say, by `check_fields`' rules; the prompts have a check of their own.
 COUNTS = {
-    "num_query_masks": ("whole", 1, 1024),
-    "num_passage_masks": ("whole", 1, 1024),
+    "num_query_masks": ("whole", 1, MOST_MASKS),
+    "num_passage_masks": ("whole", 1, MOST_MASKS),
     "num_denoise_steps": ("whole", 1, 1024),
     "max_length": ("whole", 1, 1 << 20),
     "query_length": ("whole", 1, 1 << 20, None),
@@ -74,6 +76,7 @@ RULES: dict[str, tuple[Any, ...]] = COUNTS | {
     "mask_token": ("name", None),
     "normalize": ("flag",),
     "cut_in_training": ("object", ("number", 0, 1), None),
+    "query_budget_table": ("object", None),
     "merge_adapter": ("flag", None),
     "recommended_mode": ("one of", *SCORING_MODES, None),
 }
@@ -153,6 +156,10 @@ class DiffRetrieverConfig(PretrainedConfig):
             backbone is quantised or offloaded.
         num_query_masks: K_q, masks appended to a query (paper §3.2).
         num_passage_masks: K_p, masks appended to a passage.
+        query_budget_table: K_q of each query by its text's length and entropy, in the place of `num_query_masks`:
+            {"length": edges in tokens, "entropy": edges in bits, "num_query_masks": K_q in rows by the length's part
+            and columns by the entropy's}; a part ends with its edge. None is the same K_q for all, and a
+            `num_query_masks` that the caller of `from_pretrained` sets stands in for the table.
         num_denoise_steps: forward passes; above 1 is the multi-step variant (paper App. A.1).
         denoise_confidence: by which several steps choose the masks to fill: "entropy", the negative entropy of the
             distribution, as the method's code; or "probability", the best token's, as LLaDA itself decodes.
@@ -186,6 +193,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         merge_adapter: bool | None = None,
         num_query_masks: int = 1,
         num_passage_masks: int = 1,
+        query_budget_table: dict[str, list[Any]] | None = None,
         num_denoise_steps: int = 1,
         denoise_confidence: str = "entropy",
         max_length: int = 156,
@@ -210,6 +218,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.merge_adapter = merge_adapter
         self.num_query_masks = num_query_masks
         self.num_passage_masks = num_passage_masks
+        self.query_budget_table = query_budget_table
         self.num_denoise_steps = num_denoise_steps
         self.denoise_confidence = denoise_confidence
         self.max_length = max_length
@@ -285,13 +294,16 @@ class DiffRetrieverConfig(PretrainedConfig):
         for name, value in recorded.items():
             if name not in self.overrides:
                 setattr(self, name, value)
+        if "query_budget_table" not in self.overrides:  # the release's was learned with its own adapter
+            self.query_budget_table = None
 
     def _note_overrides(self, names: tuple[str, ...]) -> None:
-        """Remember which fields the caller set; their `max_length` would be nothing beside lengths of the text."""
-        if "max_length" in names:
-            for name in set(LENGTHS) - set(names):
-                setattr(self, name, None)
-            names = tuple(dict.fromkeys((*names, *LENGTHS)))
+        """Remember which fields the caller set; some would be nothing beside what the release has in their place."""
+        for given, instead in (("max_length", LENGTHS), ("num_query_masks", ("query_budget_table",))):
+            if given in names:
+                for name in set(instead) - set(names):
+                    setattr(self, name, None)
+                names = tuple(dict.fromkeys((*names, *instead)))
         self._overrides = (*self.overrides, *names)
 
     def merged(self) -> DiffRetrieverConfig:
@@ -339,17 +351,30 @@ class DiffRetrieverConfig(PretrainedConfig):
         return self.recommended_mode or ("single_dense" if single else "multi_dense")
 
     def num_masks(self, is_query: bool) -> int:
-        """Return K_q or K_p."""
-        return self.num_query_masks if is_query else self.num_passage_masks
+        """Return K_q or K_p, the most that a text of a side may have."""
+        return self.budgets(is_query)[-1]
+
+    def budgets(self, is_query: bool) -> list[int]:
+        """Return what K a text of a side may have, rising: the table's where a query's is chosen, else one."""
+        if not is_query:
+            return [self.num_passage_masks]
+        table = self.query_budget_table
+        return [self.num_query_masks] if table is None else budgets_of(table)
+
+    def query_budget(self, ids: Sequence[int]) -> int:
+        """Return K_q of a query by the tokens of its text, before anything is encoded (paper §6.3)."""
+        table = self.query_budget_table
+        return self.num_query_masks if table is None else choose_budget(table, query_features(ids))
 
     def text_length(self, is_query: bool) -> int | None:
         """Return how many tokens of a text are read; None where `max_length` says it, the prompt included."""
         return self.query_length if is_query else self.passage_length
 
-    def prompt(self, is_query: bool) -> dict[str, str]:
-        """Return the prompt of a side: the configured one, else the paper's for its K."""
+    def prompt(self, is_query: bool, num_masks: int | None = None) -> dict[str, str]:
+        """Return the prompt of a side: the configured one, else the paper's for K; None is the side's own."""
         configured = self.query_prompt if is_query else self.passage_prompt
-        return configured or paper_prompt("query" if is_query else "passage", self.num_masks(is_query))
+        own = self.num_query_masks if is_query else self.num_passage_masks
+        return configured or paper_prompt("query" if is_query else "passage", num_masks or own)
 
     def check(self) -> None:
         """Raise ValueError for a field that no release can have."""
@@ -362,6 +387,10 @@ class DiffRetrieverConfig(PretrainedConfig):
             raise ValueError(f'config field `backbone_type` must be one of "{known}", got {got}.')
         for name in ("query_prompt", "passage_prompt"):
             check_prompt(name, getattr(self, name))
+        if self.query_budget_table is not None:
+            check_table("config field `query_budget_table`", self.query_budget_table)
+            if self.num_denoise_steps > 1:
+                raise ValueError("config field `query_budget_table` needs one forward pass: `num_denoise_steps` 1.")
 
 
 def _read_fields(name: Any, fields: dict[str, Any]) -> None:

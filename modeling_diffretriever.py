@@ -46,6 +46,7 @@ from .batching import (
     check_texts,
     count_workers,
     encode_in_order,
+    existing_masks,
     find_masks,
     in_eval_mode,
     run_side_by_side,
@@ -82,6 +83,7 @@ class DiffRetrieverOutput(ModelOutput):
         sparse_indices: int64 [B, T], token ids by falling value; unused slots are 0.
         sparse_values: float32 [B, T], log1p weights; unused slots are 0.0.
         mask_hidden: [B, K, H] in the model's dtype, the final states at the masks (`forward`).
+        repr_mask: bool [B, K], which vectors exist, where queries differ in K_q; None where all do. The others are 0.
         side: "query" or "passage" for what was encoded; an attribute, no item.
     """
 
@@ -89,6 +91,7 @@ class DiffRetrieverOutput(ModelOutput):
     sparse_indices: torch.Tensor | None = None
     sparse_values: torch.Tensor | None = None
     mask_hidden: torch.Tensor | None = None
+    repr_mask: torch.Tensor | None = None
     side: ClassVar[str | None] = None
 
     def on_side(self, is_query: bool) -> DiffRetrieverOutput:
@@ -122,10 +125,7 @@ class DiffRetriever(PreTrainedModel):
     def __init__(self, config: DiffRetrieverConfig) -> None:
         super().__init__(config)
         if config.backbone_config is None or config.backbone_type is None:
-            raise ValueError(
-                "This config does not hold its backbone's config; load the model with AutoModel.from_pretrained, "
-                "which reads it from `base_model_name_or_path`."
-            )
+            raise ValueError("This config does not hold its backbone's config; load the model with from_pretrained.")
         backbone_config = config.backbone_config
         backbone_config._attn_implementation = config._attn_implementation
         self.backbone: Any = build_backbone(config.backbone_type, backbone_config)
@@ -263,7 +263,7 @@ class DiffRetriever(PreTrainedModel):
         """
         check_id_tensor(input_ids)
         if mask_positions is None:
-            mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.num_masks(check_side(is_query)))
+            mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.budgets(check_side(is_query)))
         hidden = run_layers(self.backbone, input_ids, attention_mask, mask_positions, self.config._attn_implementation)
         return DiffRetrieverOutput(mask_hidden=hidden)
 
@@ -280,7 +280,7 @@ class DiffRetriever(PreTrainedModel):
             raise ValueError("The model has no tokenizer; load it with from_pretrained, or set model.tokenizer.")
         config = self.config
         settings: tuple[Any, ...] = tuple(getattr(config, name) for name in COUNTS)
-        settings += tuple(tuple(config.prompt(side).values()) for side in (True, False))
+        settings += (*(tuple(config.prompt(side).values()) for side in (True, False)), repr(config.query_budget_table))
         if self._texts is None or self._texts[0] != settings:
             config.check()
             self._texts = (settings, RetrievalTokenizer(self.tokenizer, config, render_prompts(self.tokenizer, config)))
@@ -328,8 +328,9 @@ class DiffRetriever(PreTrainedModel):
             content_filter: False lets the whole vocabulary in.
 
         Returns:
-            `repr_hidden` float32 [B, K, H] (L2-normalised unless the config says not), and with `compute_sparse`
-            `sparse_indices` int64 and `sparse_values` float32, both [B, T] (paper Eq. 2 and 3).
+            `repr_hidden` float32 [B, K, H] (L2-normalised unless the config says not), `repr_mask` bool [B, K] for
+            queries of a release with `query_budget_table`, and with `compute_sparse` `sparse_indices` int64 and
+            `sparse_values` float32, both [B, T] (paper Eq. 2 and 3).
 
         Raises:
             ValueError: the ids are not this side's, sizes do not match, or an output is not finite.
@@ -341,9 +342,7 @@ class DiffRetriever(PreTrainedModel):
         positions, text_ids = self.texts.locate(host_ids, host_mask, is_query)
         content = None
         if compute_sparse and content_filter:
-            content = content_token_ids
-            if content is None:
-                content = self.texts.content_lists(text_ids)
+            content = self.texts.content_lists(text_ids) if content_token_ids is None else content_token_ids
             if len(content) != len(host_ids):
                 raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
         return self._encode(input_ids.long(), host_mask, positions, content, is_query, compute_sparse, sparse_top_k)
@@ -392,13 +391,14 @@ class DiffRetriever(PreTrainedModel):
             hidden, _ = states_at_masks(self, ids, mask, positions.to(ids.device))
         if not torch.isfinite(hidden).all():
             raise ValueError(not_finite(self, hidden))
-        output = DiffRetrieverOutput(repr_hidden=hidden.float()).on_side(is_query)
-        if self.config.normalize:
-            output["repr_hidden"] = F.normalize(hidden.float(), dim=-1)
+        vectors = F.normalize(hidden.float(), dim=-1) if self.config.normalize else hidden.float()
+        output = DiffRetrieverOutput(repr_hidden=vectors).on_side(is_query)
+        if is_query and self.config.query_budget_table is not None:
+            output["repr_mask"] = existing_masks(positions).to(hidden.device)
+            output["repr_hidden"] = vectors * output["repr_mask"][..., None]
         if compute_sparse:
-            output["sparse_indices"], output["sparse_values"] = sparse_vectors(
-                self.lm_head, hidden, content, top_k, self.texts.mask_id
-            )
+            found = sparse_vectors(self.lm_head, hidden, content, top_k, self.texts.mask_id)
+            output["sparse_indices"], output["sparse_values"] = found
             if not torch.isfinite(output["sparse_values"]).all():
                 raise ValueError(not_finite(self, output["sparse_values"]))
         return output

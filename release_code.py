@@ -19,6 +19,7 @@ COMPUTING = (
     "bidirectional_layers",
     "sparse_head",
     "tokenization_helpers",
+    "query_budgets",
     "adapter_loading",
     "backbone_loading",
 )

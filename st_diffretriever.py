@@ -262,15 +262,14 @@ class DiffRetrieverModule(InputModule):
         """Return the vectors [B, K, H] and which exist [B, K]; K is the larger side's where both are in the batch."""
         parts = [self._encode_side(features, side) for side in features["is_query"].unique().tolist()]
         if len(parts) == 1:
-            vectors = parts[0][1]["repr_hidden"]
-            return vectors, torch.ones(vectors.shape[:2], dtype=torch.long, device=vectors.device)
+            return parts[0][1]["repr_hidden"], _existing(parts[0][1])
         widest = max((out["repr_hidden"] for _, out in parts), key=lambda vectors: vectors.shape[1])
         vectors = widest.new_zeros(len(features["is_query"]), *widest.shape[1:])
         exists = torch.zeros(vectors.shape[:2], dtype=torch.long, device=vectors.device)
         for rows, out in parts:
             num_masks = out["repr_hidden"].shape[1]
             vectors[rows, :num_masks] = out["repr_hidden"]
-            exists[rows, :num_masks] = 1
+            exists[rows, :num_masks] = _existing(out)
         return vectors, exists
 
     def _sparse(self, features: dict[str, Any], max_active_dims: int | None) -> torch.Tensor:
@@ -330,6 +329,12 @@ def _elsewhere(release: str, kind: str) -> str:
         f"the files of {release} are not for {CLASSES[kind]}; its {kind} vectors are loaded with "
         f"{CLASSES[kind]}({place}, trust_remote_code=True)."
     )
+
+
+def _existing(out: Any) -> torch.Tensor:
+    """Return which vectors of the model's output exist, int64 [B, K]."""
+    vectors = out["repr_hidden"]
+    return torch.ones_like(vectors[..., 0], dtype=torch.long) if out.repr_mask is None else out.repr_mask.long()
 
 
 def _check_options(subfolder: str, processor_kwargs: dict[str, Any], backend: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -211,13 +211,22 @@ class FramedTokenizer:
             is_query: the side.
             content_filter: False leaves the content words out.
         """
-        layout, prepared = self.layouts[is_query], []
-        for ids in self.first_ids(texts, layout.room + 1):
+        prepared = []
+        for ids in self.first_ids(texts, max(layout.room for layout in self.layouts_of(is_query)) + 1):
+            layout = self.layout_for(ids, is_query)
             kept = ids[: layout.room]
             content = self.content_ids(self.text_of(kept)) if content_filter else None
             sequence = layout.prefix + kept + layout.closing
             prepared.append(PreparedText(sequence, kept, len(ids) > layout.room, content))
         return prepared
+
+    def layouts_of(self, is_query: bool) -> list[PromptLayout]:
+        """Return all layouts that a text of a side may have."""
+        return [self.layouts[is_query]]
+
+    def layout_for(self, ids: Sequence[int], is_query: bool) -> PromptLayout:
+        """Return the layout of a text by its tokens, of which those behind the shortest room are not looked at."""
+        return self.layouts[is_query]
 
     def tokenize(self, texts: Sequence[str], is_query: bool) -> list[list[int]]:
         """Return the whole sequence of each text, unpadded."""
@@ -256,12 +265,6 @@ class FramedTokenizer:
         mask = (torch.arange(length) >= (length - lengths)[:, None]).long()
         return ids, mask
 
-    def mask_positions(self, ids: torch.Tensor, is_query: bool) -> torch.Tensor:
-        """Return where the masks of left-padded sequences [B, L] of one side are, int64 [B, K] on the CPU."""
-        layout = self.layouts[is_query]
-        end = ids.shape[1] - layout.num_tail
-        return torch.arange(end - layout.num_masks, end).repeat(len(ids), 1)
-
     def locate(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, list[list[int]]]:
         """Check that the rows are sequences of this side, and find their masks and texts.
 
@@ -271,12 +274,12 @@ class FramedTokenizer:
             is_query: which side the rows are to be.
 
         Returns:
-            Positions of the masks, int64 [B, K], and the token ids of each text.
+            Positions of the masks, int64 [B, K], as `mask_positions`, and the token ids of each text.
 
         Raises:
             ValueError: a row is not what `tokenize` makes for this side; the message names the row.
         """
-        layout = self.layouts[is_query]
+        most = max(layout.num_masks for layout in self.layouts_of(is_query))
         texts: list[list[int]] = []
         positions: list[list[int]] = []
         for number, (row, real) in enumerate(zip(ids.tolist(), (mask != 0).tolist(), strict=True)):
@@ -286,23 +289,34 @@ class FramedTokenizer:
                 raise ValueError(
                     f"attention mask row {number} is not one run of ones; it must be what tokenize() made."
                 )
-            text_end = end - len(layout.closing)
-            fits = row[start : start + len(layout.prefix)] == layout.prefix and row[text_end:end] == layout.closing
-            if not fits or text_end < start + len(layout.prefix):
+            found = self._text_in(row[start:end], is_query)
+            if found is None:
                 raise ValueError(self._misfit(number, row[start:end], is_query))
-            first_mask = text_end + len(layout.suffix)
-            positions.append(list(range(first_mask, first_mask + layout.num_masks)))
-            texts.append(row[start + len(layout.prefix) : text_end])
+            layout, text = found
+            first_mask = start + len(layout.prefix) + len(text) + len(layout.suffix)
+            last_mask = first_mask + layout.num_masks - 1
+            positions.append([min(first_mask + place, last_mask) for place in range(most)])
+            texts.append(text)
         return torch.tensor(positions), texts
+
+    def _text_in(self, row: list[int], is_query: bool) -> tuple[PromptLayout, list[int]] | None:
+        """Return the layout of an unpadded sequence and the text in it; None where it is not of this side."""
+        for layout in self.layouts_of(is_query):
+            start, end = len(layout.prefix), len(row) - len(layout.closing)
+            if start <= end and row[:start] == layout.prefix and row[end:] == layout.closing:
+                text = row[start:end]
+                return (layout, text) if self.layout_for(text, is_query) is layout else None
+        return None
 
     def _misfit(self, number: int, row: list[int], is_query: bool) -> str:
         side, other = ("query", "passage") if is_query else ("passage", "query")
         other_layout = self.layouts[not is_query]
-        found, expected = sum(token == self.mask_id for token in row), self.layouts[is_query].num_masks
+        budgets = sorted({layout.num_masks for layout in self.layouts_of(is_query)})
+        found, expected = sum(token == self.mask_id for token in row), " or ".join(map(str, budgets))
         made_with = f"tokenize(..., is_query={is_query})"
         if row[: len(other_layout.prefix)] == other_layout.prefix and found == other_layout.num_masks:
             return f"ids row {number} is a {other}, but encode() was told is_query={is_query}; use {made_with}."
-        if found != expected:
+        if found not in budgets:
             return (
                 f"ids row {number} holds {found} [MASK] tokens (id {self.mask_id}); a {side} of this model has "
                 f"{expected}. Make the ids with {made_with} of the same model."
@@ -338,7 +352,7 @@ class RetrievalTokenizer(FramedTokenizer):
     Args:
         tokenizer: a transformers fast tokenizer with mask, end-of-turn and end-of-text tokens.
         config: the release's `DiffRetrieverConfig`.
-        prompts: the texts before and after a query (True) and a passage (False), from `render_prompts`.
+        prompts: the texts before and after a query (True) and a passage (False) with K masks, from `render_prompts`.
 
     Raises:
         ValueError: no fast tokenizer, no mask token, or `max_length` leaves no room for text.
@@ -346,24 +360,54 @@ class RetrievalTokenizer(FramedTokenizer):
 
     mask_id: int
 
-    def __init__(self, tokenizer: Any, config: Any, prompts: Mapping[bool, tuple[str, str]]) -> None:
+    def __init__(self, tokenizer: Any, config: Any, prompts: Mapping[tuple[bool, int], tuple[str, str]]) -> None:
         mask_id = find_mask_id(tokenizer, config.mask_token)
         super().__init__(tokenizer)
         self.mask_id, self.max_length = mask_id, config.max_length
         end_of_turn = _special_id(tokenizer, "end-of-turn", ("<|eot_id|>", "<|im_end|>"))
         tail = [*self._plain_ids('"'), end_of_turn, self.end_of_text_id]  # paper Eq. 1
-        for is_query, side in ((True, "query"), (False, "passage")):
-            prefix, suffix = self._prompt_ids(prompts[is_query])
-            if self.mask_id in (*prefix, *suffix):
-                raise ValueError(f"The {side} prompt holds the token that serves as [MASK] (id {self.mask_id}).")
-            length, room = len(prefix) + len(suffix), config.text_length(is_query)
-            if room is None and self.max_length <= length:
-                raise ValueError(
-                    f"config field `max_length` is {self.max_length}, but the {side} prompt alone takes {length} "
-                    f"tokens; set it to at least {length + 1}, better {length + 100}."
-                )
-            masks = [self.mask_id] * config.num_masks(is_query)
-            self.layouts[is_query] = PromptLayout(prefix, suffix, room or self.max_length - length, masks, tail)
+        made = {
+            (is_query, k): self._layout(is_query, k, parts, config.text_length(is_query), tail)
+            for (is_query, k), parts in prompts.items()
+        }
+        self.layouts = {True: made[True, config.num_query_masks], False: made[False, config.num_passage_masks]}
+        self._chosen = {k: made[True, k] for k in config.budgets(is_query=True)}
+        self._choose: Callable[[Sequence[int]], int] = config.query_budget
+        self._least_room = min(layout.room for layout in self._chosen.values())
+
+    def _layout(
+        self, is_query: bool, k: int, parts: tuple[str, str], room: int | None, tail: list[int]
+    ) -> PromptLayout:
+        """Return the layout of a side's texts with K masks; `room` None leaves it to `max_length`."""
+        side = "query" if is_query else "passage"
+        prefix, suffix = self._prompt_ids(parts)
+        if self.mask_id in (*prefix, *suffix):
+            raise ValueError(f"The {side} prompt holds the token that serves as [MASK] (id {self.mask_id}).")
+        length = len(prefix) + len(suffix)
+        if room is None and self.max_length <= length:
+            raise ValueError(
+                f"config field `max_length` is {self.max_length}, but the {side} prompt alone takes {length} "
+                f"tokens; set it to at least {length + 1}, better {length + 100}."
+            )
+        return PromptLayout(prefix, suffix, room or self.max_length - length, [self.mask_id] * k, tail)
+
+    def mask_positions(self, ids: torch.Tensor, is_query: bool) -> torch.Tensor:
+        """Return where the masks of left-padded sequences [B, L] of one side are, int64 [B, K] on the CPU.
+
+        Behind the last mask of a row with fewer than K it is repeated.
+        """
+        layouts = self.layouts_of(is_query)
+        end, most = ids.shape[1] - layouts[0].num_tail, max(layout.num_masks for layout in layouts)
+        first = end - (ids == self.mask_id).sum(dim=1, keepdim=True)  # no text holds the mask's id
+        return (first + torch.arange(most)).clamp(max=end - 1)
+
+    def layouts_of(self, is_query: bool) -> list[PromptLayout]:
+        """Return all layouts that a text of a side may have: one for each K_q of the table."""
+        return list(self._chosen.values()) if is_query else [self.layouts[False]]
+
+    def layout_for(self, ids: Sequence[int], is_query: bool) -> PromptLayout:
+        """Return the layout of a text: of a query by the table of budgets, where the release has one (paper §6.3)."""
+        return self._chosen[self._choose(ids[: self._least_room])] if is_query else self.layouts[False]
 
 
 def _plain_backend(tokenizer: Any) -> Any:

@@ -39,12 +39,10 @@ class BaselineOutput(DiffRetrieverOutput):
     """What a baseline returns for B texts.
 
     Args:
-        repr_hidden, sparse_indices, sparse_values: as DiffRetriever's; `repr_hidden` is zero where no vector exists.
-        repr_mask: bool [B, K], which vectors exist; None where all do.
+        repr_hidden, repr_mask, sparse_indices, sparse_values: as DiffRetriever's.
         states: [B, K, H] in the model's dtype, with gradient, not normalised (`forward`).
     """
 
-    repr_mask: torch.Tensor | None = None
     states: torch.Tensor | None = None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 from ..files.install import install_hint
 from ..files.lines import read_object
+from ..model.query_budgets import FEATURES
 
 Budget = tuple[int, int]  # (K_q, K_p)
-FEATURES = ("length", "entropy")
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,6 @@ class Sweep:
     features: dict[str, dict[str, float]]
 
 
-def query_features(ids: Sequence[int]) -> dict[str, float]:
-    """Return what is known of a query before it is encoded (paper §6.3).
-
-    Args:
-        ids: the tokens of its text alone.
-
-    Returns:
-        "length", the number of tokens, and "entropy", Shannon's, of their distribution, in bits.
-
-    >>> query_features([7, 7, 8, 9])
-    {'length': 4, 'entropy': 1.5}
-    """
-    shares = [count / len(ids) for count in Counter(ids).values()]
-    return {"length": len(ids), "entropy": -math.fsum(share * math.log2(share) for share in shares) + 0.0}
-
-
 def read_sweep(path: str | Path) -> Sweep:
     """Read what `diffretriever select-budget` wrote.
 
@@ -59,7 +42,11 @@ def read_sweep(path: str | Path) -> Sweep:
         FileNotFoundError: no such file.
         ValueError: not such a file, one without each query's scores, or cells with different queries.
     """
-    content = read_object(path)
+    return sweep_of(read_object(path), path)
+
+
+def sweep_of(content: Mapping[str, Any], path: str | Path) -> Sweep:
+    """Return what `diffretriever select-budget` found as a `Sweep`; `path` is for messages, errors as `read_sweep`."""
     try:
         cells = {_budget(cell): cell["per_query"] for cell in content["grid"]}
         modes = list(next(iter(cells.values())))

@@ -97,7 +97,7 @@ class StageSteps:
     def _states(self, texts: Sequence[list[int]], is_query: bool, k: int, limit: int) -> torch.Tensor:
         """Return the states at the masks of `sequences`, with gradient: [B, K, H]."""
         ids, mask = self.sequences(texts, is_query, k, limit)
-        positions = find_masks(ids, self.rules[k].mask_id, k)
+        positions = find_masks(ids, self.rules[k].mask_id, [k])
         states: torch.Tensor = self.model(ids, mask, mask_positions=positions).mask_hidden
         return states
 

@@ -338,6 +338,7 @@ _OWN_FIELDS = (
     "mask_token",
     "num_query_masks",
     "num_passage_masks",
+    "query_budget_table",
     "num_denoise_steps",
     "denoise_confidence",
     "max_length",

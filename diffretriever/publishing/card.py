@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,17 @@ def render_card(config: Any, facts: CardFacts, measured: dict[str, Any] | None =
     return f"---\n{_metadata(config, facts, measured)}\n---\n\n{_squeeze(body)}\n"
 
 
-def example_blocks(repo_id: str, single: bool) -> list[str]:
+def example_blocks(repo_id: str, single: bool, adaptive: bool = False) -> list[str]:
     """Return the Python blocks of a card, the only code that a check of it runs.
 
     Args:
         repo_id: the Hub id or folder name that they load; `check_repo_id` has seen it.
         single: whether K_q = K_p = 1.
+        adaptive: whether K_q is chosen for each query.
     """
     import jinja2
 
-    card = _squeeze(_template(jinja2.ChainableUndefined).render(_code_fields(repo_id, single)))
+    card = _squeeze(_template(jinja2.ChainableUndefined).render(_code_fields(repo_id, single, adaptive)))
     return [source for _, source in code_blocks(card)]
 
 
@@ -129,7 +131,7 @@ def _template(undefined: Any) -> Any:
     return environment.get_template("card.md.jinja")
 
 
-def _code_fields(repo_id: str, single: bool) -> dict[str, Any]:
+def _code_fields(repo_id: str, single: bool, adaptive: bool) -> dict[str, Any]:
     """Return all that a card's code depends on, among it how the release is named for each class to load."""
     on_hub = "/" in repo_id
     known = RELEASES.get(repo_id)
@@ -139,6 +141,7 @@ def _code_fields(repo_id: str, single: bool) -> dict[str, Any]:
     return {
         "repo_id": repo_id,
         "single": single,
+        "adaptive": adaptive,
         "fusion": f"fusion_{'single' if single else 'multi'}_sparse_max",
         "on_hub": on_hub,
         "shipped": known is not None and known.is_local,
@@ -176,7 +179,7 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
     known = RELEASES.get(facts.known_as or "")
     has_adapter = facts.lora is not None
     return {
-        **_code_fields(facts.repo_id, single),
+        **_code_fields(facts.repo_id, single, config.query_budget_table is not None),
         "name": config.release_name,
         "adapter": has_adapter,
         "lora": None if facts.lora is None else {name: _number(name, facts.lora.get(name)) for name in LORA_NUMBERS},
@@ -187,7 +190,7 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "backbone_revision": config.base_model_revision,
         "holds": _listed(["code", "tokenizer", *["adapter"] * has_adapter, *["backbone"] * (base == BACKBONE_FOLDER)]),
         "demonstration": known is not None and known.is_local,
-        "masks_phrase": "one `[MASK]` token" if single else f"{k_q} (query) or {k_p} (passage) `[MASK]` tokens",
+        "masks_phrase": masks_phrase(config),
         "vectors_phrase": "one dense vector" if single else "several dense vectors",
         "k_q": k_q,
         "k_p": k_p,
@@ -201,6 +204,16 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "measured": measured,
         "training": paper_figures()["training"] if paper else (measured or {}).get("training"),
     }
+
+
+def masks_phrase(config: Any) -> str:
+    """Say how many masks a text has."""
+    budgets, k_p = config.budgets(is_query=True), config.num_passage_masks
+    if budgets[-1] == k_p == 1:
+        return "one `[MASK]` token"
+    k_q = budgets[0] if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
+    chosen = "" if len(budgets) == 1 else ", by its length and entropy"
+    return f"{k_q} (query{chosen}) or {k_p} (passage) `[MASK]` tokens"
 
 
 def _longest_input(config: Any) -> str:
@@ -378,9 +391,26 @@ def with_repo_id(card: str, old: str, new: str) -> str:
         old: the Hub id or folder name that its code loads.
         new: the one to load.
     """
-    for single in (True, False):
-        for before, after in zip(example_blocks(old, single), example_blocks(new, single), strict=True):
+    for kind in product((True, False), repeat=2):
+        for before, after in zip(example_blocks(old, *kind), example_blocks(new, *kind), strict=True):
             card = card.replace(before, after)
+    return card
+
+
+def with_adaptive_budgets(card: str, repo_id: str, before: Any, after: Any) -> str:
+    """Return the card of a release that chooses K_q for each query.
+
+    Args:
+        card: README.md, as a build wrote it.
+        repo_id: the Hub id or folder name that its code loads.
+        before: the release's config as it was, perhaps with another table.
+        after: its config with the table.
+    """
+    card = card.replace(masks_phrase(before), masks_phrase(after))
+    single = after.num_query_masks == after.num_passage_masks == 1
+    blocks = example_blocks(repo_id, single), example_blocks(repo_id, single, adaptive=True)
+    for fixed, adaptive in zip(*blocks, strict=True):
+        card = card.replace(fixed, adaptive)
     return card
 
 

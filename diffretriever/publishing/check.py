@@ -144,7 +144,8 @@ def check_loaded(
     """Load the release in a fresh process, compare its vectors, run the card's code."""
     blocks = card.code_blocks(text)
     single = config.get("num_query_masks") == config.get("num_passage_masks") == 1
-    if strange := _strange_block(blocks, card.example_blocks(made["repo_id"], single)):
+    adaptive = config.get("query_budget_table") is not None
+    if strange := _strange_block(blocks, card.example_blocks(made["repo_id"], single, adaptive)):
         report.problems.append(f"{strange}; nothing of the card was run. Build the release again")
         return
     with tempfile.TemporaryDirectory(prefix="check-") as scratch:

@@ -70,7 +70,8 @@ def _entry(model: Any, text: str, side: str, terms: int) -> dict[str, Any]:
     is_query = side == "query"
     ids, mask = model.tokenize([text], is_query=is_query)  # int64 [1, L]
     out = model.encode(ids.to(model.device), mask.to(model.device), is_query, compute_sparse=True, sparse_top_k=terms)
-    dense = out["repr_hidden"][0].cpu()  # float32 [K, H]
+    exists = out.get("repr_mask")  # of a query whose release chooses K_q for each
+    dense = (out["repr_hidden"][0] if exists is None else out["repr_hidden"][0][exists[0]]).cpu()  # float32 [K, H]
     weights = zip(out["sparse_indices"][0].tolist(), out["sparse_values"][0].tolist(), strict=True)
     return {
         "side": side,

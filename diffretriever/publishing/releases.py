@@ -16,6 +16,7 @@ CODE_FILES = (
     "checked_files.py",
     "configuration_diffretriever.py",
     "modeling_diffretriever.py",
+    "query_budgets.py",
     "release_code.py",
     "saved_folder.py",
     "scoring.py",

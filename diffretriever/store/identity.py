@@ -56,6 +56,8 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
             "again with publish.py."
         )
     given = dict(options or {})
+    table = getattr(config, "query_budget_table", None)  # of queries alone: passages do not depend on it
+    given |= {"query_budget_table": table} if is_query and table is not None else {}
     top_k = given.pop("sparse_top_k", None) or config.sparse_top_k
     return Settings(
         model=str(config.name_or_path),

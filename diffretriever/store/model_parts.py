@@ -37,8 +37,8 @@ ADAPTER_FIELDS = {
 TOLD_ELSEWHERE = frozenset(
     "adapter_name_or_path backbone_config backbone_type base_model_name_or_path base_model_revision cut_in_training "
     "mask_token max_length merge_adapter method normalize num_denoise_steps num_passage_masks num_passage_vectors "
-    "num_query_masks num_query_vectors passage_length passage_prompt query_length query_prompt recommended_mode "
-    "sparse_top_k".split()
+    "num_query_masks num_query_vectors passage_length passage_prompt query_budget_table query_length query_prompt "
+    "recommended_mode sparse_top_k".split()
 )
 # Of tokenizer.json: what turns texts into ids and ids into texts.
 TOKENIZER_RULES = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
@@ -73,7 +73,7 @@ def model_parts(model: Any) -> dict[str, Any]:
         "adapter": None if adapter is None else adapter_fields(adapter / CONFIG_FILE),
         "tokenizer": special | {name: hash_json(rules.get(name)) for name in TOKENIZER_RULES},
         "chat_template": {side: hash_json(_frame(layout)) for side, layout in layouts.items()},
-        "num_masks": {side: model.config.num_masks(side == "query") for side in layouts},
+        "num_masks": {"query": model.config.num_query_masks, "passage": model.config.num_passage_masks},
         "text_tokens": {side: layout.room for side, layout in layouts.items()},
         "quantization": _quantization(model),
         "code": code_hashes(model),

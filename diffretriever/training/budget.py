@@ -9,9 +9,9 @@ from typing import Any
 
 from ..data.benchmark import Benchmark
 from ..data.pair_files import PairFiles
-from ..evaluation.budget_analysis import query_features
 from ..evaluation.metrics import means
 from ..evaluation.small_task import METRIC, SmallTask
+from ..model.query_budgets import query_features
 
 BUDGETS = (1, 2, 4, 8, 16)
 
@@ -50,29 +50,32 @@ def training_task(files: PairFiles, queries: int, passages: int, seed: int) -> S
     return SmallTask(benchmark, {name: text for text, name in names.items()})
 
 
-def sweep(model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS) -> list[dict[str, Any]]:
+def sweep(
+    model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS, passage_budgets: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """Evaluate every pair of budgets; each side is encoded once for each K.
 
     Args:
         model: a zero-shot DiffRetriever; its prompts must follow its budgets.
         task: queries, passages, judgements.
         budgets: values of K_q and of K_p.
+        passage_budgets: other values of K_p.
 
     Returns:
         {"num_query_masks", "num_passage_masks", "dense", "sparse", "fused", "per_query"} with nDCG@10, for each pair;
         `per_query` is {"dense", "sparse", "fused": {query id: nDCG@10}}.
     """
-    queries = {k_q: _encode_with(model, task.benchmark.queries, True, k_q) for k_q in budgets}
+    queries = {k_q: encode_with(model, task.benchmark.queries, True, k_q) for k_q in budgets}
     grid = []
-    for k_p in budgets:  # the passages of one K_p are held at a time
-        searcher = task.searcher(_encode_with(model, task.passages, False, k_p))
+    for k_p in passage_budgets or budgets:  # the passages of one K_p are held at a time
+        searcher = task.searcher(encode_with(model, task.passages, False, k_p))
         for k_q in budgets:
             values = task.ndcg_per_query(task.runs(searcher, queries[k_q]))
             grid.append({"num_query_masks": k_q, "num_passage_masks": k_p, **means(values), "per_query": values})
     return sorted(grid, key=lambda cell: (cell["num_query_masks"], cell["num_passage_masks"]))
 
 
-def _encode_with(model: Any, texts: Mapping[str, str], is_query: bool, masks: int) -> Mapping[str, Any]:
+def encode_with(model: Any, texts: Mapping[str, str], is_query: bool, masks: int) -> Mapping[str, Any]:
     """Encode one side with K masks, under the prompt that belongs to K."""
     field = "num_query_masks" if is_query else "num_passage_masks"
     before = getattr(model.config, field)
@@ -124,14 +127,21 @@ def select_budget(model: Any, task: SmallTask, budgets: Sequence[int] = BUDGETS)
             "(publish.py build without --adapter)"
         )
     grid = sweep(model, task, budgets)
+    return describe_sweep(model, task, grid, choose(grid))
+
+
+def describe_sweep(
+    model: Any, task: SmallTask, grid: Sequence[dict[str, Any]], choice: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a sweep's cells with what else `analyze-budget` reads; arguments and returns as for `select_budget`."""
     texts = task.benchmark.queries
-    ids = model.tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
+    prepared = model.texts.prepare(list(texts.values()), True, content_filter=False)
     return {
         "metric": METRIC,
         "fusion": task.fusion,
         "queries": len(texts),
         "passages": len(task.passages),
         "grid": grid,
-        "choice": {name: value for name, value in choose(grid).items() if name != "per_query"},
-        "query_features": {query: query_features(row) for query, row in zip(texts, ids, strict=True)},
+        "choice": {name: value for name, value in choice.items() if name != "per_query"},
+        "query_features": {query: query_features(text.text_ids) for query, text in zip(texts, prepared, strict=True)},
     }

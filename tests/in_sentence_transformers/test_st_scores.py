@@ -51,6 +51,25 @@ def test_same_scores_as_automodel(folders: Folders, release: str, kind: str) -> 
     torch.testing.assert_close(pairs, found.diagonal(), atol=2e-5, rtol=1e-5)
 
 
+def test_queries_with_budgets_of_their_own(folders: Folders, kind: str) -> None:
+    """K_q differs within a batch: vectors that a query has not are in no mean, no maximum and no output."""
+    table = {"length": [2, 8], "entropy": [], "num_query_masks": [[1], [3], [6]]}
+    model = folders.load("multi", kind, config_kwargs={"query_budget_table": table})
+    plain = model[0].model
+    queries, passages = model.encode_query(TEXTS), model.encode_document(PASSAGES)
+    expected = plain.encode_texts(TEXTS, True)
+    counts = expected.repr_mask.sum(dim=1).tolist()
+    assert set(counts) == {1, 3, 6}
+    if kind == "multi-vector":
+        assert [len(text) for text in queries] == counts
+    scores = plain.score(expected, plain.encode_texts(PASSAGES, False), MODES[kind])
+    torch.testing.assert_close(model.similarity(queries, passages).float(), scores, atol=2e-5, rtol=1e-5)
+    # A query before a document that has more vectors than it, in one batch.
+    features = model[0]._features([True, False, True], ["SQL", *TEXTS[:1], TEXTS[5]])
+    if kind != "sparse":
+        assert model[0](features)["attention_mask"].sum(dim=1).tolist() == [1, 4, 6]
+
+
 @pytest.mark.parametrize("is_query", [True, False])
 def test_same_vectors_as_automodel(folders: Folders, release: str, kind: str, is_query: bool) -> None:
     model, plain = folders.model(release, kind), folders.plain(release)

@@ -244,9 +244,9 @@ def test_any_iterable_of_strings_will_do(texts: Any) -> None:
 
 def test_find_masks() -> None:
     ids = torch.tensor([[7, 1, 7, 2], [3, 7, 7, 7]])
-    assert find_masks(ids[:1], 7, 2).tolist() == [[0, 2]]
+    assert find_masks(ids[:1], 7, [2]).tolist() == [[0, 2]]
     with pytest.raises(ValueError, match=r"ids row 1 holds 3 \[MASK\] tokens \(id 7\), not 2"):
-        find_masks(ids, 7, 2)
+        find_masks(ids, 7, [2])
 
 
 def test_settings_changed_after_loading_count(load_release: Callable[..., Any]) -> None:
