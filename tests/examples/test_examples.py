@@ -110,13 +110,28 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize("number", range(README.count("```python\n")))
 def test_the_readmes_python_blocks(number: int) -> None:
-    """Each runs as written, from the top of the tree, and scores the player above the HTTP daemon."""
+    """Each runs as written, from the top of the tree, puts the right passage first, and prints what a comment says."""
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
     run = fresh.run(["-c", block], cwd=ROOT)
     assert run.returncode == 0, run.stderr
-    scores = re.findall(r"\d\.\d+", run.stdout.split("tensor(")[1].split("]")[0])
-    assert len(scores) == 2
-    assert float(scores[0]) > float(scores[1])
+    printed, said = (
+        [[float(number) for number in row.split(",")] for row in re.findall(r"\[([\d., ]+)\]", text)]
+        for text in (run.stdout, block.partition("# tensor(")[2])
+    )
+    assert [row.index(max(row)) for row in printed] == [0, 1]
+    for row, values in zip(said, printed, strict=bool(said)):
+        assert row == pytest.approx(values, abs=0.02)  # bfloat16 where the CPU has AMX
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    """And its badges say what pyproject.toml says."""
+    assert len(README.splitlines()) <= 150
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    badges = dict(re.findall(r"badge/(\w+)-([\w.+]+)-", README))
+    assert f'requires-python = ">={badges["python"].rstrip("+")}"' in settings
+    oldest, newest = badges["transformers"].split("_to_")
+    assert f'"transformers>={oldest},<{int(newest) + 1}"' in settings
+    assert f'license = "{badges["licence"]}"' in settings
 
 
 def test_the_readmes_search_runs_as_written(tmp_path: Path) -> None:
