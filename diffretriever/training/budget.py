@@ -76,14 +76,17 @@ def sweep(
 
 
 def encode_with(model: Any, texts: Mapping[str, str], is_query: bool, masks: int) -> Mapping[str, Any]:
-    """Encode one side with K masks, under the prompt that belongs to K."""
-    field = "num_query_masks" if is_query else "num_passage_masks"
-    before = getattr(model.config, field)
-    setattr(model.config, field, masks)
+    """Encode one side with K masks, under the prompt that belongs to K; a release's own table is left aside."""
+    changes: dict[str, int | None] = {"num_query_masks" if is_query else "num_passage_masks": masks}
+    changes |= {"query_budget_table": None} if hasattr(model.config, "query_budget_table") else {}
+    before = {field: getattr(model.config, field) for field in changes}
+    for field, value in changes.items():
+        setattr(model.config, field, value)
     try:
         encoded: Mapping[str, Any] = model.encode_texts(list(texts.values()), is_query)
     finally:
-        setattr(model.config, field, before)
+        for field, value in before.items():
+            setattr(model.config, field, value)
     return encoded
 
 

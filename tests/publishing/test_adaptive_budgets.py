@@ -18,6 +18,7 @@ from diffretriever.evaluation.small_task import read_small_task
 from diffretriever.publishing import adaptive, card, record
 from diffretriever.publishing import build as building
 from diffretriever.publishing.check import check_release
+from diffretriever.training.budget import encode_with
 
 SPLIT = 6  # of the pairs, the first are dev's
 
@@ -84,6 +85,24 @@ def test_what_is_learned_and_shown(learned: tuple[Path, Any, str], release: Path
     assert row["difference"] == pytest.approx(row["score"] - row["fixed"])
     verdict = "beats" if row["difference"] > 0 and row["p"] < 0.05 else "does not beat"
     assert f"The table {verdict} the fixed budget on dev" in printed
+
+
+def test_a_release_learns_anew_and_analyze_budget_reads_it(
+    learned: tuple[Path, Any, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier table takes no part in what is tried: the same is found."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    folder = shutil.copytree(learned[0], tmp_path / "adaptive-again")
+    out, figures = tmp_path / "out.json", tmp_path / "analysis.json"
+    before = AutoModel.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32)
+    before.config.query_budget_table = {"length": [], "entropy": [], "num_query_masks": [[2]]}
+    queries = read_small_task(data, "dev").benchmark.queries
+    assert encode_with(before, queries, True, 3)["repr_hidden"].shape[1] == 3
+    assert before.config.budgets(is_query=True) == [2]
+    assert main(command(folder, data, out)) == 0
+    assert json.loads(out.read_text()) == learned[1]
+    assert main(["analyze-budget", "--input", str(out), "--learn", str(out), "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["num_query_masks"] == 4  # the release's own is the fixed one
 
 
 def test_nothing_else_of_the_release_changes(learned: tuple[Path, Any, str], release: Path) -> None:
