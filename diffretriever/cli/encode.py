@@ -15,6 +15,12 @@ from .arguments import add_command, seconds
 from .exit_status import DONE
 from .load_model import add_length_options, add_mask_options, add_model_options, lengths_of, load_model
 
+ATTENTIONS = (
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+)  # as in `model.bidirectional_layers`, which imports torch
 DESCRIPTION = """Encode a corpus or queries into a store of vectors.
 
 Interrupted in any way, the same command resumes: finished shards are kept, and the result is the same to the byte.
@@ -39,7 +45,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--no-texts", action="store_true", help="store no texts")
     parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
     parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
-    parser.add_argument("--attn-implementation", help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--attn-implementation", choices=ATTENTIONS, help="default: sdpa")
     parser.add_argument("--lease", type=seconds, default=LEASE, help="seconds until a silent machine counts as dead")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..search.modes import MODES
+from ..store.manifest import STORE_DTYPES
 from .arguments import add_command, add_fusion_options
 from .exit_status import DONE
 from .load_model import (
@@ -19,6 +21,7 @@ from .load_model import (
     load_model,
 )
 
+MODE_NAMES = ", ".join(MODES)
 DESCRIPTION = """Evaluate a release on a benchmark in BEIR's or MS MARCO's layout, in all scoring modes.
 
 The corpus is encoded once; with --store into a folder that is kept, resumed after an interruption and reused.
@@ -43,21 +46,32 @@ def _what(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", required=True, type=Path, help="folder in BEIR's or MS MARCO's layout")
     group.add_argument("--split", default="test", help="BEIR: a file of qrels/; MS MARCO: dev, dl19, dl20")
     group.add_argument("--store", type=Path, help="folder for the encoded corpus (default: a temporary one)")
-    group.add_argument("--dtype", help="of the stored vectors (default: the store's, or float16)")
+    group.add_argument("--dtype", choices=STORE_DTYPES, help="of the stored vectors (default: the store's, or float16)")
 
 
 def _how(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
-    group.add_argument("--modes", nargs="+", metavar="MODE", help="scoring modes (default: all that the method has)")
+    group.add_argument(
+        "--modes", nargs="+", choices=MODES, metavar="MODE", help=f"default: all that the method has, of {MODE_NAMES}"
+    )
     add_fusion_options(group)
-    group.add_argument("--metrics", nargs="+", metavar="METRIC", help="default: nDCG@10 RR@10 R@100 R@1000 AP")
+    group.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="METRIC",
+        help="as ir_measures has them (default: nDCG@10 RR@10 R@100 R@1000 AP)",
+    )
     group.add_argument(
         "--relevance-level", type=int, help="least grade that is relevant (default: 2 for dl19 and dl20, else 1)"
     )
     group.add_argument("--depth", type=int, default=1000, help="passages a query (default: 1000)")
     group.add_argument("--bm25", action="store_true", help="also BM25, alone and fused with ours (weight 0.5)")
     group.add_argument(
-        "--bm25-with", nargs="+", metavar="MODE", help="modes to fuse with BM25 (default: the multi ones)"
+        "--bm25-with",
+        nargs="+",
+        choices=MODES,
+        metavar="MODE",
+        help="modes to fuse with BM25 (default: the multi ones)",
     )
     group.add_argument("--tune-split", metavar="SPLIT", help="choose the weights of the fusions on this split")
     group.add_argument("--baseline", type=Path, metavar="FILE", help="for †: a --per-query file, the single vector's")

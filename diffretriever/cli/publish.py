@@ -14,8 +14,10 @@ from ..publishing import hub
 from ..publishing.releases import MAIN, RELEASES
 from ..search.modes import MODES
 from .arguments import RESUMED, add_command, usable_device
+from .console import no_loading_bars, replace_what_cannot_be_shown
 from .exit_status import DONE, IN_WORDS, WRONG_INPUT
 from .parser import Parser
+from .threads import wait_asleep
 
 if TYPE_CHECKING:
     from ..publishing.push import Job, Target
@@ -137,10 +139,11 @@ def run_build(options: argparse.Namespace) -> int:
         "with_backbone": options.with_backbone,
         "recording": _recording(options),
     }
-    if options.release is not None:
-        config = build_known(options.release, options.output, **shared, **settings)
-    else:
-        config = build(options.base, options.output, options.adapter, **shared, **settings)
+    with no_loading_bars():
+        if options.release is not None:
+            config = build_known(options.release, options.output, **shared, **settings)
+        else:
+            config = build(options.base, options.output, options.adapter, **shared, **settings)
     budgets = f"K_q={config.num_query_masks}, K_p={config.num_passage_masks}, max_length={config.max_length}"
     budgets += "".join(f", {name}={length}" for name in LENGTHS if (length := getattr(config, name)) is not None)
     print(f"{options.output}: {config.release_name} on {config.base_model_name_or_path} ({budgets})")
@@ -235,7 +238,8 @@ def _jobs(options: argparse.Namespace, scratch: Path) -> Iterator[Job]:
         if folder is None:
             folder = scratch / name
             print(f"building {name}", flush=True)
-            build_known(name, folder, with_backbone=RELEASES[name].is_local, recording=_recording(options))
+            with no_loading_bars():
+                build_known(name, folder, with_backbone=RELEASES[name].is_local, recording=_recording(options))
         made = read_record(folder)
         yield Job(folder.resolve(), made, _target(options, options.repo_id or f"{options.org}/{made['release']}"))
 
@@ -269,10 +273,10 @@ def _refusals(job: Job, options: argparse.Namespace) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `publish.py` and return the exit status."""
-    from .console import replace_what_cannot_be_shown
     from .main import run
 
     replace_what_cannot_be_shown()
+    wait_asleep()
     parser = Parser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.", epilog=IN_WORDS)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} of diffretriever {__version__}")
     add_commands(parser)

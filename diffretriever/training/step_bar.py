@@ -39,6 +39,7 @@ class StepBar(TrainerCallback):
         elif logs and sys.stderr.isatty() and any(name.startswith("dev_") for name in logs):
             tqdm.write(", ".join(f"{name} {value}" for name, value in logs.items()))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End it."""
-        self.bar.close()
+    def close(self) -> None:
+        """End it, whatever ended the training: what is said of that comes after."""
+        if self.bar is not None:
+            self.bar.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,11 @@ def run(trainer: RetrievalTrainer, last: Path | None) -> None:
     if last is not None:
         say(f"going on from {last}")
     stop = StopOnSignal()
-    trainer.add_callback(stop)
-    trainer.add_callback(StepBar(trainer))
+    bar = StepBar(trainer)
+    for callback in (stop, bar):
+        trainer.add_callback(callback)
     try:
-        with stop.listening():
+        with closing(bar), stop.listening():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     except ValueError as error:  # of a line of the data; a worker's has its traceback in front
         raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error

@@ -117,6 +117,7 @@ def wrong(words: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("publish build --outptu x", "diffretriever publish build", "did you mean --output?"),
         ("train --qqqqqq", "diffretriever train", "unknown option --qqqqqq"),
         ("serach x", "diffretriever", "did you mean search?"),
+        ("evaluate --model m --data d --modes sparse_mx", "diffretriever evaluate", "did you mean sparse_max?"),
         ("search --mode multi_dens x", "diffretriever search", "did you mean multi_dense?"),
         ("compress a --store s --output o", "diffretriever compress", "unexpected: a"),
         ("compress --runs x --store s --output o", "diffretriever compress", "unknown option --runs"),  # not its own

@@ -96,7 +96,6 @@ def test_another_length_of_texts(evaluate: Command, tmp_path: Path) -> None:
     [
         (["--split", "train"], "no split 'train'; the splits there are: dev, test."),
         (["--metrics", "nDGC@10"], "metric 'nDGC@10' is not known"),
-        (["--modes", "dense"], "scoring mode 'dense' is not known"),
         (["--bm25", "--tune-split", "train"], "no split 'train'"),
         (["--baseline", "absent.json"], "absent.json"),
         (["--relevance-level", "0"], "relevance level must be at least 1"),
