@@ -103,6 +103,8 @@ def test_shipped_checkpoints_are_built_by_name(name: str, tmp_path: Path) -> Non
     assert built.pop("base_model_name_or_path") == str(CHECKPOINTS / backbone)
     assert shipped.pop("base_model_name_or_path") == f"../{backbone}"
     assert built == shipped
+    cards = [(at / name / "README.md").read_text(encoding="utf-8") for at in (tmp_path, CHECKPOINTS)]
+    assert cards[0] == cards[1]
 
 
 README = (ROOT / "README.md").read_text()
