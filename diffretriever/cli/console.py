@@ -1,4 +1,4 @@
-"""What reaches the terminal: characters that it can show, and what its user can act on."""
+"""What reaches the terminal: characters that it can show, and what its user can act on; and what is asked there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+PROMPT = "question> "
 # Libraries whose warnings a command's user cannot act on: of deprecated calls, of kernels that are not there
 OTHERS = "accelerate bitsandbytes faiss huggingface_hub matplotlib peft qdrant_client torch transformers".split()
 
@@ -30,6 +31,27 @@ def json_line(value: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(value)
     return line
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """Raise ValueError where a question has no words."""
+    if any(not question.strip() for question in questions):
+        raise ValueError('a question is empty; give its words: "what causes the seasons".')
+
+
+def read_questions(place: str) -> Iterator[str]:
+    """Yield questions, a line each of standard input; on a terminal with a prompt, and a word of what is asked."""
+    asking = sys.stdin.isatty()
+    if asking:
+        print(f"{place}: a question a line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if asking:
+            print(PROMPT, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 @contextlib.contextmanager

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..search.explain import Explanation, Word
 
 LINES = 3  # of a passage
+WORDS = 12  # of a sparse vector
 
 
 def char_width(char: str) -> int:
@@ -64,4 +70,32 @@ def result_lines(rank: int, score: float, text_id: str, text: str | None, column
     [' 1  0.7321  p7', '    A fast HTTP daemon.']
     """
     head = f"{rank:>2}  {score:.4f}  {plain(text_id)}"
-    return [head, *(f"    {line}" for line in wrap(text or "", columns - 4))]
+    return [head, *_indented(text or "", columns)]
+
+
+def explanation_lines(explanation: Explanation, columns: int) -> Iterator[str]:
+    """Yield the lines of a question and what was found for it: scores, and the words of the sparse vectors.
+
+    >>> from diffretriever.search.explain import Explanation, Word
+    >>> print(*explanation_lines(Explanation("Seasons?", [Word("seasons", 1.5)], []), columns=40), sep="\\n")
+    Seasons?
+        words: seasons 1.50
+    no passage found
+    """
+    yield from wrap(explanation.question, columns)
+    yield from _indented(f"words: {_words(explanation.words)}", columns)
+    for rank, match in enumerate(explanation.matches, start=1):
+        yield from result_lines(rank, match.fused, match.id, match.text, columns)
+        yield from _indented(f"dense {match.dense:.4f}, sparse {match.sparse:.4f}: {_words(match.words)}", columns)
+    if not explanation.matches:
+        yield "no passage found"
+
+
+def _words(words: Sequence[Word]) -> str:
+    """Return the first words with their weights, those of both sides in brackets."""
+    shown = [f"[{word.text} {word.weight:.2f}]" if word.shared else f"{word.text} {word.weight:.2f}" for word in words]
+    return ", ".join(shown[:WORDS]) or "none"
+
+
+def _indented(text: str, columns: int) -> list[str]:
+    return [f"    {line}" for line in wrap(text, columns - 4)]

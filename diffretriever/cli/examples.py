@@ -1,6 +1,7 @@
 """A command line of each command, for its help; tests parse them."""
 
 EXAMPLES = {
+    "demo": 'demo notes.txt "what causes the seasons"',
     "encode": "encode --model RELEASE --input corpus.jsonl --output store",
     "search": 'search --model RELEASE --store store "what causes the seasons"',
     "index": "index --store store --qdrant http://localhost:6333",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files.lines import read_object
 from ..publishing.hub import find_folder
 from ..search.modes import MODES, SPARSE
 from .arguments import usable_device
 from .console import no_loading_bars
+
+if TYPE_CHECKING:
+    from ..store.manifest import Settings
 
 RELEASE = "a release: Hub id or folder; with --method, a backbone"
 WHERE = 'for example cuda:1; "auto" spreads the model over all (default: the first GPU, else the CPU)'
@@ -138,6 +141,22 @@ def check_model(options: argparse.Namespace) -> str:
     if asked in (None, OURS):
         check_release(options.model, options.revision)
     return asked or OURS
+
+
+def check_encoder(model: Any, settings: Settings, place: str) -> None:
+    """Refuse a model that is to encode queries and did not encode the passages.
+
+    Args:
+        model: what was loaded.
+        settings: what the passages were encoded with.
+        place: where they are, for messages.
+
+    Raises:
+        ValueError: it is another; the message says in what.
+    """
+    from ..store.identity import check_searchable, describe_model
+
+    check_searchable(settings, describe_model(model, is_query=True, dtype=settings.dtype), place)
 
 
 def choose_modes(method: str, asked: Sequence[str] | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from .. import __version__
 from . import (
     analyze_budget,
     compress,
+    demo,
     encode,
     evaluate,
     export,
@@ -32,6 +33,7 @@ from .threads import wait_asleep
 
 # Each has `register`, which adds its sub-command; that sets `run`, which takes the parsed arguments.
 COMMANDS = (
+    demo,
     encode,
     search,
     index,

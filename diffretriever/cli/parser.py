@@ -43,9 +43,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Do as argparse does, which calls this for sub-commands, too; but leave nothing unknown."""
         found, rest = super().parse_known_args(list(self._current(sys.argv[1:] if args is None else args)), namespace)
-        if rest:
+        many = next((action for action in self._actions if action.nargs == "*" and not action.option_strings), None)
+        if rest and (many is None or any(word.startswith("-") for word in rest)):
             self.error(f"unexpected: {' '.join(rest)}")
-        return found, rest
+        if rest and many is not None:  # words behind an option, where argparse took those before it for all
+            setattr(found, many.dest, [*getattr(found, many.dest), *rest])
+        return found, []
 
     def _current(self, words: Sequence[str]) -> Iterator[str]:
         """Yield a command line with today's names; a sub-command's part is left to its own parser."""

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..search.modes import CANDIDATES, MODES
 from .arguments import add_command, add_fusion_options, add_qdrant_options
-from .console import json_line
+from .console import check_questions, json_line, read_questions
 from .display import result_lines
 from .exit_status import DONE
-from .load_model import RELEASE, add_model_options, check_model, choose_modes, load_model
+from .load_model import RELEASE, add_model_options, check_encoder, check_model, choose_modes, load_model
 from .parser import LAST_VERSION
 
 if TYPE_CHECKING:
     from ..search.results import Hit
     from ..search.searcher import Searcher
 
-PROMPT = "question> "
 DENSE = "multi_dense"  # what every store can be searched by
 STDOUT, FLAG = "-", "--json"  # what --json says: its value for standard output, and nothing
 
@@ -94,8 +93,7 @@ def _check(options: argparse.Namespace) -> None:
     ways = [bool(options.question), options.interactive, options.queries is not None]
     if sum(ways) != 1:
         raise ValueError('ask one way: "a question", --interactive or --queries STORE.')
-    if any(not question.strip() for question in options.question):
-        raise ValueError('a question is empty; give its words: "what causes the seasons".')
+    check_questions(options.question)
     if options.queries is not None and options.run_file is None:
         raise ValueError("--queries needs --run-file FILE, where the results go.")
     if options.run_file is not None and options.queries is None:
@@ -119,14 +117,11 @@ def _searcher(options: argparse.Namespace) -> Searcher:
 
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     """Load the model and refuse one that did not encode the passages."""
-    from ..store.identity import check_searchable, describe_model
-
     choose_modes(check_model(options), [options.mode] if options.mode else None)
     model = load_model(options, num_query_masks=options.num_query_masks)
     options.mode = options.mode or getattr(model.config, "default_mode", DENSE)
-    there = searcher.engine.settings
-    if there is not None:
-        check_searchable(there, describe_model(model, is_query=True, dtype=there.dtype), _place(options))
+    if searcher.engine.settings is not None:
+        check_encoder(model, searcher.engine.settings, _place(options))
     return model
 
 
@@ -135,21 +130,8 @@ def _place(options: argparse.Namespace) -> str:
 
 
 def _questions(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the questions, from the command line or a line each from standard input."""
-    if not options.interactive:
-        yield from options.question
-        return
-    asking = sys.stdin.isatty()
-    if asking:
-        print(f"{_place(options)}: a question a line; Ctrl-D ends.", file=sys.stderr)
-    while True:
-        if asking:
-            print(PROMPT, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
+    """Return the questions, from the command line or a line each from standard input."""
+    return read_questions(_place(options)) if options.interactive else iter(options.question)
 
 
 def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _records(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, 
         yield from read_dataset(str(source), kind)
         return
     for file in source_files(source, kind):
-        ending = _format(file.name)
+        ending = format_of(file.name)
         if ending in (".jsonl", ".ndjson"):
             yield from ((f"{file}, line {number}", record) for number, record in read_objects(file))
         elif ending == ".tsv":
@@ -90,7 +90,7 @@ def _records(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, 
             raise ValueError(f"{file}: not a format that can be read; expected {FORMATS}.")
 
 
-def _format(name: str) -> str | None:
+def format_of(name: str) -> str | None:
     """Return the ending of a file's name that says its format."""
     if name.endswith(".parquet"):
         return ".parquet"
@@ -132,7 +132,7 @@ def _parts(folder: Path, kind: str) -> list[Path]:
     """Return the parts that a folder holds, in the order of their numbers; [] where it holds none."""
     groups: dict[str, list[Path]] = {}
     for file in folder.iterdir() if folder.is_dir() else ():
-        ending = _format(file.name)
+        ending = format_of(file.name)
         if ending is not None and file.is_file() and not file.name.startswith((".", "_")):
             # parts' names have all but their numbers in common; a folder `corpus` may hold any names
             groups.setdefault(ending if folder.name == kind else re.sub("[0-9]+", "#", file.name), []).append(file)
@@ -140,7 +140,7 @@ def _parts(folder: Path, kind: str) -> list[Path]:
     if not named and not (kind == "queries" and (folder / "qrels").is_dir()):  # a benchmark's parts are its corpus
         others = tuple(name for names in KINDS.values() for name in names)
         named = {name: files for name, files in groups.items() if not name.startswith(others)}
-        endings = {_format(name) for name in named}
+        endings = {format_of(name) for name in named}
         if kind == "corpus" and len(endings) == 1:  # whatever the files of one format are called
             named = {"": [file for files in named.values() for file in files]}
     if len(named) > 1:

@@ -67,11 +67,11 @@ class ExactEngine:
 
     def ids(self, positions: Sequence[int]) -> list[str]:
         """See `Engine.ids`."""
-        return [segment.text_id(row) for segment, row in self._find(positions)]
+        return [segment.text_id(row) for segment, row in self.find(positions)]
 
     def texts(self, positions: Sequence[int]) -> list[str | None]:
         """See `Engine.texts`."""
-        return [segment.text(row) for segment, row in self._find(positions)]
+        return [segment.text(row) for segment, row in self.find(positions)]
 
     def rank(self, queries: QueryVectors, kind: str, top_k: int) -> Ranking:
         """See `Engine.rank`; every slot is used.
@@ -101,6 +101,13 @@ class ExactEngine:
         scores_of = self._sparse_scores if kind == "sparse_max" else partial(self._dense_scores, kind)
         pairs = zip(queries.batches(1), positions, strict=True)
         return [scores_of(query, wanted) if len(wanted) else torch.empty(0) for query, wanted in pairs]
+
+    def find(self, positions: Sequence[int]) -> Iterator[tuple[Segment, int]]:
+        """Yield each position's segment and the row there; the positions may come in any order."""
+        numbers = self._numbers(torch.tensor(positions, dtype=torch.int64)).tolist()
+        for number, position in zip(numbers, positions, strict=True):
+            segment = self._segments[number]
+            yield segment, position - segment.offset
 
     def _prepare(self, queries: QueryVectors, kind: str) -> PreparedQueries:
         vectors, mask = queries.dense.to(self.device), queries.mask.to(self.device)
@@ -148,13 +155,6 @@ class ExactEngine:
         for number, inside in zip(held.tolist(), positions.split(counts.tolist()), strict=True):
             segment = self._segments[number]
             yield segment, inside - segment.offset
-
-    def _find(self, positions: Sequence[int]) -> Iterator[tuple[Segment, int]]:
-        """Yield each position's segment and the row there, in any order."""
-        numbers = self._numbers(torch.tensor(positions, dtype=torch.int64)).tolist()
-        for number, position in zip(numbers, positions, strict=True):
-            segment = self._segments[number]
-            yield segment, position - segment.offset
 
     def _numbers(self, positions: torch.Tensor) -> torch.Tensor:
         """Return which segment each position lies in, int64."""

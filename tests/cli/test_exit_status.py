@@ -76,6 +76,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, build_release: Callable[..., 
 
 # A whole command line of each command; `here` and `out` are filled in.
 COMMANDS = {
+    "demo": "{here}/corpus.jsonl --model {here}/release question",
     "encode": "--model {here}/release --input {here} --output {out}/store --quiet",
     "search": "--model {here}/release --store {here}/store question",
     "index": "--store {here}/store --qdrant {out}/qdrant",

@@ -40,7 +40,7 @@ def test_every_help_has_a_description_an_example_that_parses_and_the_exit_status
     script = Parser(prog="publish.py")
     publish.add_commands(script)
     seen = [(parser, whole) for parser in helps(whole)] + [(parser, script) for parser in helps(script)]
-    assert len(seen) == 24
+    assert len(seen) == 25
     for parser, top in seen:
         text = parser.format_help()
         assert parser.description, parser.prog
@@ -48,6 +48,12 @@ def test_every_help_has_a_description_an_example_that_parses_and_the_exit_status
         program, *words = shlex.split(text.partition("Example:\n")[2].partition("\n\n")[0])
         assert (program, f"{program} {' '.join(words)}".startswith(parser.prog)) == (top.prog, True)
         assert top.parse_args(words)
+
+
+@pytest.mark.parametrize("words", ["f q --top-k 2 r", "--top-k 2 f q r", "f --top-k 2 q r", "f q r --top-k 2"])
+def test_questions_may_stand_behind_options(words: str) -> None:
+    options = build_parser().parse_args(["demo", *words.split()])
+    assert (options.passages, options.question, options.top_k) == (Path("f"), ["q", "r"], 2)
 
 
 def test_helps_of_groups_have_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
