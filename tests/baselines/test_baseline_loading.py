@@ -122,6 +122,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path: Path, backbone: Makes, adapt
         again.save_pretrained(tmp_path / "elsewhere")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "value", "part"),
     [

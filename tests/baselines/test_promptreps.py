@@ -164,6 +164,7 @@ def test_padding_side_and_amount_change_nothing(model: Any) -> None:
     assert torch.allclose(found.repr_hidden, expected.repr_hidden, rtol=0, atol=1e-5)
 
 
+@pytest.mark.once
 def test_batches_side_by_side_give_the_same(model: Any, four_threads: None) -> None:
     texts = TEXTS * 3
     side_by_side = model.encode_texts(texts, True, tokens_per_batch=256)
@@ -217,6 +218,7 @@ def answering(folder: Path, answer: str) -> Any:
     return model
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [('"', 1), ('".', 1), ('a"', 2), ("<|endoftext|>", 1), ("a b<|endoftext|>", 3), ("a b c d", 4), ("a“b”", 4)],
@@ -227,6 +229,7 @@ def test_quotes_and_special_tokens_end_an_answer(tmp_path: Path, answer: str, ex
     assert int(found.repr_mask.sum()) == expected
 
 
+@pytest.mark.once
 def test_each_stop_is_one_by_the_tokenizers_own_decoding(model: Any, kind: str) -> None:
     assert model.stops.nonzero().flatten().tolist() == quoting_ids(kind, 2032)
     fused = [token for token in quoting_ids(kind, 2032) if len(model.tokenizer.decode([token]).strip()) > 1]
@@ -269,6 +272,7 @@ def test_gradients_against_finite_differences(backbone: Callable[[str], Path], k
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
 
 
+@pytest.mark.once
 def test_generating_in_training_is_without_dropout_and_gradient(backbone: Callable[[str], Path], kind: str) -> None:
     model: Any = load_baseline(backbone(kind), "promptreps", dtype=torch.float32, num_query_vectors=K)
     ids, mask = model.tokenize(TEXTS, True)

@@ -102,6 +102,7 @@ def test_an_adapter_loads_as_the_model_that_was_trained(
         assert not torch.allclose(encoded[0][:, 0], encoded[2][:, 0], atol=1e-3)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_training_teaches(place: Callable[[str], Path], tmp_path: Path) -> None:
     """After some steps each query finds its passage more often than before, in a dev split's figures."""
@@ -179,6 +180,7 @@ def _weights(retriever: Any, text: str, is_query: bool) -> torch.Tensor:
     return torch.zeros(retriever.config.vocab_size).scatter_add(0, out.sparse_indices[0], out.sparse_values[0])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["promptreps-llama", "promptreps-qwen2", "repllama-llama", "diffembed-dream"])
 def test_gradients_are_finite_differences(case: str, place: Callable[[str], Path], tmp_path: Path) -> None:
     method, kind, changes = CASES[case]
@@ -215,6 +217,7 @@ def test_gradcache_has_the_same_gradient(place: Callable[[str], Path], tmp_path:
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.once
 def test_what_an_adapter_is_not(
     place: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +263,7 @@ def test_backbones_that_a_method_cannot_train_on(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.once
 def test_a_run_is_resumed_and_another_method_is_refused(
     place: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

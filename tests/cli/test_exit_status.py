@@ -198,6 +198,7 @@ INTERRUPTED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_ctrl_c(
     name: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -216,6 +217,7 @@ def test_ctrl_c(
 WRITING = [name for name, line in COMMANDS.items() if "{out}" in line]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", WRITING)
 def test_a_full_disk(name: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with full_disk():

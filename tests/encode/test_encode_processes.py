@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 from checkpoint_folders import ROOT
 from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
@@ -188,15 +188,10 @@ def test_accelerate_launches_several_processes(
     arguments = ["encode", "--model", str(release), "--input", str(corpus), "--shard-size", "4", "--output"]
     assert command(*arguments, tmp_path / "whole") == 0
     (tmp_path / "run.py").write_text(RUN)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "run.py"), *arguments, str(tmp_path / "s")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    here = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = fresh.run([*launch, tmp_path / "run.py", *arguments, tmp_path / "s"], env=here)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("40 texts in 10 shards") == 2  # both processes worked to the end
     assert folder_bytes(tmp_path / "s") == folder_bytes(tmp_path / "whole")

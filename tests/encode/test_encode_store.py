@@ -60,6 +60,7 @@ def test_the_store_holds_what_encode_texts_returns(
     assert (store.ids(), store.text(9)) == ([text_id for text_id, _ in texts], texts[9][1])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("trained", "warned"), [(None, False), (0.5, False), (0.46, False), (0.25, True), (0.0, True)])
 def test_texts_that_are_cut_more_often_than_in_training_are_said(
     build_release: Callable[..., Path], tmp_path: Path, trained: float | None, warned: bool
@@ -92,6 +93,7 @@ def test_the_manifest_says_what_made_the_store(tiny: Any, corpus: Path, tmp_path
     assert len(manifest.weights_sha256) == len(str(manifest.adapter_sha256)) == 64
 
 
+@pytest.mark.once
 def test_a_store_made_otherwise_is_refused_with_the_difference(
     load_release: Callable[..., Any], tiny: Any, corpus: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_store_of_another_corpus_is_refused(tiny: Any, corpus: Path, tmp_path:
     assert folder_bytes(tmp_path / "s") == before
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize(("texts", "difference"), OTHER_TEXTS)
 def test_a_corpus_that_changed_while_the_store_was_made(
@@ -253,6 +256,7 @@ def test_nan_from_the_model_names_the_text(tiny: Any, corpus: Path, tmp_path: Pa
         Store.open(tmp_path / "s")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "foreign"])
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_damaged_shard_is_said_and_mended(

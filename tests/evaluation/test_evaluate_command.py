@@ -142,6 +142,7 @@ def test_judged_ids_that_a_run_file_cannot_hold_are_said_at_once(
     assert f"the {kind} id 'a " in capsys.readouterr().err
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "gbk"])
 def test_files_arrive_whatever_the_console_can_show(
     evaluate: Command, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from diffretriever.model.bidirectional_layers import linear_shapes, parameter_sh
 from diffretriever.model.checked_files import read_backbone_config
 from diffretriever.model.modeling_diffretriever import read_adapter
 
+pytestmark = pytest.mark.once
 Build = Callable[..., Path]
 HUGE = 10**4000
 

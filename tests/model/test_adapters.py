@@ -188,6 +188,7 @@ def test_merged_in_float32_then_rounded_once(kind: str, load_release: Load) -> N
     assert all(torch.allclose(ours[name], weight, rtol=0, atol=1e-6) for name, weight in peft_weights.items())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("kind", "name", "elements"),
     [
@@ -279,6 +280,7 @@ def nothing(tensors: dict[str, torch.Tensor]) -> None:
     pass
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("change", "config", "words"),
     [

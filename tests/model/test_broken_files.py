@@ -71,6 +71,7 @@ def pickled_only(base: Path) -> None:
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 955600\n"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -185,6 +186,7 @@ def config(**changes: Any) -> Callable[[Path], Any]:
     return lambda base: edit_json(base / "config.json", **changes)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [

@@ -96,6 +96,7 @@ def test_what_lies_under_the_padding_is_not_seen(model: Any, filler: int) -> Non
         assert_same(out, row, expected, row)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options", [{"batch_size": 1}, {"batch_size": 3}, {"tokens_per_batch": 1}, {"tokens_per_batch": 300}, {}]
 )
@@ -156,6 +157,7 @@ def test_sparse_vectors_by_their_definition(model: Any, is_query: bool) -> None:
             assert value == pytest.approx(float(weights[token]), abs=SPARSE_TOLERANCE)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("top_k", [1, 2, 5, 128, 2000, 10**6])
 @pytest.mark.parametrize("content_filter", [True, False])
 def test_top_k(model: Any, top_k: int, content_filter: bool) -> None:
@@ -182,6 +184,7 @@ def test_texts_without_content_words_have_empty_sparse_vectors(model: Any) -> No
     assert out.repr_hidden.isfinite().all()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("top_k", [1, 2, 3, 10])
 @pytest.mark.parametrize("content_filter", [True, False])
 def test_equal_weights_keep_the_lower_ids(small: Any, top_k: int, content_filter: bool, monkeypatch: Any) -> None:
@@ -279,6 +282,7 @@ def plain_steps(model: Any, text: str, is_query: bool, steps: int) -> torch.Tens
     return torch.stack([states[place] for place in places])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("steps", [2, 3, 4, 16, 50])
 @pytest.mark.parametrize(
     ("case", "rule"),
@@ -328,6 +332,7 @@ def batching_of(model: Any) -> Any:
     return sys.modules[sys.modules[type(model).__module__].encode_in_order.__module__]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", [list, tuple, iter, lambda texts: (text for text in texts), np.array])
 @pytest.mark.parametrize("window", [1, 3, 8, 9, 8192])
 def test_any_source_and_window(small: Any, kind: Any, window: int, monkeypatch: pytest.MonkeyPatch) -> None:

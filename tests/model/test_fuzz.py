@@ -133,6 +133,7 @@ def test_content_words_of_random_texts(model: Any) -> None:
         assert special.isdisjoint(ids), repr(text)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", [("tiny-llada", "llada-q4p4"), ("tiny-dream", "dream-q4p16")])
 def test_a_sample_encodes_to_finite_vectors(case: tuple[str, str], load_release: Callable[..., Any]) -> None:
     model = load_release(*case)

@@ -6,7 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def own_release(kind: str, place: Path, **settings: Any) -> tuple[Path, Path]:
     return base, release
 
 
+@cache
 def tiny_layers(kind: str) -> dict[str, tuple[int, int]]:
     return linear_shapes(parameter_shapes(*read_backbone_config(PARITY / "backbones" / f"tiny-{kind}")))
 
@@ -60,6 +61,7 @@ def with_header(file: Path, header: dict[str, Any], data: bytes = b"") -> None:
 WIDE = {"dtype": "F32", "shape": [3] * 3_000_000, "data_offsets": [0, 4]}
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("within")
 @pytest.mark.parametrize(
     ("header", "words"),
@@ -104,6 +106,7 @@ def rewrite_index(base: Path, **changes: Any) -> None:
     (base / INDEX).write_text(json.dumps({name: value for name, value in fields.items() if value is not REMOVED}))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metadata", [REMOVED, None, [], 5, "x", {}], ids=str)
 def test_an_index_needs_no_metadata(kind: str, metadata: Any, tmp_path: Path, load_release: Any) -> None:
@@ -411,11 +414,14 @@ def read_whole_tokenizer(folder: Path) -> None:
     )
 
 
+@cache
+def tiny_tokenizer() -> Any:
+    return load_tokenizer([PARITY / "backbones" / "tiny-llada"])
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "adapter_config.json": partial(read_tiny_adapter, "llada"),
-    "retriever_config.json": lambda place: read_settings(
-        place / "retriever_config.json", load_tokenizer([PARITY / "backbones" / "tiny-llada"])
-    ),
+    "retriever_config.json": lambda place: read_settings(place / "retriever_config.json", tiny_tokenizer()),
     "config.json": read_whole_backbone,
     INDEX: read_whole_backbone,
     "tokenizer_config.json": read_whole_tokenizer,
@@ -424,7 +430,11 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", READERS)
+# The tokenizer's files are read by the library of transformers' choice.
+ONCE = [pytest.param(name, marks=[] if name.startswith("tokenizer") else pytest.mark.once) for name in READERS]
+
+
+@pytest.mark.parametrize("name", ONCE)
 def test_every_field_of_every_file(name: str, tmp_path: Path, build_release: Build) -> None:
     """Each field, the whole file and a new field, set to what nobody meant: loaded, or refused in one line."""
     if name.startswith(("adapter", "retriever")):

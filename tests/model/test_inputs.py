@@ -307,6 +307,7 @@ PLACES["all in memory"] = dict.fromkeys(PARTS, "cpu")
 WITHOUT_WEIGHTS_ON_DISK = ("backbone.rotary_emb", "all in memory")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", PLACES)
 def test_each_part_on_the_disk(kind: str, part: str, build_release: Any, load_release: Any, tmp_path: Path) -> None:

@@ -168,6 +168,7 @@ def test_both_spellings_of_rope(spelling: str, tmp_path: Path) -> None:
     assert not torch.allclose(expected, plain)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
@@ -196,6 +197,7 @@ def test_what_no_plain_llama_or_qwen2_says(kind: str, changes: dict[str, Any], w
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("token", "words"),
     [

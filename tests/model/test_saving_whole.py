@@ -99,6 +99,7 @@ def model(load_release: Load) -> Any:
     return load_release("tiny-llada", "llada-q4p4")
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "sizes"), [(1, ("5GB", "500KB")), (2, ("500KB", "300KB")), (3, ("500KB", "5GB"))], ids=str

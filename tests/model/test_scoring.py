@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from diffretriever.model import scoring
 from diffretriever.model.scoring import SCORING_MODES, multi_dense, score, single_dense
 
+pytestmark = pytest.mark.once
 Side = dict[str, torch.Tensor]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from diffretriever.model.sparse_head import logits_at
 
+pytestmark = pytest.mark.once
 COLUMNS = torch.tensor([3, 7, 19])
 STATES = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 

@@ -140,6 +140,7 @@ def test_a_text_that_just_fits_is_not_cut(model: Any) -> None:
     assert fitting.sequence == longer.sequence
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("word", ["a", " ", "日本", "a\u0301", "0"])
 def test_a_text_of_megabytes_takes_a_moment(model: Any, word: str) -> None:
     started = time.process_time()
@@ -224,6 +225,7 @@ def test_a_full_word_cache_changes_nothing(model: Any, monkeypatch: pytest.Monke
     assert [fresh.content_ids(text) for text in texts] == expected
 
 
+@pytest.mark.once
 def test_the_word_cache_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RetrievalTokenizer, "WORD_CACHE_SIZE", 100)
     fresh = RetrievalTokenizer(model.tokenizer, model.config, render_prompts(model.tokenizer, model.config))

@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import fresh
 import pytest
 from checkpoint_folders import ROOT, copy_adapter, copy_backbone
 
@@ -66,10 +67,7 @@ def run(installed: Path, folder: Path, commands: list[tuple[int, str]]) -> str:
     """
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     place = installed / "diffretriever" / "model" / "scoring.py"
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, str(place), json.dumps(commands)],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh.run(["-c", COMMANDS, place, json.dumps(commands)], cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -68,6 +68,7 @@ def test_search_prints_what_score_ranks(
     assert [hit["text"] for hit in answer["hits"]] == [TEXTS[name] for name, _ in expected]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
 @pytest.mark.parametrize("as_json", [True, False])
 def test_results_are_printed_on_any_console(

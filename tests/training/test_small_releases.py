@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 pytest.importorskip("ir_measures")
@@ -38,8 +38,7 @@ def write(folder: Path, row: str, seed: int, **levels: float) -> None:
 
 
 def run(results: Path, data: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--input", str(results), "--data", f"toy={data}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return fresh.run([SCRIPT, "--input", results, "--data", f"toy={data}"])
 
 
 def test_means_spread_and_claims(tmp_path: Path, data: Path) -> None:

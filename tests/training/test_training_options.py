@@ -6,12 +6,11 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from training_data import contrastive_model, small_recipe
@@ -164,13 +163,11 @@ def test_a_missing_reporter_is_named(
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", ["tiny-llada"], indirect=True)
 def test_accelerate_launch_with_two_processes(plain: dict[str, Path], tmp_path: Path) -> None:
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = arguments(plain["recipe"], plain["release"], plain["pairs"], tmp_path / "out")
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*start, "--main_process_port", str(free_port()), "-m", "diffretriever", *command],
-        env=os.environ | quiet, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+    launch = [*start, "--main_process_port", free_port(), "-m", "diffretriever", *command]
+    done = fresh.run(launch, env=os.environ | quiet, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (done.stdout + done.stderr).count("saved the adapter in") == 1
     assert distance(tmp_path / "out", plain["out"]) < 0.01
