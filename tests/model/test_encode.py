@@ -394,20 +394,20 @@ def test_an_iterator_is_read_a_window_at_a_time(small: Any, monkeypatch: pytest.
 @pytest.mark.once
 @pytest.mark.parametrize("traced", [True, False], ids=["python", "process"])
 def test_memory_grows_with_the_output_alone(small: Any, traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching_of(small), "WINDOW", 64)
+    monkeypatch.setattr(batching_of(small), "WINDOW", 32)
 
     def texts(number: int) -> Iterator[str]:
-        return (f"{n} " + "abc " * 5000 for n in range(number))  # 20 kB each; its output is 1 kB
+        return (f"{n} " + "abc " * 10000 for n in range(number))  # 40 kB each; its output is 1 kB
 
-    small.encode_texts(texts(130), False, sparse_top_k=8)  # allocators and caches warm up
+    small.encode_texts(texts(65), False, sparse_top_k=8)  # allocators and caches warm up
     if traced:
         tracemalloc.start()
-        small.encode_texts(texts(700), False, sparse_top_k=8)
+        small.encode_texts(texts(350), False, sparse_top_k=8)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 6_000_000  # a window of texts and their ids; all the texts are 14 MB
     else:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        out = small.encode_texts(texts(700), False, sparse_top_k=8)
+        out = small.encode_texts(texts(350), False, sparse_top_k=8)
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         assert grown < 3 * sum(values.nbytes for values in out.values()) + 8_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import struct
 import time
 from collections.abc import Callable
@@ -78,7 +79,7 @@ WIDE = {"dtype": "F32", "shape": [3] * 3_000_000, "data_offsets": [0, 4]}
         ({"__metadata__": {"format": 5}}, "`__metadata__` holds something else than strings"),
         ({"__metadata__": [1]}, "is no whole safetensors file"),
     ],
-    ids=lambda case: str(case)[:50],
+    ids=lambda case: reprlib.repr(case)[:50],
 )
 def test_hostile_headers(header: dict[str, Any], words: str, tmp_path: Path) -> None:
     base = copy_backbone("llada", tmp_path / "base")
@@ -243,7 +244,7 @@ SELF_CONTAINED = {
             "num_attention_heads` is 5, which does not",
         ),
     ],
-    ids=lambda case: str(case)[:50],
+    ids=lambda case: reprlib.repr(case)[:50],
 )
 def test_sizes_of_a_release(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as failure:

@@ -225,19 +225,28 @@ def cut_off(file: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
-    whole: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    harm: Callable[[Path], None],
-    name: str,
-    words: str,
+    whole: dict[str, Path], tmp_path: Path, harm: Callable[[Path], None], name: str, words: str
+) -> None:
+    state, said = tmp_path / "state", []
+    shutil.copytree(whole["out"] / "state", state)
+    harm(state / "checkpoint-8" / name)
+    found = checkpoints.newest_whole(state, said.append)
+    assert found is not None
+    assert found[0] == state / "checkpoint-6"
+    (line,) = said
+    assert line.startswith(f"{state / 'checkpoint-8'} {words}")
+    assert line.endswith("; it is passed over")
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole["out"], out)
-    harm(out / "state" / "checkpoint-8" / name)
+    flip_bit(out / "state" / "checkpoint-8" / "optimizer.pt")
     resume(whole, out)
     said = capsys.readouterr().out
-    assert f"{out / 'state' / 'checkpoint-8'} {words}" in said
+    assert f"{out / 'state' / 'checkpoint-8'} holds optimizer.pt with other content than was written" in said
     assert "; it is passed over\n" in said
     assert f"going on from {out / 'state' / 'checkpoint-6'}" in said
 
