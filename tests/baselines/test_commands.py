@@ -85,9 +85,9 @@ def test_each_method_is_encoded_searched_and_evaluated(
     case: tuple[str, list[str], list[str]], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     method, options, budget = case
-    exact = ("--dtype", "float32", *budget)
-    for name, more in (("passages", exact), ("queries", (*exact, "--queries"))):
-        assert encode(options, data, tmp_path / name, *more) == 0, capsys.readouterr().err
+    of_queries = [word.replace("passage", "query") for word in budget]
+    for name, more in (("passages", budget), ("queries", [*of_queries, "--queries"])):
+        assert encode(options, data, tmp_path / name, "--dtype", "float32", *more) == 0, capsys.readouterr().err
     k = int(budget[1]) if budget else 1
     passages, queries = open_store(tmp_path / "passages", verify=True), open_store(tmp_path / "queries")
     assert passages.manifest.num_masks == queries.manifest.num_masks == k
@@ -105,7 +105,7 @@ def test_each_method_is_encoded_searched_and_evaluated(
         for row, (places, scores) in enumerate(zip(found.positions, found.scores, strict=True)):
             there = places >= 0
             torch.testing.assert_close(scores[there], expected[row, places[there]], atol=3e-5, rtol=0)
-    asked = ["search", *options, *budget, "--store", str(tmp_path / "passages"), QUERIES[0], "--json"]
+    asked = ["search", *options, *of_queries, "--store", str(tmp_path / "passages"), QUERIES[0], "--json"]
     capsys.readouterr()
     assert main(asked) == 0
     hits = json.loads(capsys.readouterr().out)["hits"]
