@@ -17,7 +17,6 @@ from .arguments import RESUMED, add_command, usable_device
 from .console import no_loading_bars, replace_what_cannot_be_shown
 from .exit_status import DONE, IN_WORDS, WRONG_INPUT
 from .parser import Parser
-from .threads import wait_asleep
 
 if TYPE_CHECKING:
     from ..publishing.push import Job, Target
@@ -276,7 +275,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .main import run
 
     replace_what_cannot_be_shown()
-    wait_asleep()
     parser = Parser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.", epilog=IN_WORDS)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} of diffretriever {__version__}")
     add_commands(parser)

@@ -15,7 +15,7 @@ def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let OpenMP's threads sleep while they wait for each other, if torch, which reads it once, is not there yet.
 
     They spin by default. Where others use the machine, a thread that is awaited may not be running, and those that
-    spin take its place: on two busy cores a training step took eight times as long with two threads as with one.
+    spin take its place: on two busy cores a training step took six times as long with two threads as with one.
     """
     if "torch" not in sys.modules:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
