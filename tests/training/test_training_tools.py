@@ -84,7 +84,7 @@ def test_negatives_come_from_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixt
             "query_id": "1", "query": "river", "positives": ["River. flows down"], "negatives": ["A river. flows"],
         }  # fmt: skip
     assert main([*command, str(write_lines(tmp_path / "bad.jsonl", [{"_id": "1", "txt": "a"}]))]) == 2
-    assert "bad.jsonl, line 1: 'text' is missing" in capsys.readouterr().err
+    assert "bad.jsonl, line 1: the text is missing" in capsys.readouterr().err
 
 
 def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
