@@ -227,7 +227,8 @@ def cut_off(file: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over(
     whole: dict[str, Path], tmp_path: Path, harm: Callable[[Path], None], name: str, words: str
 ) -> None:
-    state, said = tmp_path / "state", []
+    state = tmp_path / "state"
+    said: list[str] = []
     shutil.copytree(whole["out"] / "state", state)
     harm(state / "checkpoint-8" / name)
     found = checkpoints.newest_whole(state, said.append)
