@@ -125,6 +125,18 @@ def test_the_readmes_python_blocks(number: int) -> None:
         assert row == pytest.approx(values, abs=0.02)  # bfloat16 where the CPU has AMX
 
 
+@pytest.mark.parametrize("name", ["llada-tiny-single", "llada-tiny-multi-q4-p4"])
+def test_the_readmes_picture_has_the_cards_figures(name: str) -> None:
+    drawn = json.loads((ROOT / "docs" / "quality" / f"{name}.json").read_text())
+    assert drawn.pop("bm25")["nDCG@10"] == pytest.approx(0.740, abs=6e-4)
+    results = json.loads((CHECKPOINTS / "figures.json").read_text())[f"diffretriever-{name}"]["results"]
+    known = {row["mode"]: row["value"] for row in results if row["dataset"].startswith("Debian")}
+    assert len(drawn) == 3
+    assert {mode: row["nDCG@10"] for mode, row in drawn.items()} == pytest.approx(
+        {mode: known[mode] for mode in drawn}, abs=6e-4
+    )
+
+
 def test_the_readme_is_read_in_a_minute() -> None:
     """And its badges say what pyproject.toml says."""
     assert len(README.splitlines()) <= 150
