@@ -3,6 +3,7 @@
 EXAMPLES = {
     "demo": 'demo notes.txt "what causes the seasons"',
     "encode": "encode --model RELEASE --input corpus.jsonl --output store",
+    "import-vectors": "import-vectors --input vectors.parquet --model RELEASE --output store",
     "search": 'search --model RELEASE --store store "what causes the seasons"',
     "index": "index --store store --qdrant http://localhost:6333",
     "compress": "compress --store store --output small-store",

@@ -16,6 +16,7 @@ from . import (
     evaluate,
     export,
     fetch_backbone,
+    import_vectors,
     index,
     mine_negatives,
     plot,
@@ -35,6 +36,7 @@ from .threads import wait_asleep
 COMMANDS = (
     demo,
     encode,
+    import_vectors,
     search,
     index,
     compress,

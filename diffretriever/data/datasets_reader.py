@@ -23,6 +23,24 @@ def read_parquet(file: Path, known: Collection[str]) -> Iterator[tuple[str, Mapp
         ImportError: pyarrow is not installed.
         ValueError: not a Parquet file, or damaged.
     """
+    row = 0
+    for batch in parquet_batches(file, known):
+        for record in batch.to_pylist():
+            row += 1
+            yield f"{file}, row {row}", record
+
+
+def parquet_batches(file: Path, known: Collection[str]) -> Iterator[Any]:
+    """Yield a Parquet file's rows as pyarrow's record batches, at most BATCH_ROWS at a time.
+
+    Args:
+        file: the file.
+        known: the columns to read, where the file has them.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        ValueError: not a Parquet file, or damaged.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -33,9 +51,8 @@ def read_parquet(file: Path, known: Collection[str]) -> Iterator[tuple[str, Mapp
         with pyarrow.parquet.ParquetFile(file, memory_map=True) as table:
             columns = [name for name in table.schema_arrow.names if name in known]
             for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{file}, row {row}", record
+                yield batch
+                row += len(batch)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}, after row {row}: not a whole Parquet file ({error}).") from error
 

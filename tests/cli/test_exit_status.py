@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import fresh
+import pyarrow
 import pytest
 import yaml
 from checkpoint_folders import PARITY, ROOT
+from pyarrow import parquet
 
 import publish
 from diffretriever.cli.exit_status import cache_hint
 from diffretriever.cli.main import build_parser, main
+from diffretriever.store.store import Store
 
 resource = pytest.importorskip("resource")
 BACKBONE = PARITY / "backbones" / "tiny-llada"
@@ -71,7 +74,20 @@ def here(tmp_path_factory: pytest.TempPathFactory, build_release: Callable[..., 
     (folder / "zero-shot").symlink_to(build_release("tiny-llada"))
     given = ["--model", folder / "release", "--input", folder, "--output", folder / "store", "--quiet"]
     assert main(["encode", *map(str, given)]) == 0
+    write_vectors(folder)
     return folder
+
+
+def write_vectors(folder: Path) -> None:
+    """Write the store's vectors as another engine would."""
+    rows: dict[str, list[Any]] = {name: [] for name in ("id", "dense", "sparse_indices", "sparse_values")}
+    for shard in Store.open(folder / "store").shards():
+        indices, values = shard.sparse_indices, shard.sparse_values
+        rows["id"] += shard.ids
+        rows["dense"] += shard.dense(0, len(shard)).tolist()
+        rows["sparse_indices"] += [row[: len(kept)].tolist() for row, kept in zip(indices, values, strict=True)]
+        rows["sparse_values"] += values.clamp(min=1e-3).tolist()
+    parquet.write_table(pyarrow.table(rows), folder / "vectors.parquet")
 
 
 # A whole command line of each command; `here` and `out` are filled in.
@@ -79,6 +95,7 @@ COMMANDS = {
     "demo": "{here}/corpus.jsonl --model {here}/release question",
     "encode": "--model {here}/release --input {here} --output {out}/store --quiet",
     "search": "--model {here}/release --store {here}/store question",
+    "import-vectors": "--input {here}/vectors.parquet --model {here}/release --output {out}/store",
     "index": "--store {here}/store --qdrant {out}/qdrant",
     "compress": "--store {here}/store --output {out}/small",
     "export": "--store {here}/store --output {out}/impacts.jsonl --model {here}/release",
