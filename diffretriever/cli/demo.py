@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHIPPED = "diffretriever-llada-tiny-multi-q4-p4"
 PORT = 7860
-LEGEND = "each passage's fused score stands before its id; [words in brackets] are the question's as well"
+LEGEND = "fused scores stand before ids; [words in brackets] are the question's as well"
 
 
 def register(commands: Any) -> None:
