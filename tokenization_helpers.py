@@ -265,6 +265,10 @@ class FramedTokenizer:
         mask = (torch.arange(length) >= (length - lengths)[:, None]).long()
         return ids, mask
 
+    def mask_positions(self, ids: torch.Tensor, is_query: bool) -> torch.Tensor:
+        """Return where the masks of left-padded sequences [B, L] of one side are: int64 [B, 0], for want of any."""
+        return torch.empty(len(ids), 0, dtype=torch.long)
+
     def locate(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, list[list[int]]]:
         """Check that the rows are sequences of this side, and find their masks and texts.
 
