@@ -115,10 +115,9 @@ def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; the store needs a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST_FILE).exists() or (folder / PLAN_FILE).exists():
-        return
     others = [file.name for file in folder.iterdir() if not file.name.startswith(TEMPORARY)]
-    if others:
+    known = (PLAN_FILE, MANIFEST_FILE)  # in this order, and asked last: another process may be beginning or ending here
+    if others and not any((folder / name).exists() for name in known):
         raise ValueError(
             f"{folder}: holds {sorted(others)[0]!r} but no store; choose a folder that is empty or not there."
         )

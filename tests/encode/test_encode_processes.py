@@ -119,6 +119,23 @@ def test_processes_that_end_at_the_same_moment(tiny: Any, tmp_path: Path) -> Non
         assert folder_bytes(folder) == expected
 
 
+def test_a_store_that_begins_while_its_folder_is_looked_at(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "two.jsonl", made_up_texts(3))
+    folder, listed = tmp_path / "s", Path.iterdir
+
+    def late(self: Path) -> Any:  # another process writes its plan just before this one lists the folder
+        if self == folder and not list(listed(self)):
+            monkeypatch.setattr(Path, "iterdir", listed)
+            encode(tiny, corpus, folder)
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    assert folder_bytes(encode(tiny, corpus, folder).folder) == folder_bytes(folder)
+    assert Path.iterdir is listed  # it came to that
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_by_the_user_or_a_scheduler(
     tiny: Any,
