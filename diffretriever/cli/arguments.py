@@ -59,7 +59,7 @@ def add_qdrant_options(parser: Any, required: bool) -> None:
         "QDRANT_API_KEY), or the embedded engine's folder",
     )
     parser.add_argument("--collection", default="passages", help="its name (default: %(default)s)")
-    parser.add_argument("--api-key", action=_RefusedKey, help=argparse.SUPPRESS)
+    parser.add_argument("--api-key", "--api", action=_RefusedKey, help=argparse.SUPPRESS)
     parser.add_argument("--timeout", type=seconds, default=60.0, help="seconds for an answer (default: %(default)s)")
 
 
