@@ -41,6 +41,12 @@ class Lines(tqdm):
             self._decr_instances(self)
 
 
+def in_notebook() -> bool:
+    """Return whether this process is a notebook's, which draws bars that are no terminal's."""
+    ipython: Any = sys.modules.get("IPython")
+    return hasattr(ipython.get_ipython(), "kernel") if ipython is not None else False
+
+
 def progress_bar(total: int, unit: str, what: str, show: bool = True, initial: int = 0) -> tqdm:
     """Return a bar on standard error.
 
@@ -54,6 +60,6 @@ def progress_bar(total: int, unit: str, what: str, show: bool = True, initial: i
     Returns:
         To be updated and closed, as tqdm's.
     """
-    has_lines = sys.stderr is None or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    has_lines = sys.stderr is None or not (sys.stderr.isatty() or in_notebook())
     kind = Lines if has_lines else tqdm
     return kind(total=total, initial=initial, unit=unit, desc=what, disable=not show, dynamic_ncols=True)

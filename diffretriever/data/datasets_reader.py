@@ -51,9 +51,10 @@ def parquet_batches(file: Path, known: Collection[str]) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file, memory_map=True) as table:
             columns = [name for name in table.schema_arrow.names if name in known]
             for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+                batch.validate(full=True)  # UTF-8 in strings, for one
                 yield batch
                 row += len(batch)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}, after row {row}: not a whole Parquet file ({error}).") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import json
 import os
@@ -17,6 +16,7 @@ import pyarrow
 import pytest
 import yaml
 from checkpoint_folders import PARITY, ROOT
+from full_disk import full_disk
 from pyarrow import parquet
 
 import publish
@@ -24,7 +24,6 @@ from diffretriever.cli.exit_status import cache_hint
 from diffretriever.cli.main import build_parser, main
 from diffretriever.store.store import Store
 
-resource = pytest.importorskip("resource")
 BACKBONE = PARITY / "backbones" / "tiny-llada"
 WORDS = "file network image sound text package kernel window game music server client mail printer disk".split()
 PRETRAINING = {
@@ -153,17 +152,6 @@ def leaves(parser: argparse.ArgumentParser, name: str = "") -> Iterator[str]:
 def test_the_table_has_every_command() -> None:
     drawn_as_the_budget = {"plot quality", "plot scaling", "plot latency"}
     assert set(leaves(build_parser())) - COMMANDS.keys() == drawn_as_the_budget | {"fetch-backbone"}  # from PyPI
-
-
-@contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """Let no file grow beyond some bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", OPTIONS_OF_MODELS)

@@ -16,6 +16,7 @@ from typing import Any
 import fresh
 import pytest
 from checkpoint_folders import ROOT
+from full_disk import limit_files
 from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
 
 from diffretriever.encode.encode_store import encode_store
@@ -169,14 +170,13 @@ def test_a_disk_quota(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    resource = pytest.importorskip("resource")
     corpus, expected = whole
     monkeypatch.setattr("diffretriever.cli.encode.load_model", lambda options, **settings: tiny)
     arguments = ("encode", "--model", "m", "--input", corpus, "--output", tmp_path / "s", "--shard-size", 4, "--quiet")
 
     def limited() -> int:
         smallest = min(len(content) for name, content in expected.items() if name.startswith("shard"))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (smallest - 100, smallest - 100))
+        limit_files(smallest - 100)
         return command(*arguments)
 
     assert status_of(start(limited)) == 3

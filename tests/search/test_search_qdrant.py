@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import full_disk
 
 from diffretriever.cli.main import main
 from diffretriever.search import MODES, EngineError, QdrantEngine, Searcher, upload
@@ -16,7 +17,6 @@ from diffretriever.search.qdrant.calls import QdrantCalls
 from diffretriever.search.qdrant.location import Location
 from diffretriever.store.store import ShardContents, Store, write_store
 
-resource = pytest.importorskip("resource")
 WIDTH, TERMS = 12, 6
 
 
@@ -328,12 +328,8 @@ def test_a_full_disk_under_the_embedded_engine(
 ) -> None:
     make_store(tmp_path / "store")
     arguments = ["index", "--store", str(tmp_path / "store"), "--qdrant", location]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
+    with full_disk(room):
         status = main(arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 3, said
     assert "same command" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_folders import PARITY, edit_json, edit_weights
+from full_disk import limit_files
 from training_runs import arguments, assert_same_weights, fork_train, wait, wait_for, write_pairs, write_recipe
 
 from diffretriever.cli.main import main
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(whole: dict[str, Path], tmp_
         def limit(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             if self.state.global_step == 5:  # no file may grow beyond 5000 bytes from here on
-                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+                limit_files(5000)
 
         trainer.RetrievalTrainer.log = limit  # type: ignore[method-assign]
 
