@@ -107,9 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer with the page."""
         hosts = [f"{name}:{self.server.port}" for name in (LOOPBACK, "localhost")]
-        if (
-            self.headers.get("Host") not in hosts
-        ):  # the name of a site elsewhere, which a browser was led to take for us
+        # not the name of a site elsewhere, which a browser was led to take for us
+        if self.headers.get("Host") not in hosts:
             self.send_error(HTTPStatus.FORBIDDEN, explain=f"ask http://{hosts[0]}")
             return
         address = urlsplit(self.path)
