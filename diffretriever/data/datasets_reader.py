@@ -13,16 +13,7 @@ EXTRA = install_hint("retrieval")
 
 
 def read_parquet(file: Path, known: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (where, fields) of each row of a Parquet file.
-
-    Args:
-        file: the file.
-        known: the columns to read, where the file has them.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-        ValueError: not a Parquet file, or damaged.
-    """
+    """Yield (where, fields) of each row of a Parquet file; arguments and errors are those of `parquet_batches`."""
     row = 0
     for batch in parquet_batches(file, known):
         for record in batch.to_pylist():
