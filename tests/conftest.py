@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("dist") != "no":
         return  # only the workers run tests
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; some tests send themselves one
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     if os.environ.get("DIFFRETRIEVER_TEST_AMX"):
