@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +133,8 @@ def find_weights(config: Any, folder: Path, merged: bool, hub_options: Mapping[s
         hub_options: as for `resolve_folder`.
 
     Raises:
-        ValueError: an option that merged weights cannot take, or no weights anywhere.
+        FileNotFoundError: the backbone is not there; for one that a command fetches, with that command.
+        ValueError: an option that merged weights cannot take, no weights anywhere, or others than were fetched.
     """
     if merged:
         for name in ("base_model_name_or_path", "backbone_type", "adapter_name_or_path"):
@@ -145,11 +148,39 @@ def find_weights(config: Any, folder: Path, merged: bool, hub_options: Mapping[s
     elif config.base_model_name_or_path is None:
         raise ValueError(f"{folder / 'config.json'} names no `base_model_name_or_path`, and {folder} has no weights.")
     else:
-        beside = None if "base_model_name_or_path" in config.overrides else folder
+        named_by_caller = "base_model_name_or_path" in config.overrides
+        fetched = None if named_by_caller else config.fetched_backbone
         base, revision = str(config.base_model_name_or_path), config.base_model_revision
+        if fetched is not None:
+            _check_fetched(folder / base, fetched)
+        beside = None if named_by_caller else folder
         weights = resolve_folder(base, beside, revision, hub_options, BACKBONE_FILES)
     check_no_adapter(weights)
     return weights
+
+
+def _check_fetched(weights: Path, fetched: Mapping[str, str]) -> None:
+    """Refuse a backbone that is not there, or holds other weights than the release's, with the command that helps."""
+    weights = Path(os.path.normpath(weights))
+    file = weights / "model.safetensors"
+    command = f"diffretriever fetch-backbone {fetched['name']} --output {{}}"
+    command += " --from hub" if fetched["origin"].startswith("https://huggingface.co/") else ""
+    if not weights.is_dir():
+        raise FileNotFoundError(
+            f"The backbone {fetched['name']} is not in {weights} yet. Fetch it: {command.format(weights)}"
+        )
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there. Remove {weights}, and fetch it: {command.format(weights)}")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    if digest.hexdigest() != fetched["sha256"]:
+        raise ValueError(
+            f"{file} holds other weights than the release's (SHA-256 {digest.hexdigest()[:12]}…, expected "
+            f"{fetched['sha256'][:12]}…). Fetch them into another folder, {command.format('FOLDER')}, and pass it as "
+            "`base_model_name_or_path`; a folder that is passed so is taken as it is."
+        )
 
 
 def check_no_adapter(weights: Path) -> None:

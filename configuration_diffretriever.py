@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ RULES: dict[str, tuple[Any, ...]] = COUNTS | {
     "denoise_confidence": ("one of", "entropy", "probability"),
     "base_model_name_or_path": ("name", None),
     "base_model_revision": ("name", None),
+    "fetched_backbone": ("object", ("name",), None),
     "adapter_name_or_path": ("name", None),
     "mask_token": ("name", None),
     "normalize": ("flag",),
@@ -148,6 +150,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         base_model_name_or_path: Hub id or folder of the backbone in its original format. A relative path starts at
             the release's folder. None for a release that holds its own merged weights.
         base_model_revision: commit, tag or branch of the backbone on the Hub; None means its default branch.
+        fetched_backbone: {"name", "origin", "sha256"} of a backbone that `diffretriever fetch-backbone` made: other
+            weights in `base_model_name_or_path` are refused, unless the caller of `from_pretrained` named them.
         adapter_name_or_path: the LoRA adapter: a folder inside the release, any other folder, or a Hub id.
             None is the zero-shot model.
         mask_token: the special token that serves as [MASK] where the backbone has none (llama, qwen2): one that is not
@@ -188,6 +192,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         backbone_type: str | None = None,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
+        fetched_backbone: dict[str, str] | None = None,
         adapter_name_or_path: str | None = None,
         mask_token: str | None = None,
         merge_adapter: bool | None = None,
@@ -213,6 +218,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.backbone_type = backbone_type
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
+        self.fetched_backbone = fetched_backbone
         self.adapter_name_or_path = adapter_name_or_path
         self.mask_token = mask_token
         self.merge_adapter = merge_adapter
@@ -310,6 +316,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         """Return the config of the same model where it lies by itself, its adapter in its weights."""
         config = deepcopy(self)
         config.base_model_name_or_path = config.base_model_revision = config.adapter_name_or_path = None
+        config.fetched_backbone = None
         config.merge_adapter, config.auto_map, config.architectures = None, AUTO_MAP, ["DiffRetriever"]
         return config
 
@@ -385,6 +392,8 @@ class DiffRetrieverConfig(PretrainedConfig):
             known = '", "'.join(BACKBONE_TYPES)
             got = shortened(self.backbone_type)
             raise ValueError(f'config field `backbone_type` must be one of "{known}", got {got}.')
+        if self.fetched_backbone is not None:
+            check_fetched_backbone(self.fetched_backbone)
         for name in ("query_prompt", "passage_prompt"):
             check_prompt(name, getattr(self, name))
         if self.query_budget_table is not None:
@@ -438,6 +447,18 @@ def _read_backbone_fields(fields: dict[str, Any]) -> PretrainedConfig:
         check_rope_scaling("config field `backbone_config`: ", fields["rope_scaling"])
     check_heads("config field ", fields, {name: f"backbone_config.{name}" for name in SIZES})
     return CONFIG_MAPPING[fields["model_type"]](**fields)
+
+
+def check_fetched_backbone(fields: dict[str, str]) -> None:
+    """Raise ValueError for a record of a backbone that could not have made the command which an error may show."""
+    if set(fields) != {"name", "origin", "sha256"}:
+        raise ValueError(
+            f"config field `fetched_backbone` must have exactly the keys name, origin, sha256; got {shortened(fields)}."
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", fields["name"]) or not re.fullmatch("[0-9a-f]{64}", fields["sha256"]):
+        raise ValueError(
+            f"config field `fetched_backbone` must hold a backbone's name and its SHA-256; got {shortened(fields)}."
+        )
 
 
 def check_prompt(name: str, prompt: Any) -> None:

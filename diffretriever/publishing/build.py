@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..backbones.fetch import RECORD_FILE as BACKBONE_RECORD
 from ..baselines.configuration import CONFIG_FILE as BASELINE_FILE
 from ..files.durable import publish_folder, write_json, write_text
 from ..files.hashes import hash_file
@@ -112,6 +113,7 @@ def build(
     config = parts.config
     config.base_model_name_or_path = place if local else base
     config.base_model_revision = None if local else parts.backbone.name  # the Hub cache names snapshots by commit
+    config.fetched_backbone = _fetched(parts.backbone)
     config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
     config.recommended_mode = recommended
     config.check()
@@ -125,6 +127,14 @@ def build(
             _link_code(made, out)
         publish_folder(made, out)
     return config
+
+
+def _fetched(backbone: Path) -> dict[str, Any] | None:
+    """Return how a backbone is fetched by name, and its hash; None for any other."""
+    if not (file := backbone / BACKBONE_RECORD).is_file():
+        return None
+    found = read_object(file)
+    return {"name": found.get("name"), "origin": found.get("origin"), "sha256": found.get("weights_sha256")}
 
 
 def _check_replaceable(out: Path, base: Path, force: bool) -> None:
@@ -334,6 +344,7 @@ _OWN_FIELDS = (
     "backbone_type",
     "base_model_name_or_path",
     "base_model_revision",
+    "fetched_backbone",
     "adapter_name_or_path",
     "mask_token",
     "num_query_masks",
@@ -388,10 +399,15 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     if release_name not in RELEASES:
         raise ValueError(f"build: {release_name!r} is no known release; known: {', '.join(RELEASES)}.")
     release = RELEASES[release_name]
-    if release.is_local and not (SOURCE / release.base).is_dir():
+    if release.is_local and not (SOURCE / release.adapter).is_dir():
         raise FileNotFoundError(
             f"build: {release_name} is made of {release.base} in DiffRetriever's source tree, which is not installed "
             "with the package; run publish.py in a checkout, or give --base and --adapter."
+        )
+    if release.is_local and not (SOURCE / release.base).is_dir():
+        raise FileNotFoundError(
+            f"build: the backbone {release.base} is not here yet; fetch it: diffretriever fetch-backbone "
+            f"{Path(release.base).name} --output {SOURCE / release.base}"
         )
     places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
     settings = {field: value for field in SETTINGS if (value := getattr(release, field)) is not None}

@@ -12,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 from causal_backbones import KINDS, PROJECTIONS, TEXTS, language_model, make_backbone
-from checkpoint_folders import edit_json
+from checkpoint_folders import edit_json, edit_weights
 from training_runs import arguments, write_pairs, write_recipe
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from diffretriever.cli.main import main
+from diffretriever.files.hashes import hash_file
 from diffretriever.model.checked_files import read_backbone_config
 from diffretriever.publishing import build as building
 
@@ -105,6 +106,64 @@ def test_an_adapter_with_a_row_of_its_own(backbone: Path, adapter: Path, merge: 
     ours = load(build(backbone, tmp_path / "release", adapter, max_length=120), merge_adapter=merge)
     theirs: Any = peft.PeftModel.from_pretrained(language_model(backbone), str(adapter))
     assert_reads_as(ours, theirs.merge_and_unload())
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release beside a backbone as `diffretriever fetch-backbone` writes it."""
+    folder = tmp_path_factory.mktemp("fetched")
+    backbone = make_backbone("llama-tied", folder / "llama-small")
+    sha256 = hash_file(backbone / "model.safetensors")
+    record = {"name": "llama-small", "origin": "a-package==1, small.gguf", "weights_sha256": sha256}
+    (backbone / "backbone.json").write_text(json.dumps(record))
+    build(backbone, folder / "release")
+    return folder
+
+
+def test_a_fetched_backbone_is_the_one_that_was_built_on(fetched: Path, tmp_path: Path) -> None:
+    """Absent or another, the error says how to fetch it; a folder that the caller names is taken as it is."""
+    shutil.copytree(fetched, tmp_path / "copy")
+    release, backbone = tmp_path / "copy" / "release", tmp_path / "copy" / "llama-small"
+    first = load(release)
+    edit_weights(backbone / "model.safetensors", lambda tensors: tensors["model.norm.weight"][:9].mul_(2))
+    with pytest.raises(
+        ValueError, match=r"other weights than the release's .*fetch-backbone llama-small --output FOLDER,"
+    ):
+        load(release)
+    other = load(release, base_model_name_or_path=str(backbone))
+    assert not torch.equal(
+        first.encode_texts(TEXTS, True)["repr_hidden"], other.encode_texts(TEXTS, True)["repr_hidden"]
+    )
+    first.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()).get("fetched_backbone") is None
+    (backbone / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"Remove {backbone}, and fetch it: diffretriever fetch-backbone"):
+        load(release)
+    shutil.rmtree(backbone)
+    command = f"Fetch it: diffretriever fetch-backbone llama-small --output {backbone}$"
+    with pytest.raises(FileNotFoundError, match=command):
+        load(release)
+    fields = json.loads((release / "config.json").read_text())["fetched_backbone"]
+    edit_json(release / "config.json", fetched_backbone=fields | {"origin": "https://huggingface.co/a/b"})
+    with pytest.raises(FileNotFoundError, match=command.replace("$", " --from hub$")):
+        load(release)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "x; rm -rf ~"}, "must hold a backbone's name and its SHA-256"),
+        ({"sha256": "12"}, "must hold a backbone's name and its SHA-256"),
+        ({"sha256": 12}, r"`fetched_backbone\.sha256` must be a string"),
+        ({"more": "x"}, "must have exactly the keys name, origin, sha256"),
+    ],
+)
+def test_a_record_of_a_fetched_backbone_that_is_none(change: Any, words: str, fetched: Path, tmp_path: Path) -> None:
+    shutil.copytree(fetched / "release", tmp_path / "release")
+    fields = json.loads((tmp_path / "release" / "config.json").read_text())["fetched_backbone"]
+    edit_json(tmp_path / "release" / "config.json", fetched_backbone=fields | change)
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path / "release")
 
 
 def test_a_saved_folder_stands_alone(backbone: Path, adapter: Path, tmp_path: Path) -> None:
