@@ -287,6 +287,11 @@ class DiffRetrieverModule(InputModule):
     # ---------------------------------------------------------------------------------------------- properties
 
     @property
+    def auto_model(self) -> Any:
+        """The release's model, by the name under which Infinity looks for it."""
+        return self.model
+
+    @property
     def tokenizer(self) -> Any:
         """The release's tokenizer."""
         return self.model.tokenizer

@@ -149,6 +149,11 @@ def test_sparse_output_as_plain_tensors(folders: Folders) -> None:
     assert torch.equal(sparse.to_dense(), plain)
 
 
+def test_what_infinity_reads(dense: Any) -> None:
+    """It takes a first architecture with "ColBERT" in its name for several vectors; tests/engines starts it."""
+    assert dense[0].auto_model.config.architectures == ["DiffRetriever"]
+
+
 def test_unknown_option(dense: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="is_query"):
         dense.encode(TEXTS, is_query=True)
