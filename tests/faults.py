@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 # Every way in which the code changes what is on the disk.
-CHANGES = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rmdir", "rename", "utime")
+CHANGES = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rmdir", "rename", "truncate")
 
 
 class Died(BaseException):

@@ -9,9 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..files.claims import LEASE
 from ..store.manifest import STORE_DTYPES
-from .arguments import add_command, seconds
+from .arguments import add_command
 from .exit_status import DONE
 from .load_model import add_length_options, add_mask_options, add_model_options, lengths_of, load_model
 
@@ -24,7 +23,7 @@ ATTENTIONS = (
 DESCRIPTION = """Encode a corpus or queries into a store of vectors.
 
 Interrupted in any way, the same command resumes: finished shards are kept, and the result is the same to the byte.
-Given the same command, several processes share the work, on one machine or on a shared filesystem:
+Given the same command, several processes of one machine share the work:
 accelerate launch -m diffretriever encode …"""
 
 
@@ -46,7 +45,6 @@ def register(commands: Any) -> None:
     parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
     parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
     parser.add_argument("--attn-implementation", choices=ATTENTIONS, help="default: sdpa")
-    parser.add_argument("--lease", type=seconds, default=LEASE, help="seconds until a silent machine counts as dead")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -83,7 +81,6 @@ def _encode(options: argparse.Namespace) -> None:
         sparse_top_k=options.sparse_top_k,
         content_filter=not options.no_content_filter,
         keep_texts=not options.no_texts,
-        lease=options.lease,
         show_progress_bar=not options.quiet and os.environ.get("LOCAL_RANK", "0") == "0",
     )
     print(f"{options.output}: {len(store)} texts in {len(store.manifest.shards)} shards")

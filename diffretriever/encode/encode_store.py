@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..files.claims import LEASE, living_owners
+from ..files.claims import living_owners
 from ..files.durable import TEMPORARY
 from ..model.batching import check_count
 from ..store.differences import tell_apart
@@ -40,14 +40,13 @@ def encode_store(
     sparse_top_k: int | None = None,
     content_filter: bool = True,
     keep_texts: bool = True,
-    lease: float = LEASE,
     show_progress_bar: bool = False,
     tell: Callable[[str], None] = tell_user,
 ) -> Store:
     """Encode a corpus or queries into a store; begin, resume, help or check, as the folder needs.
 
-    Several processes may share a folder: each claims shards until none is left, and all return when the store is
-    finished. One that dies costs the shards that it had claimed. Memory is that of about three shards.
+    Several processes of one machine may share a folder: each claims shards until none is left, and all return when the
+    store is finished. One that dies costs the shards that it had claimed. Memory is that of about three shards.
 
     Args:
         model: from `AutoModel.from_pretrained`.
@@ -61,7 +60,6 @@ def encode_store(
         sparse_top_k: T, weights kept a text; None is the config's.
         content_filter: False lets the whole vocabulary into the sparse vectors.
         keep_texts: store the texts beside the vectors.
-        lease: seconds without a sign of life after which another machine's process counts as dead.
         show_progress_bar: draw one, in texts.
         tell: takes messages for the user.
 
@@ -75,7 +73,7 @@ def encode_store(
     """
     options: dict[str, Any] = {"content_filter": content_filter, "keep_texts": keep_texts, "sparse_top_k": sparse_top_k}
     options |= {"shard_size": shard_size, "tokens_per_batch": tokens_per_batch}
-    _check_options(dtype, lease, options)
+    _check_options(dtype, options)
     folder = Path(folder)
     _check_folder(folder)
     plan, surveyed = Plan.read(folder), False
@@ -85,7 +83,7 @@ def encode_store(
         plan, surveyed = _begin(folder, settings, source, is_query)
     _check_same(folder, plan.settings, settings)
     job = EncodingJob(model, source, folder, plan, options["tokens_per_batch"], surveyed, tell)
-    return EncodingRun(job, lease, show_progress_bar).finish()
+    return EncodingRun(job, show_progress_bar).finish()
 
 
 def _fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
@@ -100,11 +98,9 @@ def _fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
             options[name] = plan.settings.options[name] if plan else default
 
 
-def _check_options(dtype: str, lease: float, options: dict[str, Any]) -> None:
+def _check_options(dtype: str, options: dict[str, Any]) -> None:
     if dtype not in STORE_DTYPES:
         raise ValueError(f"dtype {dtype!r}: a store's is one of {', '.join(STORE_DTYPES)}.")
-    if not lease > 0:  # also NaN
-        raise ValueError(f"lease {lease!r}: a number of seconds above 0 is expected.")
     for name in ("shard_size", "tokens_per_batch", "sparse_top_k"):
         if options[name] is not None:
             options[name] = check_count(name, options[name])

@@ -72,13 +72,12 @@ class EncodingRun:
 
     Args:
         job: what is to be encoded.
-        lease: seconds, as for `Claims`.
         show_progress_bar: draw one.
     """
 
-    def __init__(self, job: EncodingJob, lease: float, show_progress_bar: bool) -> None:
+    def __init__(self, job: EncodingJob, show_progress_bar: bool) -> None:
         self._job = job
-        self._claims = Claims(job.folder / CLAIMS_FOLDER, lease)
+        self._claims = Claims(job.folder / CLAIMS_FOLDER)
         self._source = ShardSource(job, self._claims)
         self._progress = Progress(job.plan.survey.count, "query" if job.is_query else "passage", show_progress_bar)
         self._written: set[int] = set()

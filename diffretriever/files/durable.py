@@ -35,7 +35,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], keep: bool = F
     Raises:
         OSError: the content could not be written; no file of this name has changed. A full disk is named as one.
     """
-    temporary, handle, _ = create_locked(lambda: temporary_name(path))  # the lock says that its writer lives
+    temporary, handle = create_locked(lambda: temporary_name(path))  # the lock says that its writer lives
     try:
         try:
             for chunk in chunks:

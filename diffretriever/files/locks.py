@@ -15,7 +15,7 @@ from .removal import remove_file
 fcntl: ModuleType | None
 try:
     import fcntl
-except ImportError:  # Windows has none: callers then go by signs of life
+except ImportError:  # Windows has none: every file then seems to be nobody's, and ours for the asking
     fcntl = None
 
 
@@ -27,14 +27,14 @@ def machine_name() -> str:
     return f"{platform.node()} {start}"
 
 
-def create_locked(choose: Callable[[], Path]) -> tuple[Path, int, bool]:
-    """Make a new file and lock it until it is closed.
+def create_locked(choose: Callable[[], Path]) -> tuple[Path, int]:
+    """Make a new file and lock it until it is closed, where the filesystem has locks.
 
     Args:
         choose: returns a name that no file has; asked again where others removed the file or its folder at once.
 
     Returns:
-        The file, its descriptor for reading and writing, and whether it is locked (some filesystems have no locks).
+        The file, and its descriptor for reading and writing.
     """
     for last in (*[False] * 100, True):
         file = choose()
@@ -45,51 +45,81 @@ def create_locked(choose: Callable[[], Path]) -> tuple[Path, int, bool]:
             if last:
                 raise
             continue
-        locked = _lock(handle, wait=True)
+        _lock(handle, wait=True)
         if os.fstat(handle).st_nlink:
             break
         os.close(handle)  # `remove_if_free` was faster than our lock
-    return file, handle, locked
+    return file, handle
 
 
-def is_free(file: Path) -> bool:
-    """Return whether nobody holds the lock on a file.
+def take_lock(file: Path) -> int | None:
+    """Lock a file until it is closed; it is made if it is not there, and its folder with it.
+
+    Returns:
+        Its descriptor for reading and writing; None while somebody has it locked. Where the filesystem has no locks,
+        everybody gets one.
+
+    Raises:
+        OSError: the file cannot be made, or is a link.
+    """
+    for last in (*[False] * 100, True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except FileNotFoundError:  # the folder was removed this moment
+            if last:
+                raise
+            continue
+        if _lock(handle, wait=False) is False:
+            break
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)  # its owner gave it up between our opening and our lock
+    os.close(handle)
+    return None
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether somebody holds the lock on a file.
 
     Raises:
         FileNotFoundError: no such file.
     """
-    return _while_locked(file, lambda: None)
+    return _try_lock(file, lambda: None) is False
 
 
 def remove_if_free(file: Path) -> bool:
-    """Remove a file that nobody has locked; returns whether that was so.
+    """Remove a file that nobody has locked; returns whether that was so, False where the filesystem has no locks.
 
     Raises:
         FileNotFoundError: no such file.
     """
-    return _while_locked(file, partial(remove_file, file))
+    return _try_lock(file, partial(remove_file, file)) is True
 
 
-def _while_locked(file: Path, work: Callable[[], None]) -> bool:
+def _try_lock(file: Path, work: Callable[[], None]) -> bool | None:
+    """Return what `_lock` says of a file, and do some work while we hold the lock."""
     try:
         handle = os.open(file, os.O_RDWR)
     except PermissionError:  # another user's
         return False
     try:
-        free = _lock(handle, wait=False)
-        if free:
+        locked = _lock(handle, wait=False)
+        if locked:
             work()
-        return free
+        return locked
     finally:
         os.close(handle)
 
 
-def _lock(handle: int, wait: bool) -> bool:
-    """Lock an open file until it is closed; False where it is locked, or the filesystem has no locks."""
+def _lock(handle: int, wait: bool) -> bool | None:
+    """Lock an open file until it is closed; False where somebody else has it locked, None where there are no locks."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True

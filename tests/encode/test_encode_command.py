@@ -69,16 +69,6 @@ def test_a_finished_store_that_cannot_be_written_is_done(
     assert command(*arguments) == 0
 
 
-@pytest.mark.parametrize("lease", ["nan", "-1", "0", "soon"])
-def test_a_lease_is_a_positive_number_of_seconds(
-    command: Callable[..., int], capsys: pytest.CaptureFixture[str], lease: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        command("encode", "--model", "m", "--input", "i", "--output", "o", "--lease", lease)
-    assert ended.value.code == 2
-    assert f"--lease: expected a positive number of seconds, got '{lease}'" in capsys.readouterr().err
-
-
 def test_a_store_deleted_during_the_run_is_said_in_one_line(
     release: Path,
     tmp_path: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -75,8 +76,8 @@ def owners(folder: Path) -> dict[int, str]:
     """Return {process: claim} as the claim files say."""
     found = {}
     for file in folder.glob("claims/shard-*"):
-        with contextlib.suppress(FileNotFoundError):  # given back since it was listed
-            found[int(file.read_text().split('"process": ')[1].split(",")[0])] = file.name
+        with contextlib.suppress(FileNotFoundError, ValueError):  # given back since it was listed, or being written
+            found[json.loads(file.read_text())["process"]] = file.name
     return found
 
 
