@@ -8,6 +8,7 @@ EXAMPLES = {
     "index": "index --store store --qdrant http://localhost:6333",
     "compress": "compress --store store --output small-store",
     "export": "export --store store --model RELEASE --output impacts.jsonl",
+    "export-vllm": "export-vllm RELEASE --output plain-model",
     "evaluate": "evaluate --model RELEASE --data scifact --bm25 --json figures.json",
     "plot quality": "plot quality --input figures.json --dataset SciFact --output quality.png",
     "plot scaling": "plot scaling --input storage.json --output scaling.png",

@@ -1,0 +1,1 @@
+"""Releases in other engines: what goes to a server, and vectors that come from one."""
