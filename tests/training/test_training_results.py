@@ -35,9 +35,9 @@ REFERENCES = {"llada": "llada-q4p4", "dream": "dream-q4p4"}
 def trained(
     request: pytest.FixtureRequest, build_release: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """Fifty steps on 200 pairs with four masks a side, and the release that is built of them."""
+    """Twenty steps on 200 pairs with four masks a side, and the release that is built of them."""
     folder = tmp_path_factory.mktemp("trained")
-    changes = {"max_steps": 50, "save_steps": 50, "log_steps": 10, "global_batch_size": 16, "learning_rate": 5e-3}
+    changes = {"max_steps": 20, "save_steps": 20, "log_steps": 5, "global_batch_size": 16, "learning_rate": 5e-3}
     recipe = write_recipe(
         folder / "recipe.yaml", **changes, num_query_masks=3, num_passage_masks=4, rank=16, alpha=64, warmup=0.1
     )
@@ -49,17 +49,17 @@ def trained(
     return {"kind": request.param, "pairs": pairs, "out": folder / "out", "zero": release, "built": built}
 
 
-def test_fifty_steps_raise_the_ndcg_of_their_pairs(trained: dict[str, Any]) -> None:
-    task = training_task(PairFiles([trained["pairs"]]), 200, 200, seed=1)
+def test_twenty_steps_raise_the_ndcg_of_their_pairs(trained: dict[str, Any]) -> None:
+    task = training_task(PairFiles([trained["pairs"]]), 100, 100, seed=1)
     figures = []
     for folder in (trained["zero"], trained["built"]):
         budget = {"num_query_masks": 3, "num_passage_masks": 4, "max_length": 140}
         model = AutoModel.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32, **budget)
         figures.append(task.evaluate(model.encode_texts))
     before, after = figures
-    assert after["dense"] > before["dense"] + 0.1, figures
-    assert after["sparse"] > before["sparse"], figures
-    assert after["fused"] > before["fused"], figures
+    assert after["dense"] > before["dense"] + 0.03, figures
+    assert after["sparse"] > before["sparse"] + 0.2, figures
+    assert after["fused"] > before["fused"] + 0.2, figures
 
 
 def test_the_layout_is_the_methods_own(trained: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def test_lengths_in_tokens_of_the_text_go_into_the_layout(load_release: Callable
 def test_the_record_names_recipe_and_data(trained: dict[str, Any]) -> None:
     record = json.loads((trained["out"] / "run.json").read_text())
     assert record["recipe"]["global_batch_size"] == 16
-    assert record["steps"] == 50
+    assert record["steps"] == 20
     (data,) = record["data"]
     assert data["queries"] == 200
     assert data["sha256"] == hashlib.sha256(trained["pairs"].read_bytes()).hexdigest()
@@ -102,11 +102,11 @@ def test_the_record_names_recipe_and_data(trained: dict[str, Any]) -> None:
 
 
 def test_the_schedule_is_a_warm_up_and_a_cosine(trained: dict[str, Any]) -> None:
-    state = json.loads((trained["out"] / "state" / "checkpoint-50" / "trainer_state.json").read_text())
+    state = json.loads((trained["out"] / "state" / "checkpoint-20" / "trainer_state.json").read_text())
     for line in state["log_history"]:
         if "loss" in line:
             step = line["step"] - 1
-            rate = step / 5 if step < 5 else 0.5 * (1 + math.cos(math.pi * (step - 5) / 45))
+            rate = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 18))
             assert line["learning_rate"] == pytest.approx(5e-3 * rate, rel=1e-5, abs=1e-9)
             assert {"dense", "sparse", "right", "tokens_per_second", "grad_norm"} <= line.keys()
 
