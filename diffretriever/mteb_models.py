@@ -17,7 +17,7 @@ from transformers import AutoModel
 
 from .data.texts import join_title
 from .files.install import install_hint
-from .publishing.releases import DREAM, LLADA, RELEASES
+from .publishing.releases import DREAM, LLADA, RELEASES, SMOLLM2
 from .search.modes import SPARSE
 
 # What each mode is in sentence-transformers: the release's revision, the wrapper's name in mteb, its similarity there.
@@ -58,6 +58,7 @@ BACKBONES = {
     DREAM: Backbone(7_615_616_512, 152_064, 3584, frozenset({"MSMARCO"})),
     "checkpoints/llada-tiny": Backbone(6_637_248, 12_288, 192),
     "checkpoints/dream-tiny": Backbone(6_639_552, 12_288, 192),
+    f"checkpoints/{SMOLLM2}": Backbone(134_515_008, 49_152, 576),
 }
 
 

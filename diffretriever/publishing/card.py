@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.lines import read_object
+from ..model.configuration_diffretriever import DIFFUSION_TYPES
 from .hub import is_hub_id
 from .releases import BACKBONE_FOLDER, BRANCHES, RELEASES
 
@@ -156,7 +157,7 @@ def _plain(name: str) -> str:
     >>> _plain("tiny](http://x)<script>`")
     'tiny__http://x__script__'
     """
-    return re.sub(r"[^\w .:/@+~-]", "_", name)
+    return re.sub(r"[^\w .,:=/@+~-]", "_", name)
 
 
 def _number(name: str, value: Any) -> float:
@@ -189,7 +190,10 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "backbone_inside": base == BACKBONE_FOLDER,
         "backbone_revision": config.base_model_revision,
         "holds": _listed(["code", "tokenizer", *["adapter"] * has_adapter, *["backbone"] * (base == BACKBONE_FOLDER)]),
-        "demonstration": known is not None and known.is_local,
+        "backbone_kind": "diffusion" if config.backbone_type in DIFFUSION_TYPES else "autoregressive",
+        "fetched": {name: _plain(value) for name, value in (config.fetched_backbone or {}).items()},
+        "mask_token": re.sub(r"[`\s]", "_", config.mask_token or "[MASK]"),
+        "demonstration": known is not None and known.is_local and config.fetched_backbone is None,
         "masks_phrase": masks_phrase(config),
         "vectors_phrase": "one dense vector" if single else "several dense vectors",
         "k_q": k_q,
@@ -283,7 +287,7 @@ def _tags(config: Any) -> list[str]:
     multi = max(config.num_query_masks, config.num_passage_masks) > 1
     return [
         "diffretriever",
-        "diffusion-language-model",
+        *(["diffusion-language-model"] if config.backbone_type in DIFFUSION_TYPES else []),
         "retrieval",
         "dense-retrieval",
         *(["multi-vector", "late-interaction"] if multi else []),

@@ -70,6 +70,14 @@ def _tiny(backbone: str, kind: str, num_query_masks: int, num_passage_masks: int
     return Release(f"checkpoints/{backbone}-tiny", adapter, num_query_masks, num_passage_masks, 120, fused)
 
 
+def _smollm2(kind: str, num_masks: int) -> Release:
+    """Name a release of this source tree on a backbone that `diffretriever fetch-backbone` puts beside it."""
+    adapter = f"checkpoints/diffretriever-smollm2-135m-{kind}/adapter"
+    fused = "fusion_single_sparse_max" if kind == "single" else "fusion_multi_sparse_max"
+    return Release(f"checkpoints/{SMOLLM2}", adapter, num_masks, num_masks, 179, fused, "<empty_output>")
+
+
+SMOLLM2 = "smollm2-135m-instruct"
 LLADA, DREAM = "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"
 RELEASES = {
     "diffretriever-llada-8b-single": Release(LLADA, "ielabgroup/diffretriever-llada-8b-single", 1, 1),
@@ -80,6 +88,7 @@ RELEASES = {
     "diffretriever-llada-tiny-multi-q4-p4": _tiny("llada", "multi-q4-p4", 4, 4),
     "diffretriever-dream-tiny-single": _tiny("dream", "single", 1, 1),
     "diffretriever-dream-tiny-multi-q4-p16": _tiny("dream", "multi-q4-p16", 4, 16),
+    "diffretriever-smollm2-135m-multi-q4-p4": _smollm2("multi-q4-p4", 4),
 }
 
 

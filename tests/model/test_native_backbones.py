@@ -125,6 +125,12 @@ def test_a_fetched_backbone_is_the_one_that_was_built_on(fetched: Path, tmp_path
     shutil.copytree(fetched, tmp_path / "copy")
     release, backbone = tmp_path / "copy" / "release", tmp_path / "copy" / "llama-small"
     first = load(release)
+    card = (release / "README.md").read_text()
+    assert "The autoregressive language model `llama-small` as a retriever" in card
+    assert f"read in both directions, at `{MASKS['llama']}`, an unused token" in card
+    assert "those of a-package==1, small.gguf. They are fetched once" in card
+    assert "diffretriever fetch-backbone llama-small --output ../llama-small\n" in card
+    assert "diffusion-language-model" not in card
     edit_weights(backbone / "model.safetensors", lambda tensors: tensors["model.norm.weight"][:9].mul_(2))
     with pytest.raises(
         ValueError, match=r"other weights than the release's .*fetch-backbone llama-small --output FOLDER,"
