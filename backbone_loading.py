@@ -405,3 +405,11 @@ def not_finite(model: Any, values: torch.Tensor) -> str:
     if broken:
         cause = f"the weights {', '.join(broken[:5])} hold NaN or infinite values"
     return f"The vectors of rows {rows[:10]} are not finite: {cause}."
+
+
+def check_output(model: Any, output: Any) -> Any:
+    """Return what a model made of B texts, {name: [B, …]}, or raise ValueError for vectors that are not finite."""
+    for name in ("repr_hidden", "sparse_values"):
+        if name in output and not torch.isfinite(output[name]).all():
+            raise ValueError(not_finite(model, output[name]))
+    return output

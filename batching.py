@@ -1,4 +1,4 @@
-"""Texts in batches of similar length, run side by side on a CPU, and their results put back in order."""
+"""Texts in batches of similar length, side by side on a CPU and ahead of an accelerator, and their results in order."""
 
 from __future__ import annotations
 
@@ -6,21 +6,48 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 MOST_WORKERS = 8  # each holds the states of a batch
 WINDOW = 8192  # texts that are sorted by length at a time
+AHEAD = 2  # batches that a device has to do while the host works on the results of an earlier one
 _MODES = Lock()  # over the modes of all models
+
+
+@dataclass
+class DiffRetrieverOutput(ModelOutput):
+    """What the model returns for B texts.
+
+    Args:
+        repr_hidden: float32 [B, K, H], the dense vectors (`encode`, `encode_texts`).
+        sparse_indices: int64 [B, T], token ids by falling value; unused slots are 0.
+        sparse_values: float32 [B, T], log1p weights; unused slots are 0.0.
+        mask_hidden: [B, K, H] in the model's dtype, the final states at the masks (`forward`).
+        repr_mask: bool [B, K], which vectors exist, where queries differ in K_q; None where all do. The others are 0.
+        side: "query" or "passage" for what was encoded; an attribute, no item.
+    """
+
+    repr_hidden: torch.Tensor | None = None
+    sparse_indices: torch.Tensor | None = None
+    sparse_values: torch.Tensor | None = None
+    mask_hidden: torch.Tensor | None = None
+    repr_mask: torch.Tensor | None = None
+    side: ClassVar[str | None] = None
+
+    def on_side(self, is_query: bool) -> DiffRetrieverOutput:
+        """Note which side was encoded, as an attribute: mappings of tensors have no place for it."""
+        self.__dict__["side"] = "query" if is_query else "passage"
+        return self
 
 
 def check_kind_of_texts(texts: Any) -> None:
@@ -231,6 +258,91 @@ def run_side_by_side(
         torch.set_num_threads(threads)  # torch gives the workers' number to every thread begun after them
 
 
+def runs_apart(device: torch.device) -> bool:
+    """Whether the host need not wait for what it has a device do: CUDA's (and ROCm's) queue work and copies."""
+    return device.type == "cuda"
+
+
+class HostBatch(NamedTuple):
+    """All that a device needs to know of B texts, on the CPU.
+
+    Args:
+        ids: int64 [B, L], padded.
+        mask: int64 [B, L], 1 for real tokens; None when no row is padded.
+        positions: int64 [B, K], where the masks are.
+        exists: bool [B, K], as `existing_masks`; None where all rows have K.
+        columns, allowed: int64 [C] and bool [B, C], as `sparse_head.content_columns`; None for the whole vocabulary.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    positions: torch.Tensor
+    exists: torch.Tensor | None
+    columns: torch.Tensor | None
+    allowed: torch.Tensor | None
+
+    def pinned(self) -> HostBatch:
+        """Return it in memory from which a device copies by itself."""
+        return HostBatch._make(None if part is None else part.pin_memory() for part in self)
+
+    def on(self, device: torch.device) -> HostBatch:
+        """Return it on a device; a pinned one's copies are only begun."""
+        apart = runs_apart(device)
+        return HostBatch._make(None if part is None else part.to(device, non_blocking=apart) for part in self)
+
+
+def run_ahead(
+    pack: Callable[[Batch], HostBatch], launch: Callable[[HostBatch], Any], batches: Sequence[Batch]
+) -> Generator[tuple[Batch, Any], None, None]:
+    """Keep a device at work that runs apart: batches are packed in a thread and launched before results are waited for.
+
+    Args:
+        pack: makes a batch ready on the host, in a thread.
+        launch: has the device encode it, without waiting, in the caller's thread; returns {name: tensor}.
+        batches: whatever `pack` takes.
+
+    Yields:
+        Each batch and what `launch` returned, its tensors on the CPU, in the batches' order.
+
+    Raises:
+        What `pack` and `launch` raise, behind the results of the batches before.
+    """
+    packed: deque[Future[HostBatch]] = deque()
+    running: deque[tuple[Batch, Any, list[Any]]] = deque()
+    failure: Exception | None = None
+    packer = ThreadPoolExecutor(1, "pack")
+    try:
+        for number, batch in enumerate(batches):
+            packed += (packer.submit(pack, other) for other in batches[number + len(packed) : number + AHEAD + 1])
+            try:
+                running.append((batch, *_copied_to_host(launch(packed.popleft().result()))))
+            except (ValueError, RuntimeError) as error:  # also the device's, when its memory is full
+                failure = error
+                break
+            if len(running) > AHEAD:
+                yield _arrived(*running.popleft())
+        while running:
+            yield _arrived(*running.popleft())
+        if failure is not None:
+            raise failure
+    finally:
+        packer.shutdown(cancel_futures=True)
+
+
+def _copied_to_host(results: Any) -> tuple[Any, list[Any]]:
+    """Begin to copy {name: tensor} to the CPU; returns it, and events that happen when all is there."""
+    devices = {values.device for values in results.values() if runs_apart(values.device)}
+    for name, values in list(results.items()):
+        results[name] = values.to("cpu", non_blocking=True)  # torch takes pinned memory for it
+    return results, [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
+def _arrived(batch: Batch, results: Any, events: list[Any]) -> tuple[Batch, Any]:
+    for event in events:
+        event.synchronize()
+    return batch, results
+
+
 class OrderedResults:
     """Collects the tensors of batches on the CPU, in the order of the texts.
 
@@ -295,10 +407,10 @@ def encode_in_order(
     """Encode any number of texts: what `encode_texts` of a model does, with its arguments.
 
     Args:
-        model: has `encode_prepared`, `map_batches`, `texts` and `device`.
+        model: has `encode_batches`, `texts` and `device`.
 
     Returns:
-        {name: tensor [N, …]} of what `encode_prepared` returns, in the texts' order, on the CPU.
+        {name: tensor [N, …]} of what `encode_batches` yields, in the texts' order, on the CPU.
     """
     check_kind_of_texts(texts)
     is_query, total = check_side(is_query), len(texts) if isinstance(texts, Sized) else None
@@ -306,28 +418,48 @@ def encode_in_order(
     tokens_per_batch = None if tokens_per_batch is None else check_count("tokens_per_batch", tokens_per_batch)
     budget = tokens_per_batch or (1024 if model.device.type == "cpu" else 16384)
     collected = OrderedResults(total)
-    stream = iter(texts)
-    with logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar:
-        while window := list(islice(stream, WINDOW)):
-            window = check_texts(window, first=collected.count)
-            if total is not None and collected.count + len(window) > total:
-                raise ValueError(f"`texts` has a length of {total}, but gave more; pass a list of them.")
-            prepared = model.texts.prepare(window, is_query, compute_sparse and content_filter)
+
+    def prepare(window: list[str]) -> list[Any]:
+        prepared: list[Any] = model.texts.prepare(window, is_query, compute_sparse and content_filter)
+        return prepared
+
+    with (
+        logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar,
+        closing(_prepared_windows(texts, total, prepare, ahead=runs_apart(model.device))) as windows,
+    ):
+        for prepared in windows:
             batches = list(batches_by_length([len(text.sequence) for text in prepared], budget, batch_size))
-            work = partial(_encode_rows, model, prepared, is_query, compute_sparse, sparse_top_k)
-            with closing(model.map_batches(work, batches)) as results:
+            with closing(model.encode_batches(prepared, batches, is_query, compute_sparse, sparse_top_k)) as results:
                 for rows, out in results:
-                    collected.put(rows, len(window), out)
+                    collected.put(rows, len(prepared), out)
                     bar.update(len(rows))
-            collected.close_window(len(window))
-    if collected.count == 0:
-        check_texts([])
-    if total is not None and collected.count < total:
-        raise ValueError(f"`texts` has a length of {total}, but gave {collected.count}; pass a list of them.")
+            collected.close_window(len(prepared))
     return collected.result()
 
 
-def _encode_rows(
-    model: Any, prepared: Sequence[Any], is_query: bool, compute_sparse: bool, top_k: int | None, rows: Sequence[int]
-) -> Any:
-    return model.encode_prepared([prepared[row] for row in rows], is_query, compute_sparse, top_k)
+def _prepared_windows(
+    texts: Iterable[str], total: int | None, prepare: Callable[[list[str]], list[Any]], ahead: bool
+) -> Generator[list[Any], None, None]:
+    """Read texts a window at a time, in the caller's thread, and yield them prepared: with `ahead` one is always made
+    in a thread while its predecessor is encoded.
+
+    Raises:
+        TypeError, ValueError: an entry is no string, there is none, or there are not `total`.
+    """
+    stream, count = iter(texts), 0
+    coming: deque[Future[list[Any]]] = deque()
+    with ThreadPoolExecutor(1, "prepare") as preparer:
+        while window := list(islice(stream, WINDOW)):
+            check_texts(window, first=count)
+            count += len(window)
+            if total is not None and count > total:
+                raise ValueError(f"`texts` has a length of {total}, but gave more; pass a list of them.")
+            coming.append(preparer.submit(prepare, window))
+            if len(coming) > ahead:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    if count == 0:
+        check_texts([])
+    if total is not None and count < total:
+        raise ValueError(f"`texts` has a length of {total}, but gave {count}; pass a list of them.")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import ModelOutput
 
 from .adapter_loading import (
     ADAPTER_FIELDS,
@@ -28,17 +25,19 @@ from .backbone_loading import (
     NAME_PATTERNS,
     audit_weights,
     check_finite,
+    check_output,
     choose_dtype,
     dtype_argument,
     find_weights,
     load_tokenizer,
-    not_finite,
     original_name,
     our_name,
     resolve_folder,
     save_tokenizer,
 )
 from .batching import (
+    DiffRetrieverOutput,
+    HostBatch,
     check_count,
     check_id_tensor,
     check_ids,
@@ -49,7 +48,9 @@ from .batching import (
     existing_masks,
     find_masks,
     in_eval_mode,
+    run_ahead,
     run_side_by_side,
+    runs_apart,
 )
 from .bidirectional_layers import build_backbone, device_of, linear_shapes, parameter_shapes, run_layers
 from .chat_template import render_prompt, render_prompts
@@ -66,38 +67,12 @@ from .configuration_diffretriever import COUNTS, DIFFUSION_TYPES, FIELDS, DiffRe
 from .release_code import load_other, other_code
 from .saved_folder import copy_files, replacing, sentence_transformers_files
 from .scoring import score
-from .sparse_head import sparse_vectors, states_at_masks
+from .sparse_head import content_columns, vectors_of
 from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id, name_mask_token
 
 RELEASE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "adapter/*", "*.py"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
-
-
-@dataclass
-class DiffRetrieverOutput(ModelOutput):
-    """What the model returns for B texts.
-
-    Args:
-        repr_hidden: float32 [B, K, H], the dense vectors (`encode`, `encode_texts`).
-        sparse_indices: int64 [B, T], token ids by falling value; unused slots are 0.
-        sparse_values: float32 [B, T], log1p weights; unused slots are 0.0.
-        mask_hidden: [B, K, H] in the model's dtype, the final states at the masks (`forward`).
-        repr_mask: bool [B, K], which vectors exist, where queries differ in K_q; None where all do. The others are 0.
-        side: "query" or "passage" for what was encoded; an attribute, no item.
-    """
-
-    repr_hidden: torch.Tensor | None = None
-    sparse_indices: torch.Tensor | None = None
-    sparse_values: torch.Tensor | None = None
-    mask_hidden: torch.Tensor | None = None
-    repr_mask: torch.Tensor | None = None
-    side: ClassVar[str | None] = None
-
-    def on_side(self, is_query: bool) -> DiffRetrieverOutput:
-        """Note which side was encoded, as an attribute: mappings of tensors have no place for it."""
-        self.__dict__["side"] = "query" if is_query else "passage"
-        return self
 
 
 class DiffRetriever(PreTrainedModel):
@@ -345,7 +320,8 @@ class DiffRetriever(PreTrainedModel):
             content = self.texts.content_lists(text_ids) if content_token_ids is None else content_token_ids
             if len(content) != len(host_ids):
                 raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
-        return self._encode(input_ids.long(), host_mask, positions, content, is_query, compute_sparse, sparse_top_k)
+        batch = self._pack(host_ids.long(), host_mask, positions, content, is_query)
+        return check_output(self, self._launch(batch, is_query, compute_sparse, sparse_top_k))
 
     @torch.no_grad()
     def encode_prepared(
@@ -368,40 +344,74 @@ class DiffRetriever(PreTrainedModel):
         Raises:
             ValueError: an output is not finite.
         """
-        ids, mask = self.texts.pad([text.sequence for text in prepared])  # int64 [B, L] each
-        content = None if prepared[0].content is None else [text.content or [] for text in prepared]
-        positions = self.texts.mask_positions(ids, is_query)
-        return self._encode(ids.to(self.device), mask, positions, content, is_query, compute_sparse, sparse_top_k)
+        batch = self._pack_prepared(prepared, is_query, compute_sparse)
+        return check_output(self, self._launch(batch, is_query, compute_sparse, sparse_top_k))
 
-    def _encode(
+    @torch.no_grad()
+    def encode_batches(
+        self,
+        prepared: Sequence[PreparedText],
+        batches: Sequence[Sequence[int]],
+        is_query: bool,
+        compute_sparse: bool = True,
+        sparse_top_k: int | None = None,
+    ) -> Generator[tuple[Sequence[int], DiffRetrieverOutput], None, None]:
+        """Encode batches of what `texts.prepare` returned: on a CPU several at a time, on a GPU without ever waiting.
+
+        Args:
+            prepared: texts, all with their content words or all without.
+            batches: the rows of each.
+            is_query, compute_sparse, sparse_top_k: as for `encode_prepared`.
+
+        Yields:
+            Each batch and its vectors, on the CPU, in the batches' order.
+
+        Raises:
+            ValueError: as `encode_prepared`, behind the vectors of the batches before.
+        """
+
+        def texts_of(rows: Sequence[int]) -> list[PreparedText]:
+            return [prepared[row] for row in rows]
+
+        options = (is_query, compute_sparse, sparse_top_k)
+        if not runs_apart(self.device):
+            work: Callable[[Any], Any] = lambda rows: self.encode_prepared(texts_of(rows), *options)  # noqa: E731
+            yield from run_side_by_side(work, batches, count_workers(self))
+            return
+        pack: Callable[[Any], HostBatch] = lambda rows: self._pack_prepared(texts_of(rows), *options[:2]).pinned()  # noqa: E731
+        for rows, output in run_ahead(pack, lambda batch: self._launch(batch, *options), batches):
+            yield rows, check_output(self, output)
+
+    def _pack_prepared(self, prepared: Sequence[PreparedText], is_query: bool, compute_sparse: bool) -> HostBatch:
+        ids, mask = self.texts.pad([text.sequence for text in prepared])  # int64 [B, L] each
+        filtered = compute_sparse and prepared[0].content is not None
+        content = [text.content or [] for text in prepared] if filtered else None
+        return self._pack(ids, mask, self.texts.mask_positions(ids, is_query), content, is_query)
+
+    def _pack(
         self,
         ids: torch.Tensor,
-        host_mask: torch.Tensor,
+        mask: torch.Tensor,
         positions: torch.Tensor,
         content: Sequence[Sequence[int]] | None,
         is_query: bool,
-        compute_sparse: bool,
-        sparse_top_k: int | None,
+    ) -> HostBatch:
+        """Put together what `_launch` needs of ids [B, L], their mask [B, L] and the masks' positions [B, K]."""
+        columns = allowed = None
+        if content is not None:
+            columns, allowed = content_columns(content, self.lm_head.out_features, self.texts.mask_id)
+        exists = existing_masks(positions) if is_query and self.config.query_budget_table is not None else None
+        return HostBatch(ids, None if mask.all() else (mask != 0).long(), positions, exists, columns, allowed)
+
+    def _launch(
+        self, batch: HostBatch, is_query: bool, compute_sparse: bool, sparse_top_k: int | None
     ) -> DiffRetrieverOutput:
-        """Encode ids [B, L] whose mask [B, L] and mask positions [B, K] are on the CPU."""
+        """Encode a batch on the model's device; nothing here waits for it, nor looks at what it computes."""
         top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
         top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
-        mask = None if host_mask.all() else (host_mask != 0).long().to(ids.device)
         with in_eval_mode(self):
-            hidden, _ = states_at_masks(self, ids, mask, positions.to(ids.device))
-        if not torch.isfinite(hidden).all():
-            raise ValueError(not_finite(self, hidden))
-        vectors = F.normalize(hidden.float(), dim=-1) if self.config.normalize else hidden.float()
-        output = DiffRetrieverOutput(repr_hidden=vectors).on_side(is_query)
-        if is_query and self.config.query_budget_table is not None:
-            output["repr_mask"] = existing_masks(positions).to(hidden.device)
-            output["repr_hidden"] = vectors * output["repr_mask"][..., None]
-        if compute_sparse:
-            found = sparse_vectors(self.lm_head, hidden, content, top_k, self.texts.mask_id)
-            output["sparse_indices"], output["sparse_values"] = found
-            if not torch.isfinite(output["sparse_values"]).all():
-                raise ValueError(not_finite(self, output["sparse_values"]))
-        return output
+            found = vectors_of(self, batch.on(self.device), top_k if compute_sparse else None)
+        return DiffRetrieverOutput(**found).on_side(is_query)
 
     def encode_texts(
         self,
@@ -414,7 +424,7 @@ class DiffRetriever(PreTrainedModel):
         content_filter: bool = True,
         tokens_per_batch: int | None = None,
     ) -> DiffRetrieverOutput:
-        """Encode any number of texts, in batches of similar length; on a CPU several batches run side by side.
+        """Encode any number of texts, in batches of similar length; see `encode_batches`.
 
         Args:
             texts: a list, tuple, numpy array, pandas Series, column of a dataset, or any iterator of strings, which is
@@ -437,17 +447,6 @@ class DiffRetriever(PreTrainedModel):
         options["content_filter"] = content_filter
         found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
         return DiffRetrieverOutput(**found).on_side(is_query)
-
-    def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """Run `work`, which encodes a batch, on every batch: on a CPU several at a time.
-
-        Args:
-            work, batches: the one takes each of the others, in some thread.
-
-        Yields:
-            Each batch and what `work` returned, in the batches' order.
-        """
-        yield from run_side_by_side(work, batches, count_workers(self))
 
     def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
         """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors."""

@@ -1,4 +1,4 @@
-"""The sparse side of the model: lexical weights from the logits at the masks (paper §3.3, Eq. 3)."""
+"""From the states at the masks to vectors: dense, and lexical weights from their logits (paper §3.3, Eq. 2 and 3)."""
 
 from __future__ import annotations
 
@@ -12,37 +12,57 @@ from torch import nn
 LOGITS_ELEMENTS = 32 * 1024 * 1024  # logits held at once when the whole vocabulary is asked for
 
 
-def sparse_vectors(
-    head: Any, hidden: torch.Tensor, content: Sequence[Sequence[int]] | None, top_k: int, mask_id: int | None
+def content_columns(
+    content: Sequence[Sequence[int]], vocab_size: int, mask_id: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest weights of log1p(relu(max over K of the logits)).
+    """Return the vocabulary of a batch, on the CPU.
+
+    Args:
+        content: the ids that each text may use, B lists.
+        vocab_size: V.
+        mask_id: no text may use it; None for a model without.
+
+    Returns:
+        Token ids int64 [C], rising, that some text may use, and which of them each text may, bool [B, C].
+
+    Raises:
+        ValueError: an id outside the vocabulary.
+    """
+    kept = [[token for token in ids if token != mask_id] for ids in content]
+    flat = torch.tensor([token for ids in kept for token in ids], dtype=torch.long)
+    columns, places = flat.unique(return_inverse=True)
+    if len(columns) and not 0 <= columns[0] <= columns[-1] < vocab_size:
+        raise ValueError(f"content_token_ids must lie in 0 … {vocab_size - 1}, got {columns[[0, -1]].tolist()}.")
+    rows = torch.arange(len(kept)).repeat_interleave(torch.tensor(list(map(len, kept))))
+    allowed = torch.zeros(len(kept), len(columns), dtype=torch.bool)
+    allowed[rows, places] = True
+    return columns, allowed
+
+
+def sparse_vectors(
+    head: Any,
+    hidden: torch.Tensor,
+    content: tuple[torch.Tensor, torch.Tensor] | None,
+    top_k: int,
+    mask_id: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest weights of log1p(relu(max over K of the logits)); no step waits for an accelerator.
 
     Args:
         head: the output head, [V, H].
         hidden: [B, K, H], the states at the masks.
-        content: the ids that each text may use, one list a text; None lets the whole vocabulary in. Only the columns
-            that some text of the batch may use are computed.
+        content: `content_columns` of the batch, the only columns that are computed; None lets the whole vocabulary in.
         top_k: T, weights kept a text.
         mask_id: never weighted; None for a model without.
 
     Returns:
         Token ids int64 [B, T] by falling value, and weights float32 [B, T]; unused slots are 0 and 0.0.
-
-    Raises:
-        ValueError: a content id outside the vocabulary.
     """
     if content is None:
         rows = max(1, LOGITS_ELEMENTS // (hidden.shape[1] * head.out_features))
         parts = [_top(_whole_vocabulary(head, part, mask_id), None, top_k) for part in hidden.split(rows)]
         return torch.cat([indices for indices, _ in parts]), torch.cat([values for _, values in parts])
-    columns = torch.tensor(sorted({token for ids in content for token in ids} - {mask_id}), dtype=torch.long)
-    if len(columns) and not 0 <= columns[0] <= columns[-1] < head.out_features:
-        raise ValueError(f"content_token_ids must lie in 0 … {head.out_features - 1}, got {columns[[0, -1]].tolist()}.")
-    allowed = torch.zeros(len(content), len(columns), dtype=torch.bool)  # [B, C]
-    for row, ids in enumerate(content):
-        own = torch.tensor([token for token in ids if token != mask_id], dtype=torch.long)
-        allowed[row, torch.searchsorted(columns, own)] = True
-    columns, allowed = columns.to(hidden.device), allowed.to(hidden.device)
+    columns, allowed = (part.to(hidden.device) for part in content)  # [C], [B, C]
     return _top(lexical_weights(logits_at(head, hidden, columns)) * allowed, columns, top_k)
 
 
@@ -93,18 +113,42 @@ def _is_plain_lora(head: Any) -> bool:
 
 def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids int64 and values float32, both [B, top_k], of the largest weights [B, C] by falling value."""
-    count = min(top_k, weights.shape[1])
+    size = weights.shape[1]
     weights = weights.float().nan_to_num(nan=torch.inf, posinf=torch.inf)  # encode refuses both
-    # Of equal weights the lower ids are kept, whatever the batch; topk alone promises nothing about ties.
-    threshold = weights.topk(count, dim=1).values[:, -1:]
-    above, equal = weights > threshold, weights == threshold
-    equal &= equal.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)
-    places = (above | equal).nonzero()[:, 1].view(len(weights), count)  # by rising id
-    values, order = weights.gather(1, places).sort(dim=1, descending=True, stable=True)
-    places = places.gather(1, order)
+    # Of equal weights the lower ids come first, whatever the batch; topk alone promises nothing about ties. So each key
+    # has its weight's bits, which rise with it as there is no sign, and below them its place from the end.
+    keys = (weights.view(torch.int32).long() << 32) + torch.arange(size - 1, -1, -1, device=weights.device)
+    keys = keys.topk(min(top_k, size), dim=1).values
+    places = size - 1 - (keys & 0xFFFFFFFF)
+    values = weights.gather(1, places)
     indices = places if columns is None else columns[places]
     indices = indices.masked_fill(values <= 0, 0)
-    return F.pad(indices, (0, top_k - count)), F.pad(values, (0, top_k - count))
+    unused = top_k - indices.shape[1]
+    return F.pad(indices, (0, unused)), F.pad(values, (0, unused))
+
+
+def vectors_of(model: Any, batch: Any, top_k: int | None) -> dict[str, torch.Tensor]:
+    """Encode a batch; no step waits for an accelerator, nor looks at what it computes.
+
+    Args:
+        model: a DiffRetriever in eval mode.
+        batch: a `batching.HostBatch`, on the model's device.
+        top_k: T, weights kept a text; None leaves the sparse vectors out.
+
+    Returns:
+        What of `batching.DiffRetrieverOutput` `encode` returns.
+    """
+    hidden, _ = states_at_masks(model, batch.ids, batch.mask, batch.positions)
+    vectors = F.normalize(hidden.float(), dim=-1) if model.config.normalize else hidden.float()
+    found = {"repr_hidden": vectors}
+    if batch.exists is not None:
+        found["repr_mask"] = batch.exists.to(hidden.device)
+        found["repr_hidden"] = vectors * found["repr_mask"][..., None]
+    if top_k is not None:
+        content = None if batch.columns is None else (batch.columns, batch.allowed)
+        indices, values = sparse_vectors(model.lm_head, hidden, content, top_k, model.texts.mask_id)
+        found |= {"sparse_indices": indices, "sparse_values": values}
+    return found
 
 
 def states_at_masks(

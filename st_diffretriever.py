@@ -156,7 +156,8 @@ class DiffRetrieverModule(InputModule):
             task: "query", "document" or None.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 [B, L] each, left-padded; `is_query`, bool [B].
+            `input_ids` and `attention_mask`, int64 [B, L] each, left-padded; `sides`, True for queries, and `prepared`,
+            what the model reads of each, B entries each, which stay on the host.
 
         Raises:
             ValueError: an input is no text, the task is unknown, prompt and task contradict each other, or there are
@@ -208,18 +209,15 @@ class DiffRetrieverModule(InputModule):
 
     def _features(self, sides: list[bool], texts: list[str]) -> dict[str, Any]:
         """Tokenise each side by its own prompt and pad all rows to the longest."""
-        is_query = torch.tensor(sides, dtype=torch.bool)
-        parts = {}
+        rules = self.model.texts
+        prepared: list[Any] = [None] * len(texts)
         for side in set(sides):
-            chosen = [text for text, own in zip(texts, sides, strict=True) if own == side]
-            parts[side] = self.model.tokenize(chosen, is_query=side)
-        length = max(ids.shape[1] for ids, _ in parts.values())
-        input_ids = torch.zeros(len(texts), length, dtype=torch.long)  # under padding any id will do
-        attention_mask = torch.zeros_like(input_ids)
-        for side, (ids, mask) in parts.items():
-            input_ids[is_query == side, length - ids.shape[1] :] = ids
-            attention_mask[is_query == side, length - ids.shape[1] :] = mask
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "is_query": is_query}
+            rows = [row for row, own in enumerate(sides) if own == side]
+            found = rules.prepare([texts[row] for row in rows], side, content_filter=self.kind == "sparse")
+            for row, text in zip(rows, found, strict=True):
+                prepared[row] = text
+        ids, mask = rules.pad([text.sequence for text in prepared])
+        return {"input_ids": ids, "attention_mask": mask, "sides": sides, "prepared": prepared}
 
     # ---------------------------------------------------------------------------------------------- ids to vectors
 
@@ -229,7 +227,7 @@ class DiffRetrieverModule(InputModule):
         """Encode one batch.
 
         Args:
-            features: what `preprocess` made, on the model's device.
+            features: what `preprocess` made.
             task: read by `preprocess`, of no effect here.
             max_active_dims: weights that a sparse vector keeps; None is the release's `sparse_top_k`.
 
@@ -252,19 +250,24 @@ class DiffRetrieverModule(InputModule):
             features["sentence_embedding"] = F.normalize(means, dim=-1)
         return features
 
-    def _encode_side(self, features: dict[str, Any], side: bool, **options: Any) -> tuple[torch.Tensor, Any]:
-        """Encode the rows of one side; returns their numbers and what the model's encode gives for them."""
-        rows = (features["is_query"] == side).nonzero().flatten()
-        ids, mask = features["input_ids"][rows], features["attention_mask"][rows]
-        return rows, self.model.encode(ids, mask, is_query=side, **options)
+    def _encode_sides(self, features: dict[str, Any], **options: Any) -> list[tuple[Any, Any]]:
+        """Encode each side's rows; returns their numbers and what the model gives for them.
+
+        Sides and texts are read on the host, where `preprocess` left them: nothing is copied back from a device.
+        """
+        prepared, sides = features["prepared"], features["sides"]
+        parts = []
+        for side in sorted(set(sides)):
+            rows = [row for row, own in enumerate(sides) if own == side]
+            out = self.model.encode_prepared([prepared[row] for row in rows], side, **options)
+            parts.append((slice(None) if len(rows) == len(sides) else rows, out))
+        return parts
 
     def _dense(self, features: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the vectors [B, K, H] and which exist [B, K]; K is the larger side's where both are in the batch."""
-        parts = [self._encode_side(features, side) for side in features["is_query"].unique().tolist()]
-        if len(parts) == 1:
-            return parts[0][1]["repr_hidden"], _existing(parts[0][1])
+        parts = self._encode_sides(features, compute_sparse=False)
         widest = max((out["repr_hidden"] for _, out in parts), key=lambda vectors: vectors.shape[1])
-        vectors = widest.new_zeros(len(features["is_query"]), *widest.shape[1:])
+        vectors = widest.new_zeros(len(features["sides"]), *widest.shape[1:])
         exists = torch.zeros(vectors.shape[:2], dtype=torch.long, device=vectors.device)
         for rows, out in parts:
             num_masks = out["repr_hidden"].shape[1]
@@ -274,10 +277,9 @@ class DiffRetrieverModule(InputModule):
 
     def _sparse(self, features: dict[str, Any], max_active_dims: int | None) -> torch.Tensor:
         """Return the sparse vectors over the whole vocabulary, float32 [B, V]."""
-        is_query = features["is_query"]
-        vectors = torch.zeros(len(is_query), self.model.config.vocab_size, device=is_query.device)
-        for side in is_query.unique().tolist():
-            rows, out = self._encode_side(features, side, compute_sparse=True, sparse_top_k=max_active_dims)
+        parts = self._encode_sides(features, sparse_top_k=max_active_dims)
+        vectors = torch.zeros(len(features["sides"]), self.model.config.vocab_size, device=features["input_ids"].device)
+        for rows, out in parts:
             weights = out["sparse_values"].to(vectors.device)
             indices = out["sparse_indices"].to(vectors.device)
             # Unused slots are index 0 with weight 0, so they may be added, not written.

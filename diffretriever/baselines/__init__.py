@@ -12,7 +12,7 @@
   `sparse_indices` and `sparse_values` [B, T] where the method has sparse vectors and they are asked for;
 - `config` with what decides the vectors beside the weights (budgets, lengths, prompts, normalisation, dimensions), and
   `loaded_from` with the folders of weights, adapter and tokenizer;
-- `texts`, the rules of tokenisation; `map_batches`, `device`, `dtype`.
+- `texts`, the rules of tokenisation; `encode_batches`, `device`, `dtype`.
 """
 
 from .baseline import Baseline, BaselineOutput

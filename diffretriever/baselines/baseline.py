@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..files.durable import publish_folder
 from ..model.adapter_loading import merged_state
-from ..model.backbone_loading import not_finite, save_tokenizer
+from ..model.backbone_loading import check_output, save_tokenizer
 from ..model.batching import (
     check_count,
     check_ids,
@@ -27,7 +27,7 @@ from ..model.batching import (
 from ..model.configuration_diffretriever import LoadedFrom
 from ..model.modeling_diffretriever import DiffRetrieverOutput
 from ..model.scoring import SCORING_MODES, score
-from ..model.sparse_head import sparse_vectors
+from ..model.sparse_head import content_columns, sparse_vectors
 from ..model.tokenization_helpers import FramedTokenizer, PreparedText
 from .configuration import BaselineConfig
 
@@ -215,8 +215,6 @@ class Baseline(nn.Module):
         with in_eval_mode(self):
             states, exists = self._read(ids, mask, is_query)  # [B, K, H]; bool [B, K] or None
         vectors = states.float()
-        if not torch.isfinite(vectors).all():
-            raise ValueError(not_finite(self, vectors))
         output = BaselineOutput(repr_hidden=F.normalize(vectors, dim=-1) if self.config.normalize else vectors)
         output.on_side(is_query)
         if exists is not None:
@@ -225,6 +223,7 @@ class Baseline(nn.Module):
             top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
             top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
             output["sparse_indices"], output["sparse_values"] = self._sparse(states, exists, content, top_k)
+        check_output(self, output)
         return output
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -238,10 +237,8 @@ class Baseline(nn.Module):
         """Return indices and values [B, T] of log1p(relu(max over the vectors that exist)) (paper Eq. 3)."""
         if exists is not None:  # the first vector always exists, and a maximum does not mind it twice
             states = torch.where(exists[..., None], states, states[:, :1])
-        indices, values = sparse_vectors(self.lm_head, states, content, top_k, None)
-        if not torch.isfinite(values).all():
-            raise ValueError(not_finite(self, values))
-        return indices, values
+        columns = None if content is None else content_columns(content, self.config.vocab_size, None)
+        return sparse_vectors(self.lm_head, states, columns, top_k, None)
 
     def encode_texts(
         self,
@@ -279,16 +276,28 @@ class Baseline(nn.Module):
         output.on_side(is_query)
         return output
 
-    def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """Run `work`, which encodes a batch, on every batch: on a CPU several at a time.
+    def encode_batches(
+        self,
+        prepared: Sequence[PreparedText],
+        batches: Sequence[Sequence[int]],
+        is_query: bool,
+        compute_sparse: bool | None = None,
+        sparse_top_k: int | None = None,
+    ) -> Generator[tuple[Sequence[int], BaselineOutput], None, None]:
+        """Encode batches of what `texts.prepare` returned: on a CPU several at a time.
 
         Args:
-            work: takes a batch, in some thread.
-            batches: whatever `work` takes.
+            prepared: texts, all with their content words or all without.
+            batches: the rows of each.
+            is_query, compute_sparse, sparse_top_k: as for `encode_prepared`.
 
         Yields:
-            Each batch and what `work` returned, in the batches' order.
+            Each batch and its vectors, in the batches' order.
         """
+
+        def work(rows: Sequence[int]) -> BaselineOutput:
+            return self.encode_prepared([prepared[row] for row in rows], is_query, compute_sparse, sparse_top_k)
+
         with in_eval_mode(self):  # for all threads together: none may switch dropout on while another encodes
             yield from run_side_by_side(work, batches, count_workers(self.backbone))
 

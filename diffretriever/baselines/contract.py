@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -115,5 +115,12 @@ class RetrievalModel(Protocol):
     def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
         """Return float32 [Q, P]."""
 
-    def map_batches(self, work: Callable[[Any], Any], batches: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """Yield each batch and what `work` returns for it."""
+    def encode_batches(
+        self,
+        prepared: Sequence[PreparedText],
+        batches: Sequence[Sequence[int]],
+        is_query: bool,
+        compute_sparse: bool = True,
+        sparse_top_k: int | None = None,
+    ) -> Generator[tuple[Sequence[int], Mapping[str, Any]], None, None]:
+        """Yield each batch, the rows of some of what `texts.prepare` made, and its vectors."""

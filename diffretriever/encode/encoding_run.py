@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -180,8 +179,7 @@ class EncodingRun:
         )
         coming: Future[PreparedShard | None] | None = None
         done = 0
-        encoded = self._job.model.map_batches(partial(self._job.encode, shard), shard.batches)
-        with closing(encoded) as results:
+        with closing(self._job.encode(shard)) as results:
             for rows, out in results:
                 if coming is None and 2 * done >= count:
                     coming = preparer.submit(self._source.next_shard)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,30 +82,39 @@ class EncodingJob:
         batches = list(batches_by_length([len(text.sequence) for text in prepared], self.tokens_per_batch))
         return PreparedShard(number, texts, prepared, batches)
 
-    def encode(self, shard: PreparedShard, rows: list[int]) -> Any:
-        """Encode some rows of a shard as one batch.
+    def encode(self, shard: PreparedShard) -> Generator[tuple[Sequence[int], Any], None, None]:
+        """Encode a shard, batch by batch.
 
-        Returns:
-            The output of `model.encode_prepared`.
+        Yields:
+            The rows of a batch, and the model's output for them.
 
         Raises:
             ValueError: the model's output is not finite, and the message names the text; or the batch is too large for
                 the device.
         """
-        prepared = [shard.prepared[row] for row in rows]
+        options: dict[str, Any] = {"is_query": self.is_query, "sparse_top_k": self.plan.settings.sparse_top_k}
+        done = 0
+        with closing(self.model.encode_batches(shard.prepared, shard.batches, **options)) as results:
+            try:
+                for rows, out in results:
+                    yield rows, out
+                    done += 1
+            except torch.OutOfMemoryError as error:
+                rows = shard.batches[done]
+                size = [len(rows), max(len(shard.prepared[row].sequence) for row in rows)]
+                raise ValueError(
+                    f"a batch of {size} tokens does not fit into memory; give a smaller --tokens-per-batch"
+                ) from error
+            except ValueError:
+                for row in shard.batches[done]:  # find the text to blame
+                    self._blame(shard, row, options)
+                raise
+
+    def _blame(self, shard: PreparedShard, row: int, options: Mapping[str, Any]) -> None:
         try:
-            return self.model.encode_prepared(prepared, self.is_query, sparse_top_k=self.plan.settings.sparse_top_k)
-        except torch.OutOfMemoryError as error:
-            size = [len(rows), max(len(text.sequence) for text in prepared)]
-            raise ValueError(
-                f"a batch of {size} tokens does not fit into memory; give a smaller --tokens-per-batch"
-            ) from error
+            self.model.encode_prepared([shard.prepared[row]], **options)
         except ValueError as error:
-            if len(rows) == 1:
-                raise ValueError(f"text {shard.texts[rows[0]].id!r} could not be encoded: {error}") from error
-            for row in rows:  # find the text to blame
-                self.encode(shard, [row])
-            raise
+            raise ValueError(f"text {shard.texts[row].id!r} could not be encoded: {error}") from error
 
 
 def read_texts(source: str | Path, is_query: bool) -> Iterator[Text]:

@@ -37,7 +37,7 @@ def test_each_method_is_a_retrieval_model(model: Any) -> None:
     assert isinstance(model, RetrievalModel)
     assert isinstance(model.config, RetrievalConfig)
     assert isinstance(model.texts, RetrievalTexts)
-    for name in ("tokenize", "encode", "encode_prepared", "encode_texts", "score", "map_batches"):
+    for name in ("tokenize", "encode", "encode_prepared", "encode_texts", "score", "encode_batches"):
         promised = inspect.signature(getattr(RetrievalModel, name)).parameters
         assert list(inspect.signature(getattr(type(model), name)).parameters) == list(promised)
 

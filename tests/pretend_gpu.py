@@ -1,0 +1,166 @@
+"""A pretended GPU: tensors that say "cuda" and compute on the CPU, and an account of where the host waits for them.
+
+What a real one refuses is refused: operations across devices. What would make the host wait is counted: reading a
+value, sizes that depend on values, blocking copies. A copy to the host that does not block holds NaN (or zeros) until
+its event has been waited for; a copy from the host that does not block must be of pinned memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+GPU = torch.device("cuda", 0)
+VALUE_READING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim", "equal")
+
+
+class Remote(torch.Tensor):
+    """A tensor on the pretended GPU; `held` is what it holds."""
+
+    held: torch.Tensor
+    gpu: PretendGPU
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor, gpu: PretendGPU) -> Remote:
+        made: Any = torch.Tensor._make_wrapper_subclass
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        return made(cls, held.shape, **layout, device=GPU)
+
+    def __init__(self, held: torch.Tensor, gpu: PretendGPU) -> None:
+        self.held, self.gpu = held, gpu
+
+    # torch's own of these five would ask CUDA which GPU is in use, or refuse
+    def tolist(self) -> Any:
+        self.gpu.waits["tolist"] += 1
+        return self.held.tolist()
+
+    def nonzero(self, **options: Any) -> Any:
+        self.gpu.waits["nonzero"] += 1
+        return Remote(self.held.nonzero(**options), self.gpu)
+
+    def contiguous(self, **options: Any) -> Any:  # type: ignore[override]
+        return Remote(self.held.contiguous(**options), self.gpu)
+
+    def __getitem__(self, index: Any) -> Remote:
+        return Remote(self.held[self.gpu.index(index)], self.gpu)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.held[self.gpu.index(index)] = value.held if isinstance(value, Remote) else value
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        flat = tree_flatten((args, kwargs or {}))[0]
+        gpu = next(value.gpu for value in flat if isinstance(value, Remote))
+        return gpu.run(func, args, kwargs or {})
+
+
+class PretendGPU(TorchDispatchMode):
+    """Runs operations, and counts under their names those for which the host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.events = 0  # that were waited for
+        self.on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation where its tensors are."""
+        name = func.overloadpacket.__name__
+        flat, spec = tree_flatten((tuple(args), dict(kwargs)))
+        remote = any(isinstance(value, Remote) for value in flat)
+        device = kwargs.get("device")
+        if name == "_to_copy" and device is not None and (torch.device(device).type == "cuda") != remote:
+            return self.copy(args[0], kwargs)
+        if not remote and not (device is not None and torch.device(device).type == "cuda"):
+            return func(*args, **kwargs)
+        for value in flat:
+            if isinstance(value, torch.Tensor) and not isinstance(value, Remote) and value.dim():
+                raise RuntimeError(f"{name}: expected all tensors on one device, found cuda:0 and cpu.")
+        if name in VALUE_READING or name.startswith("_unique"):
+            self.waits[name] += 1
+        local = [value.held if isinstance(value, Remote) else value for value in flat]
+        local = [torch.device("cpu") if value == GPU or value == torch.device("cuda") else value for value in local]
+        inner_args, inner_kwargs = tree_unflatten(local, spec)
+        found = func(*inner_args, **inner_kwargs)
+        if func._schema.is_mutable:  # in place: the tensor that was given
+            return args[0]
+        return tree_map(lambda value: Remote(value, self) if isinstance(value, torch.Tensor) else value, found)
+
+    def index(self, index: Any) -> Any:
+        """Return an index for the CPU; those of the host are copied, and those that say which are counted out."""
+        flat, spec = tree_flatten(index)
+        for value in flat:
+            if isinstance(value, torch.Tensor):
+                if not isinstance(value, Remote):
+                    self.waits["index of the host's"] += 1
+                if value.dtype == torch.bool:
+                    self.waits["index by truth"] += 1
+        return tree_unflatten([value.held if isinstance(value, Remote) else value for value in flat], spec)
+
+    def copy(self, source: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
+        """Copy between host and GPU."""
+        apart = options.get("non_blocking", False)
+        if not isinstance(source, Remote):
+            if not (apart and getattr(source, "is_pinned_here", False)):
+                self.waits["copy to the GPU"] += 1
+            return Remote(source.clone(), self)
+        if not apart:
+            self.waits["copy to the host"] += 1
+            return source.held.clone()
+        arriving = torch.zeros_like(source.held)
+        if arriving.is_floating_point():
+            arriving.fill_(torch.nan)
+        self.on_the_way.append((arriving, source.held))
+        return arriving
+
+    def record_event(self) -> Any:
+        """Return what is waited for until all copies so far have arrived."""
+        copies, self.on_the_way = self.on_the_way, []
+
+        def synchronize() -> None:
+            self.events += 1
+            for arriving, values in copies:
+                arriving.copy_(values)
+
+        return mock.Mock(synchronize=synchronize)
+
+    def move(self, module: nn.Module) -> None:
+        """Put a module's weights and buffers on the GPU."""
+        for part in module.modules():
+            for name, weight in list(part._parameters.items()):
+                if weight is not None:
+                    part._parameters[name] = nn.Parameter(Remote(weight.detach(), self), requires_grad=False)
+            for name, buffer in list(part._buffers.items()):
+                if buffer is not None:
+                    part._buffers[name] = Remote(buffer, self)
+
+
+def _pin(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.is_pinned_here = True  # type: ignore[attr-defined]
+    return tensor
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[PretendGPU]:
+    """Pretend that there is a GPU."""
+    gpu = PretendGPU()
+    stream: Callable[..., Any] = lambda device=None: gpu  # noqa: E731
+    with (
+        mock.patch("torch.cuda._lazy_init"),
+        mock.patch("torch.cuda.current_stream", stream),
+        mock.patch("torch.Tensor.pin_memory", _pin),
+        gpu,
+    ):
+        yield gpu
