@@ -106,7 +106,7 @@ def measure_engine(passages: dict[str, torch.Tensor], queries: dict[str, torch.T
         location = options.qdrant or folder
         start = time.perf_counter()
         upload(passages, location, f"benchmark-{count}")
-        print(f"  Qdrant at {options.qdrant or 'an embedded folder'}: uploaded in {time.perf_counter() - start:.1f} s")
+        print(f"  Qdrant at {options.qdrant or 'a folder'}: uploaded in {time.perf_counter() - start:.1f} s")
         if not options.qdrant:
             size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
             print(f"  {size / count:.0f} bytes a passage on disk")
@@ -204,7 +204,7 @@ def main() -> None:
         "--clock", choices=CLOCKS, default="wall", help="cpu: on one thread of a machine shared with others"
     )
     fast.add_argument("--threads", type=int)
-    fast.add_argument("--qdrant", help="a server's address; without it the embedded engine")
+    fast.add_argument("--qdrant", help="a server's address; without it a folder")
     fast.add_argument("--engine-limit", type=int, default=10_000, help="largest size for Qdrant")
     fast.add_argument("--engine-queries", type=int, default=10)
     fast.set_defaults(run=speed)
@@ -214,7 +214,7 @@ def main() -> None:
     true.add_argument("--qrels", type=Path, required=True)
     true.add_argument("--limit", type=int, help="queries (default: all that have judgements)")
     true.add_argument("--dimensions-per-byte", type=int, nargs="*", default=[3, 4])
-    true.add_argument("--qdrant", action="store_true", help="the embedded engine too (slow: it compares in Python)")
+    true.add_argument("--qdrant", action="store_true", help="Qdrant in a folder, too")
     true.set_defaults(run=quality, threads=None)
     options = parser.parse_args()
     if options.threads:

@@ -56,7 +56,7 @@ def add_qdrant_options(parser: Any, required: bool) -> None:
         "--qdrant",
         required=required,
         help="a Qdrant server's address (http://… or https://…; its key is read from the environment variable "
-        "QDRANT_API_KEY), or the embedded engine's folder",
+        "QDRANT_API_KEY), or a folder, for Qdrant's engine in this process",
     )
     parser.add_argument("--collection", default="passages", help="its name (default: %(default)s)")
     parser.add_argument("--api-key", "--api", action=_RefusedKey, help=argparse.SUPPRESS)

@@ -16,7 +16,8 @@ def register(commands: Any) -> None:
     parser = add_command(commands, "index", "upload a store to Qdrant; run again to resume", run_index, again=RESUMED)
     parser.add_argument("--store", type=Path, required=True, help="the passages")
     add_qdrant_options(parser, required=True)
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the vectors that a server searches on")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the vectors that are searched first")
+    parser.add_argument("--hnsw", action="store_true", help="in a folder: build a graph, for approximate dense search")
     parser.add_argument("--batch-size", type=count, help="passages a request at the most (default: 256)")
     parser.add_argument("--no-texts", action="store_true", help="upload vectors and ids alone")
 
@@ -33,6 +34,7 @@ def run_index(options: argparse.Namespace) -> int:
         options.collection,
         texts=not options.no_texts,
         quantization=options.quantization,
+        hnsw=options.hnsw,
         batch_size=options.batch_size,
         timeout=options.timeout,
         show_progress_bar=True,

@@ -192,7 +192,7 @@ def test_a_compressed_store_keeps_the_mask(place: Callable[[str, str], Path], tm
 def test_qdrant_holds_the_vectors_that_exist(
     place: Callable[[str, str], Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("qdrant_client")
+    pytest.importorskip("qdrant_edge")
     from diffretriever.search.qdrant.engine import QdrantEngine
 
     cases: list[tuple[str, str, list[str], list[str]]] = [

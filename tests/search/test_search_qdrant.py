@@ -1,28 +1,35 @@
-"""Qdrant's embedded engine against exact search, its upload, and what it refuses."""
+"""Qdrant's engine in a folder against exact search, its upload, and what it refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from full_disk import full_disk
 
 from diffretriever.cli.main import main
-from diffretriever.search import MODES, EngineError, QdrantEngine, Searcher, upload
+from diffretriever.search import MODES, EngineAwayError, EngineError, QdrantEngine, Searcher, upload
+from diffretriever.search.qdrant import edge as in_a_folder
 from diffretriever.search.qdrant import engine as module
-from diffretriever.search.qdrant.calls import QdrantCalls
 from diffretriever.search.qdrant.location import Location
 from diffretriever.store.store import ShardContents, Store, write_store
 
+qdrant_edge = pytest.importorskip("qdrant_edge")
 WIDTH, TERMS = 12, 6
 
 
-def vectors(seed: int, texts: int, k: int, missing: bool = False) -> dict[str, torch.Tensor]:
+def vectors(seed: int, texts: int, k: int, missing: bool = False, width: int = WIDTH) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    side = {"repr_hidden": torch.nn.functional.normalize(torch.randn(texts, k, WIDTH, generator=generator), dim=-1)}
+    side = {"repr_hidden": torch.nn.functional.normalize(torch.randn(texts, k, width, generator=generator), dim=-1)}
     side["sparse_indices"] = torch.randint(0, 20, (texts, TERMS), generator=generator)
     side["sparse_values"] = torch.rand(texts, TERMS, generator=generator) * (torch.arange(TERMS) < 4)
     if missing:
@@ -41,8 +48,10 @@ def make_store(folder: Path, texts: int = 30, seed: int = 0, **fields: Any) -> S
 
 
 @pytest.fixture
-def location(tmp_path: Path) -> str:
-    return str(tmp_path / "qdrant")
+def location() -> Iterator[str]:
+    """A folder in memory, where there is one: the engine forces much to the disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield f"{folder}/qdrant"
 
 
 @pytest.fixture
@@ -90,18 +99,17 @@ def test_a_second_upload_sends_nothing(location: str, tmp_path: Path) -> None:
 def test_an_interrupted_upload_is_refused_then_completed(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = make_store(tmp_path / "store")
+    store, add = make_store(tmp_path / "store"), in_a_folder.EdgeCollection.add
     sent = []
 
-    def dies(self: QdrantCalls, method: Any, *arguments: Any, **options: Any) -> Any:
-        if method.__name__ == "upsert":
-            sent.append(len(options["points"]))
-            if len(sent) == 3:
-                raise KeyboardInterrupt
-        return method(*arguments, **options)
+    def dies(self: in_a_folder.EdgeCollection, points: Sequence[Any]) -> None:
+        sent.append(len(points))
+        if len(sent) == 3:
+            raise KeyboardInterrupt
+        add(self, points)
 
     with monkeypatch.context() as patch:
-        patch.setattr(QdrantCalls, "__call__", dies)
+        patch.setattr(in_a_folder.EdgeCollection, "add", dies)
         with pytest.raises(KeyboardInterrupt):
             upload(store, location, "passages", batch_size=4)
     with pytest.raises(EngineError, match=r"'passages' holds 8 of 30 passages; its upload was interrupted"):
@@ -114,12 +122,18 @@ def test_an_interrupted_upload_is_refused_then_completed(
     engine.close()
 
 
+def remove_points(location: str, collection: str, *numbers: int) -> None:
+    """Take points out of a collection without our code."""
+    shard = qdrant_edge.EdgeShard.load(str(Path(location) / collection / "engine"))
+    shard.update(qdrant_edge.UpdateOperation.delete_points(list(numbers)))
+    shard.flush()
+    shard.close()
+
+
 def test_holes_are_found_and_filled(location: str, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     upload(store, location, "passages")
-    calls = QdrantCalls(location)
-    calls(calls.client.delete, "passages", points_selector=[3, 17])
-    calls.close()
+    remove_points(location, "passages", 3, 17)
     assert upload(store, location, "passages", batch_size=5) == 2
 
 
@@ -164,16 +178,10 @@ def test_a_collection_of_another_corpus_is_refused(location: str, tmp_path: Path
         upload(make_store(tmp_path / "other", texts=20), location, "passages")
 
 
-def test_a_strangers_collection_is_refused(location: str) -> None:
-    from qdrant_client import models
-
-    calls = QdrantCalls(location, make=True)
-    plain = models.VectorParams(size=4, distance=models.Distance.DOT)
-    calls(calls.client.create_collection, "theirs", vectors_config=plain)
-    calls.close()
-    with pytest.raises(ValueError, match="'theirs' was not made by `diffretriever index`"):
-        upload(vectors(0, 5, 2), location, "theirs")
-    with pytest.raises(ValueError, match=r"no collection 'mine'; there is theirs"):
+def test_a_collection_that_is_not_there(engine: QdrantEngine, location: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"no collection 'mine'; there is passages\. Make it with `diffretriever index`"
+    ):
         QdrantEngine(location, "mine")
 
 
@@ -190,16 +198,45 @@ def test_a_folder_in_use_is_named(engine: QdrantEngine, location: str) -> None:
         QdrantEngine(location, "passages")
 
 
-def test_quantisation_words(location: str, tmp_path: Path) -> None:
-    from qdrant_client import models
+INDEXES: list[dict[str, Any]] = [{"hnsw": True}, {"quantization": "scalar"}, {"quantization": "scalar", "hnsw": True}]
 
-    upload(make_store(tmp_path / "store"), location, "scalar", quantization="scalar")
-    calls = QdrantCalls(location)
-    chosen = calls(calls.client.get_collection, "scalar").config.params.vectors["multi"].quantization_config
-    assert chosen.scalar.type == models.ScalarType.INT8
-    calls.close()
+
+@pytest.mark.parametrize("options", INDEXES, ids=str)
+def test_chosen_indexes_find_nearly_all_and_score_exactly(location: str, options: dict[str, Any]) -> None:
+    passages, queries = vectors(2, 400, k=2, width=32), vectors(3, 20, k=2, width=32)
+    exact = Searcher(passages).search(queries, "multi_dense", 10)
+    upload(passages, location, "some", **options)
+    engine = QdrantEngine(location, "some")
+    found = Searcher(engine).search(queries, "multi_dense", 10)
+    shared = [len(set(mine) & set(theirs)) for mine, theirs in zip(exact.ids, found.ids, strict=True)]
+    assert sum(shared) >= 0.9 * 200
+    scores = {(row, hit.id): hit.score for row, hits in enumerate(exact) for hit in hits}
+    for row, hits in enumerate(found):
+        for hit in hits:
+            assert hit.score == pytest.approx(scores.get((row, hit.id), hit.score), abs=1e-5)
+    engine.close()
+    engine = QdrantEngine(location, "some", search_params=qdrant_edge.SearchParams(exact=True))
+    assert Searcher(engine).search(queries, "multi_dense", 10).ids == exact.ids
+    engine.close()
+
+
+def test_a_graph_is_built_where_it_was_chosen_alone(location: str) -> None:
+    passages = vectors(2, 40, k=2)
+    upload(passages, location, "plain")
+    upload(passages, location, "graph", hnsw=True)
+    for name, indexed in (("plain", 0), ("graph", 40)):
+        shard = qdrant_edge.EdgeShard.load(str(Path(location) / name / "engine"))
+        assert shard.info().indexed_vectors_count >= indexed
+        assert any(Path(location).glob(f"{name}/engine/segments/*/vector_index-multi/graph.bin")) == bool(indexed)
+        shard.close()
+
+
+def test_options_of_a_folder(location: str) -> None:
     with pytest.raises(ValueError, match="'octal' is not known; it is one of scalar, binary"):
-        upload(make_store(tmp_path / "again"), location, "octal", quantization="octal")
+        upload(vectors(0, 5, 2), location, "octal", quantization="octal")
+    with pytest.raises(ValueError, match="shard_number: for Qdrant servers; a folder has no such option"):
+        upload(vectors(0, 5, 2), location, "sharded", shard_number=3)
+    assert not Path(location).exists()
 
 
 @pytest.mark.parametrize(
@@ -249,15 +286,36 @@ def test_searching_makes_no_folder_and_uploading_takes_none_of_somebody_else(tmp
     ):
         QdrantEngine(str(tmp_path / "typo"), "passages")
     assert not (tmp_path / "typo").exists()
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "letter.txt").touch()
-    with pytest.raises(ValueError, match=r"theirs: holds 'letter.txt', but no Qdrant collections"):
-        upload(vectors(0, 5, 2), str(tmp_path / "theirs"), "passages")
-    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["letter.txt"]
-    (tmp_path / "theirs" / "meta.json").touch()
-    with pytest.raises(ValueError, match="damaged or somebody else's"):
-        upload(vectors(0, 5, 2), str(tmp_path / "theirs"), "passages")
-    assert sorted(file.name for file in (tmp_path / "theirs").iterdir()) == ["letter.txt", "meta.json"]
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "letter.txt").touch()
+    for call in (lambda: upload(vectors(0, 5, 2), str(theirs), "passages"), lambda: QdrantEngine(str(theirs), "x")):
+        with pytest.raises(ValueError, match=r"theirs: holds 'letter.txt', which is no collection of ours"):
+            call()
+    assert [file.name for file in theirs.iterdir()] == ["letter.txt"]
+
+
+def test_an_engine_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    config = qdrant_edge.EdgeConfig(vectors=qdrant_edge.EdgeVectorParams(4, qdrant_edge.Distance.Dot))
+    for folder in (tmp_path / "theirs", tmp_path / "their" / "passages"):
+        folder.mkdir(parents=True)
+        qdrant_edge.EdgeShard.create(str(folder), config).close()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match="which is no collection of ours; choose another folder"):
+            upload(vectors(0, 5, 2), str(tmp_path / folder.relative_to(tmp_path).parts[0]), "passages")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_qdrant_clients_local_mode_is_told_what_to_do(location: str) -> None:
+    from qdrant_client import QdrantClient, models
+
+    client = QdrantClient(path=location)
+    client.create_collection("passages", models.VectorParams(size=4, distance=models.Distance.DOT))
+    client.close()
+    words = "qdrant-client's local mode, which is no longer read. Run `diffretriever index` with the store and another"
+    for call in (lambda: upload(vectors(0, 5, 2), location, "passages"), lambda: QdrantEngine(location, "passages")):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "a:b", "x" * 256, "a\0b"])
@@ -292,40 +350,81 @@ def test_options_that_a_collection_was_made_without_are_refused(location: str, t
     upload(store, location, "plain")
     upload(store, location, "scalar", quantization="scalar", texts=False)
     if not finished:
-        calls = QdrantCalls(location)
         for name in ("plain", "scalar"):
-            calls(calls.client.delete, name, points_selector=[3])
-        calls.close()
+            remove_points(location, name, 3)
     missing = 0 if finished else 1
-    with pytest.raises(ValueError, match=r"'plain' was made with another quantization_config: None, not {'scalar"):
+    with pytest.raises(ValueError, match=r"'plain' was made with another quantization: None, not 'scalar'"):
         upload(store, location, "plain", quantization="scalar")
+    with pytest.raises(ValueError, match=r"'plain' was made with another hnsw: False, not True"):
+        upload(store, location, "plain", hnsw=True)
     with pytest.raises(ValueError, match=r"'plain' was made with texts. Go on without --no-texts"):
         upload(store, location, "plain", texts=False)
-    with pytest.raises(ValueError, match=r"'scalar' was made with another quantization_config: {'scalar.*'binary"):
+    with pytest.raises(ValueError, match=r"'scalar' was made with another quantization: 'scalar', not 'binary'"):
         upload(store, location, "scalar", quantization="binary", texts=False)
     with pytest.raises(ValueError, match=r"'scalar' was made without texts. Go on with --no-texts"):
         upload(store, location, "scalar", quantization="scalar")
     assert upload(store, location, "plain") == missing
-    assert upload(store, location, "scalar", quantization="scalar", texts=False) == missing
+    assert upload(store, location, "scalar", texts=False) == missing
+
+
+RECORD = (
+    '{"passages": {"count": 5, "hidden_size": 12, "sparse": true}, "options": {"texts": false, "quantization": null}}'
+)
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"collections": 5}', '{"collections": {"a": {"vectors": 5}}}']
+    ("content", "words"),
+    [
+        ("", "diffretriever.json: not valid JSON"),
+        ("[]", "diffretriever.json: "),
+        ("{}", "diffretriever.json: expected keys and values"),
+        ('{"passages": {"count": "5", "hidden_size": 12}}', "count must be of type int"),
+        (RECORD.replace("5,", "0,"), "`count` is 0"),
+        (RECORD.partition(', "options"')[0] + "}", "options: expected keys and values"),
+        (RECORD.replace("null", "5"), "quantization"),
+    ],
 )
-def test_a_folder_that_is_not_the_engines_own(location: str, content: str) -> None:
-    Path(location).mkdir()
-    (Path(location) / "meta.json").write_text(content)
-    if content in ("", "{"):  # a new folder, when the disk was full
-        assert upload(vectors(0, 5, 2), location, "passages") == 5
-        return
-    with pytest.raises(ValueError, match=f"{location}: the embedded engine's files are damaged or somebody else's"):
-        upload(vectors(0, 5, 2), location, "passages")
+def test_a_damaged_record(location: str, content: str, words: str) -> None:
+    upload(vectors(0, 5, 2), location, "passages")
+    (Path(location) / "passages" / "diffretriever.json").write_text(content)
+    for call in (lambda: upload(vectors(0, 5, 2), location, "passages"), lambda: search(location)):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
-@pytest.mark.parametrize("room", [16, 9_000, 13_000, 30_000])
-def test_a_full_disk_under_the_embedded_engine(
-    location: str, tmp_path: Path, room: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def search(location: str) -> None:
+    """Ask the collection one question."""
+    with contextlib.closing(QdrantEngine(location, "passages")) as engine:
+        Searcher(engine).search(vectors(1, 1, 1), "multi_dense")
+
+
+@pytest.mark.parametrize("name", ["edge_config.json", "status.dat"])
+def test_damaged_files_of_the_engine(location: str, name: str) -> None:
+    """The first is an error of the engine's, the second makes it panic."""
+    upload(vectors(0, 5, 2), location, "passages")
+    damaged = next((Path(location) / "passages" / "engine").rglob(name))
+    damaged.write_bytes(damaged.read_bytes()[:1])
+    with pytest.raises(
+        ValueError, match=r"passages: the engine's files are damaged or somebody else's .* remove this folder"
+    ):
+        QdrantEngine(location, "passages")
+
+
+def test_a_folder_that_cannot_be_written(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(vectors(0, 5, 2), location, "passages")
+
+    class Refused:
+        @staticmethod
+        def load(path: str) -> None:
+            raise Exception(f"failed to open WAL {path}/wal: Permission denied (os error 13)")
+
+    monkeypatch.setattr(qdrant_edge, "EdgeShard", Refused)
+    with pytest.raises(PermissionError, match="the engine must be able to write in its folder, to search, too"):
+        QdrantEngine(location, "passages")
+
+
+@pytest.mark.parametrize("room", [16, 9_000, 2_000_000])
+def test_a_full_disk(location: str, tmp_path: Path, room: int, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path / "store")
     arguments = ["index", "--store", str(tmp_path / "store"), "--qdrant", location]
     with full_disk(room):
@@ -339,9 +438,65 @@ def test_a_full_disk_under_the_embedded_engine(
     engine.close()
 
 
+def test_a_disk_that_is_nearly_full_is_said_before_it_ends_the_process(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=200 << 20))
+    with pytest.raises(EngineAwayError, match=r"less than 256 MiB are free on this disk\. Make room and run the same"):
+        upload(vectors(0, 5, 2), location, "passages")
+    monkeypatch.undo()
+    assert upload(vectors(0, 5, 2), location, "passages") == 5
+
+
+def upload_slowly(location: str, begun: Any) -> None:
+    """Upload without end in another process."""
+    add = in_a_folder.EdgeCollection.add
+
+    def slowly(self: in_a_folder.EdgeCollection, points: Sequence[Any]) -> None:
+        add(self, points)
+        if points[0].number >= 8:
+            begun.set()
+            time.sleep(60)
+
+    in_a_folder.EdgeCollection.add = slowly  # type: ignore[method-assign]
+    upload(vectors(0, 40, 2), location, "passages", batch_size=4)
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_a_killed_upload_goes_on(location: str) -> None:
+    begun = fresh.CONTEXT.Event()
+    child = fresh.CONTEXT.Process(target=upload_slowly, args=(location, begun))
+    child.start()
+    assert begun.wait(60)
+    with pytest.raises(EngineAwayError, match="the folder is in use by another process"):
+        upload(vectors(0, 40, 2), location, "passages")
+    child.kill()
+    child.join()
+    assert upload(vectors(0, 40, 2), location, "passages") == 28
+    engine = QdrantEngine(location, "passages")
+    queries = vectors(5, 3, k=1)
+    assert Searcher(engine).search(queries, "multi_dense", 40).ids == (
+        Searcher(vectors(0, 40, 2)).search(queries, "multi_dense", 40).ids
+    )
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "left", [[".unfinished-diffretriever.json-1"], ["diffretriever.json", "engine/wal/open-1"], []]
+)
+def test_a_collection_that_was_hardly_begun_is_made_anew(location: str, left: list[str]) -> None:
+    (Path(location) / "passages").mkdir(parents=True)
+    for name in left:
+        file = Path(location) / "passages" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{")
+    assert upload(vectors(0, 5, 2), location, "passages") == 5
+
+
 def test_requests_are_of_bounded_size(engine: QdrantEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CANDIDATES_PER_REQUEST", 7)
-    monkeypatch.setattr(module, "REQUEST_BYTES", 1)
+    monkeypatch.setattr(in_a_folder, "QUERIES_AT_ONCE", 2)
     queries = vectors(1, 9, k=4)
     exact = Searcher(Store.open(tmp_path / "store")).search(queries, "fusion_multi_sparse_max", 30, candidates=None)
     found = Searcher(engine).search(queries, "fusion_multi_sparse_max", 30, candidates=None)
@@ -349,8 +504,9 @@ def test_requests_are_of_bounded_size(engine: QdrantEngine, tmp_path: Path, monk
     assert found.ids == exact.ids
 
 
-def test_a_passage_that_is_gone_is_said(engine: QdrantEngine) -> None:
-    engine.calls(engine.calls.client.delete, "passages", points_selector=[3])
+def test_a_passage_that_is_gone_is_said(engine: QdrantEngine, location: str) -> None:
+    engine.close()
+    remove_points(location, "passages", 3)
     with pytest.raises(
         EngineError, match=r"no longer holds the passage at position 3\. Run `diffretriever index` again"
     ):

@@ -18,7 +18,9 @@ from qdrant_client import models
 from diffretriever.cli.main import main
 from diffretriever.search import EngineAwayError, EngineError, QdrantEngine, Searcher, upload
 from diffretriever.search.qdrant.calls import ATTEMPTS, QdrantCalls
-from diffretriever.search.qdrant.upload import describe, json_bytes
+from diffretriever.search.qdrant.collection import Point
+from diffretriever.search.qdrant.server import json_bytes, point_struct
+from diffretriever.search.qdrant.upload import describe
 from diffretriever.store.store import ShardContents, Store, write_store
 
 PASSAGES = {"repr_hidden": torch.eye(4)[:, None], "sparse_indices": torch.ones(4, 1, dtype=torch.int64)}
@@ -211,11 +213,10 @@ def test_requests_are_cut_by_their_bytes_texts_included(fake: FakeServer, tmp_pa
 @pytest.mark.parametrize("text", ["plain", '"quoted"\n\\\x01\x7f', "日本 🎈 é", "\u2028" * 500])
 def test_a_point_is_never_longer_than_was_reckoned(fake: FakeServer, text: str) -> None:
     named: dict[str, Any] = {"dense": [-1.2345678e-33] * 40, "multi": [[-1.2345678901234567e-300] * 5] * 7}
-    sparse = models.SparseVector(indices=[4294967295] * 9, values=[1.1754944e-38] * 9)
-    payload = {"id": text, "text": text}
-    point = models.PointStruct(id=2**32 - 1, vector={**named, "sparse": sparse}, payload=payload)
+    sparse = dict.fromkeys(range(4294967287, 4294967296), 1.1754944e-38)
+    point = Point(2**32 - 1, {"id": text, "text": text}, {**named, "sparse": sparse})
     calls = connect(fake.url)
-    calls(calls.client.upsert, "p", points=[point])
+    calls(calls.client.upsert, "p", points=[point_struct(point)])
     assert fake.sizes[-1] <= json_bytes(point) < 2 * fake.sizes[-1] + 1000
 
 

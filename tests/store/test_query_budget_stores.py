@@ -58,7 +58,7 @@ def test_a_store_of_passages_made_before_is_searched(stores: tuple[Any, Store, S
 
 
 def test_qdrant_ranks_as_exact_search(stores: tuple[Any, Store, Store], tmp_path: Path) -> None:
-    pytest.importorskip("qdrant_client")
+    pytest.importorskip("qdrant_edge")
     from diffretriever.search import QdrantEngine, upload
 
     _, passages, queries = stores

@@ -1,4 +1,4 @@
-"""Where a Qdrant collection is: a server's address or the embedded engine's folder, told apart without guessing."""
+"""Where a Qdrant collection is: a server's address or a folder, told apart without guessing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Location:
 
     Args:
         url: without a trailing slash.
-        folder: of the embedded engine.
+        folder: of collections, for Qdrant's engine in this process.
     """
 
     url: str | None = None
