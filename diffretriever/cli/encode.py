@@ -12,7 +12,14 @@ from typing import Any
 from ..store.manifest import STORE_DTYPES
 from .arguments import add_command
 from .exit_status import DONE
-from .load_model import add_length_options, add_mask_options, add_model_options, lengths_of, load_model
+from .load_model import (
+    add_length_options,
+    add_mask_options,
+    add_model_options,
+    add_server_options,
+    lengths_of,
+    load_encoder,
+)
 
 ATTENTIONS = (
     "sdpa",
@@ -32,7 +39,8 @@ def register(commands: Any) -> None:
     parser = add_command(
         commands, "encode", "encode a corpus or queries into a store of vectors", run_encode, DESCRIPTION
     )
-    add_model_options(parser)
+    add_model_options(parser, default=None)
+    add_server_options(parser)
     parser.add_argument("--input", required=True, help="BEIR folder, .jsonl, .tsv, .parquet, or hf:NAME[:SPLIT]")
     parser.add_argument("--output", required=True, type=Path, help="the store's folder")
     parser.add_argument("--queries", action="store_true", help="the input is queries, not passages")
@@ -67,11 +75,12 @@ def _encode(options: argparse.Namespace) -> None:
     from ..data.corpus import source_files
     from ..encode.encode_store import encode_store
 
-    masks = _own_masks(options)
+    settings = {"attn_implementation": options.attn_implementation, **_own_masks(options), **lengths_of(options)}
+    settings |= {"device": options.device} if options.server else {}  # which is the server's, too
     if not options.input.startswith("hf:"):
         source_files(options.input, "queries" if options.queries else "corpus")  # before a large model is loaded
     store = encode_store(
-        load_model(options, attn_implementation=options.attn_implementation, **masks, **lengths_of(options)),
+        load_encoder(options, **settings),
         options.input,
         options.output,
         is_query=options.queries,

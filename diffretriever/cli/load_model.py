@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..files.lines import read_object
 from ..publishing.hub import find_folder
 from ..search.modes import MODES, SPARSE
-from .arguments import usable_device
+from .arguments import seconds, usable_device
 from .console import no_loading_bars
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ RELEASE = "a release: Hub id or folder; with --method, a backbone"
 WHERE = 'for example cuda:1; "auto" spreads the model over all (default: the first GPU, else the CPU)'
 DTYPES = ("float32", "bfloat16", "float16")
 OURS = "diffretriever"
+CHOSEN_AT_THE_START = ("method", "adapter", "revision", "model_dtype", "trust_remote_code")  # of a server
 BASELINES = ("promptreps", "repllama", "diffembed")  # as in `baselines.METHODS`, whose import takes seconds
 
 
@@ -41,6 +42,18 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
     )
     parser.add_argument("--device", type=usable_device, help=where)
     add_trust_option(parser)
+
+
+def add_server_options(parser: Any) -> None:
+    """Add the options that say which server encodes in the place of a model in this process."""
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="a vLLM server of an exported release, which encodes in the place of --model (docs/vllm.md); a key that "
+        "it asks for is read from the environment variable VLLM_API_KEY",
+    )
+    told = "how long to go on asking a server that is away (default: %(default)s)"
+    parser.add_argument("--retry-for", type=seconds, default=60.0, metavar="SECONDS", help=told)
 
 
 def add_method_option(parser: Any) -> None:
@@ -110,6 +123,33 @@ def load_model(options: argparse.Namespace, **settings: Any) -> Any:
 
     with no_loading_bars():
         return AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **given)
+
+
+def load_encoder(options: argparse.Namespace, **settings: Any) -> Any:
+    """Load a command's model, or find the one that --server runs.
+
+    Args:
+        options: with the options of `add_model_options` and `add_server_options`.
+        settings: as for `load_model`.
+
+    Returns:
+        A DiffRetriever, a baseline or a ServedModel.
+
+    Raises:
+        ValueError: neither or both are given, or an option that belongs to the other.
+        EngineError, EngineAwayError: as `ServedModel`.
+    """
+    if options.server is None:
+        if options.model is None:
+            raise ValueError("say who encodes: --model RELEASE, or --server URL.")
+        return load_model(options, **settings)
+    given = {name: getattr(options, name) for name in ("model", *CHOSEN_AT_THE_START)} | settings
+    if wrong := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]:
+        raise ValueError(f"--server runs a model as it was exported and started; leave out {', '.join(wrong)}.")
+    from ..serving.client import TextClient
+    from ..serving.served_model import ServedModel
+
+    return ServedModel(TextClient(options.server, options.retry_for))
 
 
 def check_model(options: argparse.Namespace) -> str:

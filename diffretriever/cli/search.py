@@ -11,18 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..search.modes import CANDIDATES, MODES
+from ..store.manifest import MANIFEST_FILE
 from .arguments import add_command, add_fusion_options, add_qdrant_options
 from .console import check_questions, json_line, read_questions
 from .display import result_lines
 from .exit_status import DONE
-from .load_model import RELEASE, add_model_options, check_encoder, check_model, choose_modes, load_model
+from .load_model import (
+    RELEASE,
+    add_model_options,
+    add_server_options,
+    check_encoder,
+    check_model,
+    choose_modes,
+    load_encoder,
+)
 from .parser import LAST_VERSION
 
 if TYPE_CHECKING:
-    from ..search.results import Hit
+    from ..search.results import Hit, Results
     from ..search.searcher import Searcher
 
 DENSE = "multi_dense"  # what every store can be searched by
+QUERIES_AT_ONCE = 4096  # of a file
 STDOUT, FLAG = "-", "--json"  # what --json says: its value for standard output, and nothing
 
 
@@ -32,10 +42,12 @@ def register(commands: Any) -> None:
     parser.add_argument("question", nargs="*", help="one or more questions")
     where = "for example cuda (default: the model on the first GPU, else the CPU; exact search on the CPU)"
     add_model_options(parser, f"{RELEASE}; the one that encoded the store", where, default=None)
+    add_server_options(parser)
     parser.add_argument("--num-query-masks", type=int, help="K of the questions (default: the model's)")
     parser.add_argument("--store", type=Path, help="the passages: a folder of `diffretriever encode` or `compress`")
     add_qdrant_options(parser, required=False)
-    parser.add_argument("--queries", type=Path, help="a store of queries to search for, instead of questions")
+    asked = "a store of queries to search for, instead of questions; with --server, a file or BEIR folder of queries"
+    parser.add_argument("--queries", type=Path, help=asked)
     parser.add_argument("--run-file", type=Path, help="write a TREC run there (with --queries)")
     told = "scoring mode (default: the one that the release recommends; multi_dense without --model)"
     parser.add_argument("--mode", choices=MODES, help=told)
@@ -64,8 +76,7 @@ def run_search(options: argparse.Namespace) -> int:
         check_place(Path(options.json))
     searcher = _searcher(options)
     if options.queries:
-        options.mode = options.mode or DENSE
-        return _search_store(searcher, options)
+        return _search_file(searcher, options) if options.server else _search_store(searcher, options)
     model = _model(searcher, options)
     answers: list[dict[str, Any]] = []
     try:
@@ -98,8 +109,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--queries needs --run-file FILE, where the results go.")
     if options.run_file is not None and options.queries is None:
         raise ValueError("--run-file needs --queries STORE, for the queries' ids.")
-    if options.queries is None and options.model is None:
-        raise ValueError("questions need --model, the release that encoded the passages.")
+    if options.queries is None and options.model is None and options.server is None:
+        raise ValueError("questions need --model, the release that encoded the passages, or --server, which serves it.")
+    if options.server is not None and options.queries is not None and (options.queries / MANIFEST_FILE).is_file():
+        raise ValueError(f"{options.queries} is a store, whose queries are encoded; leave out --server.")
 
 
 def _searcher(options: argparse.Namespace) -> Searcher:
@@ -116,9 +129,10 @@ def _searcher(options: argparse.Namespace) -> Searcher:
 
 
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
-    """Load the model and refuse one that did not encode the passages."""
-    choose_modes(check_model(options), [options.mode] if options.mode else None)
-    model = load_model(options, num_query_masks=options.num_query_masks)
+    """Load the model, or find the server's, and refuse one that did not encode the passages."""
+    if options.server is None:
+        choose_modes(check_model(options), [options.mode] if options.mode else None)
+    model = load_encoder(options, num_query_masks=options.num_query_masks)
     options.mode = options.mode or getattr(model.config, "default_mode", DENSE)
     if searcher.engine.settings is not None:
         check_encoder(model, searcher.engine.settings, _place(options))
@@ -165,22 +179,50 @@ def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None])
 
 
 def _search_store(searcher: Searcher, options: argparse.Namespace) -> int:
-    from ..evaluation.runs import check_run_ids, write_run
+    from ..evaluation.runs import check_run_ids
     from ..files.durable import check_place
     from ..store.compression import open_store
     from ..store.identity import check_sides
 
     check_place(options.run_file)
+    options.mode = options.mode or DENSE
     queries = open_store(options.queries)
     check_sides(None, queries, _place(options))
     check_run_ids(queries.ids(), "query")
-    results = searcher.search(
+    return _write_run(_results(searcher, queries, options).run(), options)
+
+
+def _search_file(searcher: Searcher, options: argparse.Namespace) -> int:
+    """Search for queries that a server encodes, some thousand at a time."""
+    from ..data.corpus import read_queries
+    from ..evaluation.runs import check_run_ids
+    from ..files.durable import check_place
+
+    check_place(options.run_file)
+    queries = list(read_queries(options.queries))
+    check_run_ids([query.id for query in queries], "query")
+    model = _model(searcher, options)
+    run: dict[str, dict[str, float]] = {}
+    for first in range(0, len(queries), QUERIES_AT_ONCE):
+        part = queries[first : first + QUERIES_AT_ONCE]
+        encoded = searcher.encode(model, [query.text for query in part], [options.mode])
+        run |= _results(searcher, encoded, options).run([query.id for query in part])
+    return _write_run(run, options)
+
+
+def _results(searcher: Searcher, queries: Any, options: argparse.Namespace) -> Results:
+    return searcher.search(
         queries,
         options.mode,
         options.top_k,
         candidates=options.candidates,
         fusion_weight=options.fusion_weight,
     )
-    write_run(options.run_file, results.run(), tag=f"diffretriever-{options.mode}")
-    print(f"{options.run_file}: {len(results)} queries")
+
+
+def _write_run(run: dict[str, dict[str, float]], options: argparse.Namespace) -> int:
+    from ..evaluation.runs import write_run
+
+    write_run(options.run_file, run, tag=f"diffretriever-{options.mode}")
+    print(f"{options.run_file}: {len(run)} queries")
     return DONE

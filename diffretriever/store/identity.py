@@ -39,7 +39,7 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
     """Return the settings of a store of this model's vectors.
 
     Args:
-        model: from `AutoModel.from_pretrained`.
+        model: from `AutoModel.from_pretrained`, or one that runs elsewhere and has a method `describe`, which is asked.
         is_query: the side.
         dtype: of the stored vectors, one of `manifest.STORE_DTYPES`.
         options: `sparse_top_k` and others that change the vectors; recorded as they are.
@@ -48,6 +48,9 @@ def describe_model(model: Any, is_query: bool, dtype: str, options: dict[str, An
         FileNotFoundError: the model's files are no longer where it was loaded from.
         ValueError: the model does not know where it was loaded from.
     """
+    if hasattr(model, "describe"):
+        told: Settings = model.describe(is_query, dtype, options or {})
+        return told
     config, loaded_from = model.config, getattr(model, "loaded_from", None)
     if loaded_from is None:
         raise ValueError(
