@@ -1,0 +1,131 @@
+"""From where on an approximate index pays: Qdrant's engine in a folder, with each of its indexes, beside exact search.
+
+python benchmarks/approximate.py --store S --queries Q [--sizes 20000 100000] [--indexes plain scalar hnsw]
+
+Up to the store's size the passages are the store's own; where more are asked for, the others are copies of its passages
+whose vectors were moved at random (`--noise` 0.5: to a cosine of 0.89), so that they lie as real ones do. Memory holds
+them once, in float16; the engine reads its own from the disk, where they take four bytes a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hardware import CLOCKS, describe
+
+from diffretriever.cli.parser import Parser
+from diffretriever.search import QdrantEngine, Results, Searcher, open_store, upload
+
+INDEXES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scalar": {"quantization": "scalar"},
+    "binary": {"quantization": "binary"},
+    "hnsw": {"hnsw": True},
+    "hnsw+scalar": {"hnsw": True, "quantization": "scalar"},
+}
+MODES, FOUND, BLOCK = ("single_dense", "multi_dense"), 100, 20_000
+
+
+def dense(folder: Path, limit: int | None = None) -> torch.Tensor:
+    """Return a store's vectors, float16 [P, K, H]."""
+    shards = open_store(folder).shards()
+    return torch.cat([shard.dense(0, len(shard)).half() for shard in shards])[:limit]
+
+
+def passages(real: torch.Tensor, count: int, noise: float) -> torch.Tensor:
+    """Return so many passages, float16 [count, K, H]: the real ones, and more around them."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.empty(count, *real.shape[1:], dtype=torch.float16)
+    made[: len(real)] = real[:count]
+    for start in range(len(real), count, BLOCK):
+        part = min(BLOCK, count - start)
+        chosen = real[torch.randint(len(real), (part,), generator=generator)].float()
+        moved = chosen + noise * torch.randn(chosen.shape, generator=generator) / chosen.shape[-1] ** 0.5
+        made[start : start + part] = F.normalize(moved, dim=-1).half()
+    return made
+
+
+def measure(searcher: Searcher, queries: torch.Tensor, mode: str, options: argparse.Namespace) -> tuple[Results, float]:
+    """Return what is found for all queries, and the median time of one query alone, in seconds."""
+    results, times = searcher.search({"repr_hidden": queries}, mode, FOUND), []
+    for row in range(options.rounds):
+        start = CLOCKS[options.clock]()
+        searcher.search({"repr_hidden": queries[row % len(queries)][None]}, mode, FOUND)
+        times.append(CLOCKS[options.clock]() - start)
+    return results, statistics.median(times)
+
+
+def recall(exact: Results, found: Results) -> float:
+    """Return the mean share of the exact results that were found."""
+    shares = [len(set(a) & set(b)) / len(a) for a, b in zip(exact.ids, found.ids, strict=True)]
+    return sum(shares) / len(shares)
+
+
+def measure_index(
+    name: str, side: dict[str, torch.Tensor], queries: torch.Tensor, exact: dict[str, Results], options: Any
+) -> None:
+    """Print what one index costs and finds."""
+    import qdrant_edge
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        start = CLOCKS[options.clock]()
+        upload(side, folder, name, **INDEXES[name])
+        took = CLOCKS[options.clock]() - start
+        size = sum(512 * file.stat().st_blocks for file in Path(folder).rglob("*") if file.is_file())
+        count = len(side["repr_hidden"])
+        print(f"  {name}: made in {took:.0f} s, {size / count:.0f} bytes a passage on disk", flush=True)
+        again = qdrant_edge.QuantizationSearchParams(rescore=True, oversampling=2.0)
+        asked = [("as made", None)]
+        if "hnsw" in name:
+            found = [(ef, qdrant_edge.SearchParams(hnsw_ef=ef, quantization=again)) for ef in options.ef]
+            asked += [(f"ef {ef}", params) for ef, params in found]
+        for label, params in asked:
+            engine = QdrantEngine(folder, name, search_params=params)
+            for mode in MODES:
+                results, one = measure(Searcher(engine), queries, mode, options)
+                shared = recall(exact[mode], results)
+                print(f"    {label:8s} {mode:12s} {1000 * one:8.2f} ms a query, recall@100 {shared:.4f}", flush=True)
+            engine.close()
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--queries", type=Path, required=True, help="a store of queries")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[20_000, 100_000])
+    parser.add_argument("--indexes", choices=INDEXES, nargs="*", default=["plain", "scalar", "hnsw"])
+    parser.add_argument("--num-queries", type=int, default=100)
+    parser.add_argument("--noise", type=float, default=0.5)
+    parser.add_argument("--ef", type=int, nargs="*", default=[512], help="of the graph's search, beside Qdrant's own")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: the processors' time, all threads together"
+    )
+    parser.add_argument("--folder", type=Path, help="where the collections are made (default: among temporary files)")
+    options = parser.parse_args()
+    real, queries = dense(options.store), dense(options.queries, options.num_queries).float()
+    print(f"{describe('cpu')}; {options.clock} time; {time.strftime('%Y-%m-%d')}")
+    for count in options.sizes:
+        side = {"repr_hidden": passages(real, count, options.noise)}
+        print(
+            f"{count} passages, K_p {real.shape[1]}, H {real.shape[2]}; {len(queries)} queries, K_q {queries.shape[1]}"
+        )
+        exact: dict[str, Results] = {}
+        searcher = Searcher(side)
+        for mode in MODES:
+            exact[mode], one = measure(searcher, queries, mode, options)
+            print(f"  exact search {mode:12s} {1000 * one:8.2f} ms a query", flush=True)
+        for name in options.indexes:
+            measure_index(name, side, queries, exact, options)
+
+
+if __name__ == "__main__":
+    main()
