@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ..store.manifest import STORE_DTYPES
-from .arguments import add_command
+from .arguments import add_command, count
 from .exit_status import DONE
 from .load_model import (
     add_length_options,
@@ -19,6 +20,7 @@ from .load_model import (
     add_server_options,
     lengths_of,
     load_encoder,
+    load_model,
 )
 
 ATTENTIONS = (
@@ -27,11 +29,13 @@ ATTENTIONS = (
     "flash_attention_2",
     "flash_attention_3",
 )  # as in `model.bidirectional_layers`, which imports torch
+ENGINES = ("processes", "ray")
 DESCRIPTION = """Encode a corpus or queries into a store of vectors.
 
 Interrupted in any way, the same command resumes: finished shards are kept, and the result is the same to the byte.
 Given the same command, several processes of one machine share the work:
-accelerate launch -m diffretriever encode …"""
+accelerate launch -m diffretriever encode …
+On several machines, Ray shares it out: --engine ray."""
 
 
 def register(commands: Any) -> None:
@@ -53,6 +57,11 @@ def register(commands: Any) -> None:
     parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
     parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
     parser.add_argument("--attn-implementation", choices=ATTENTIONS, help="default: sdpa")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default=ENGINES[0], help="what shares it out (default: %(default)s)"
+    )
+    parser.add_argument("--address", help="of the Ray cluster (default: RAY_ADDRESS, one running here, else a new one)")
+    parser.add_argument("--actors", type=count, help="processes of Ray's with a model (default: one a GPU, or CPU)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -79,20 +88,39 @@ def _encode(options: argparse.Namespace) -> None:
     settings |= {"device": options.device} if options.server else {}  # which is the server's, too
     if not options.input.startswith("hf:"):
         source_files(options.input, "queries" if options.queries else "corpus")  # before a large model is loaded
-    store = encode_store(
-        load_encoder(options, **settings),
-        options.input,
-        options.output,
-        is_query=options.queries,
-        dtype=options.dtype,
-        shard_size=options.shard_size,
-        tokens_per_batch=options.tokens_per_batch,
-        sparse_top_k=options.sparse_top_k,
-        content_filter=not options.no_content_filter,
-        keep_texts=not options.no_texts,
-        show_progress_bar=not options.quiet and os.environ.get("LOCAL_RANK", "0") == "0",
-    )
+    given = {
+        "is_query": options.queries,
+        "dtype": options.dtype,
+        "shard_size": options.shard_size,
+        "tokens_per_batch": options.tokens_per_batch,
+        "sparse_top_k": options.sparse_top_k,
+        "content_filter": not options.no_content_filter,
+        "keep_texts": not options.no_texts,
+        "show_progress_bar": not options.quiet and os.environ.get("LOCAL_RANK", "0") == "0",
+    }
+    if options.engine == "ray":
+        from ..encode.ray_engine import encode_on_ray
+
+        if options.server or not options.model:
+            raise ValueError("--engine ray has a model in each of its processes: give --model, and no --server.")
+        load = partial(load_model, _for_other_machines(options), **settings)
+        given |= {"address": options.address, "actors": options.actors}
+        store = encode_on_ray(load, options.input, options.output, options.model, **given)
+    elif options.address or options.actors:
+        raise ValueError("--address and --actors go with --engine ray.")
+    else:
+        store = encode_store(load_encoder(options, **settings), options.input, options.output, **given)
     print(f"{options.output}: {len(store)} texts in {len(store.manifest.shards)} shards")
+
+
+def _for_other_machines(options: argparse.Namespace) -> argparse.Namespace:
+    """Return the options of `load_model`, with folders named from the root."""
+    names = ("model", "method", "adapter", "revision", "model_dtype", "device", "trust_remote_code")
+    found = {name: getattr(options, name) for name in names}
+    for name in ("model", "adapter"):
+        if found[name] is not None and Path(found[name]).exists():
+            found[name] = str(Path(found[name]).absolute())
+    return argparse.Namespace(**found)
 
 
 def _own_masks(options: argparse.Namespace) -> dict[str, int | None]:

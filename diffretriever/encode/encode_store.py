@@ -73,20 +73,20 @@ def encode_store(
     """
     options: dict[str, Any] = {"content_filter": content_filter, "keep_texts": keep_texts, "sparse_top_k": sparse_top_k}
     options |= {"shard_size": shard_size, "tokens_per_batch": tokens_per_batch}
-    _check_options(dtype, options)
+    check_options(dtype, options)
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     plan, surveyed = Plan.read(folder), False
-    _fill_in(options, plan, model)
+    fill_in(options, plan, model)
     settings = describe_model(model, is_query, dtype, options)
     if plan is None:
         plan, surveyed = _begin(folder, settings, source, is_query)
-    _check_same(folder, plan.settings, settings)
+    check_same(folder, plan.settings, settings)
     job = EncodingJob(model, source, folder, plan, options["tokens_per_batch"], surveyed, tell)
     return EncodingRun(job, show_progress_bar).finish()
 
 
-def _fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
+def fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
     """Set the sizes that the caller left open to the store's own, else to defaults."""
     if plan is None and options["sparse_top_k"] and not model.config.sparse_top_k:
         what = type(model).__name__
@@ -98,7 +98,8 @@ def _fill_in(options: dict[str, Any], plan: Plan | None, model: Any) -> None:
             options[name] = plan.settings.options[name] if plan else default
 
 
-def _check_options(dtype: str, options: dict[str, Any]) -> None:
+def check_options(dtype: str, options: dict[str, Any]) -> None:
+    """Refuse a dtype that no store has and sizes that are no numbers."""
     if dtype not in STORE_DTYPES:
         raise ValueError(f"dtype {dtype!r}: a store's is one of {', '.join(STORE_DTYPES)}.")
     for name in ("shard_size", "tokens_per_batch", "sparse_top_k"):
@@ -106,7 +107,7 @@ def _check_options(dtype: str, options: dict[str, Any]) -> None:
             options[name] = check_count(name, options[name])
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Make the folder; refuse one that holds something other than a store."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; the store needs a folder.")
@@ -129,7 +130,8 @@ def _begin(folder: Path, settings: Settings, source: str | Path, is_query: bool)
     return plan, plan.survey == survey
 
 
-def _check_same(folder: Path, there: Settings, ours: Settings) -> None:
+def check_same(folder: Path, there: Settings, ours: Settings) -> None:
+    """Refuse to go on with a store that was made with other settings; the message names each difference."""
     differences = differences_of_store(there, ours)
     if not differences:
         return

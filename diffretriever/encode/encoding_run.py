@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..files.claims import Claims
 from ..files.durable import remove_temporaries
 from ..files.removal import remove_file
 from ..progress import progress_bar
 from ..store.manifest import MANIFEST_FILE, Manifest, ShardEntry
-from ..store.plan import CLAIMS_FOLDER, PLAN_FILE
-from ..store.shard_file import ShardFile, write_shard
-from ..store.store import ShardContents, Store, damaged_shards, entry_of, shard_tensors
-from .cut_texts import cut_warning
+from ..store.plan import CLAIMS_FOLDER, PLAN_FILE, Plan
+from ..store.shard_file import ShardFile
+from ..store.store import ShardContents, Store, damaged_shards, entry_of
+from .cut_texts import TrainedCut
 from .job import EncodingJob, PreparedShard
 from .shard_source import POLL, ShardSource, claim_name
 
@@ -93,14 +92,15 @@ class EncodingRun:
             As `encode_store`.
         """
         finished = False
-        with self._refusing_to_vanish(), self._claims:
+        with refusing_to_vanish(self._job.folder), self._claims:
             try:
                 if not ((self._job.folder / MANIFEST_FILE).is_file() and self._is_whole()):
                     remove_temporaries(self._job.folder)
                     self._encode_missing()
                     self._source.read_rest()
                     self._conclude()
-                    if warning := cut_warning(self._job.model, self._job.is_query, self._cut, self._encoded):
+                    trained = TrainedCut.of(self._job.model, self._job.is_query)
+                    if trained is not None and (warning := trained.warning(self._cut, self._encoded)):
                         self._job.tell(f"{self._job.folder}: {warning}")
                 finished = True
             finally:
@@ -108,32 +108,18 @@ class EncodingRun:
                 self._progress.close(finished)
         return Store.open(self._job.folder)
 
-    @contextmanager
-    def _refusing_to_vanish(self) -> Iterator[None]:
-        """Say of a store that is deleted under our hands just that, whatever fails for it."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            folder = self._job.folder
-            if (folder / PLAN_FILE).exists() or (folder / MANIFEST_FILE).exists():
-                raise
-            raise FileNotFoundError(
-                f"{folder}: the store was deleted while it was being made, and what was encoded with it. Run the same "
-                "command again to begin anew."
-            ) from error
-
     def _is_whole(self) -> bool:
         """Check a finished store; where it is damaged, make it unfinished again and return False."""
         self._source.read_rest()
         self._distrust_damaged({entry.file: entry for entry in Manifest.read(self._job.folder).shards})
         if self._source.missing():
-            self._refuse_unknown_model()
+            refuse_unknown_model(self._job.folder, self._job.plan)
             self._job.plan.write(self._job.folder)
             remove_file(self._job.folder / MANIFEST_FILE)
             return False
-        self._job.tell(f"{self._job.folder}: the store was finished before; all bytes match their hashes.")
+        self._job.tell(finished_before(self._job.folder))
         try:
-            self._clean()
+            clean(self._job.folder, self._claims, self._job.plan)
         except OSError as error:  # what a killed process left does no harm where nothing can be removed
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
@@ -142,7 +128,7 @@ class EncodingRun:
     def _encode_missing(self) -> None:
         """Encode shards until none is left, preparing the next and writing the last one meanwhile."""
         if self._source.missing():
-            self._refuse_unknown_model()
+            refuse_unknown_model(self._job.folder, self._job.plan)
         with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "write") as writer:
             try:
                 coming = preparer.submit(self._source.next_shard)
@@ -155,39 +141,24 @@ class EncodingRun:
             finally:
                 self._source.stopped.set()  # a preparer that waits for others stops waiting
 
-    def _refuse_unknown_model(self) -> None:
-        """Raise ValueError for a store that does not tell its model's parts: new vectors might not go with its own."""
-        if not self._job.plan.settings.model_parts:
-            raise ValueError(
-                f"{self._job.folder}: the store was begun by an earlier version of diffretriever, which did not record "
-                "the model's parts, so that more shards might not go with those that are there. Finish it with that "
-                "version, or encode into another folder."
-            )
-
     def _encode_shard(
         self, shard: PreparedShard, preparer: ThreadPoolExecutor
     ) -> tuple[ShardContents, Future[PreparedShard | None]]:
         """Return one shard's vectors, and the shard to come: claimed only when half of this one is done."""
-        settings, count = self._job.plan.settings, len(shard.texts)
-        texts = [text.text for text in shard.texts] if settings.options["keep_texts"] else None
-        contents = ShardContents(
-            [text.id for text in shard.texts],
-            torch.empty(count, settings.num_masks, settings.hidden_size),
-            torch.empty(count, settings.sparse_top_k, dtype=torch.int32),
-            torch.empty(count, settings.sparse_top_k),
-            texts,
-        )
+        count = len(shard.texts)
         coming: Future[PreparedShard | None] | None = None
         done = 0
-        with closing(self._job.encode(shard)) as results:
-            for rows, out in results:
-                if coming is None and 2 * done >= count:
-                    coming = preparer.submit(self._source.next_shard)
-                contents.put(torch.tensor(rows), out)
-                done += len(rows)
-                self._progress.add(len(rows), sum(len(shard.prepared[row].sequence) for row in rows))
-                if self._writing is not None and self._writing.done():
-                    self._await_write()  # a full disk is said now, not a shard later
+
+        def after_batch(rows: Sequence[int]) -> None:
+            nonlocal coming, done
+            if coming is None and 2 * done >= count:
+                coming = preparer.submit(self._source.next_shard)
+            done += len(rows)
+            self._progress.add(len(rows), sum(len(shard.prepared[row].sequence) for row in rows))
+            if self._writing is not None and self._writing.done():
+                self._await_write()  # a full disk is said now, not a shard later
+
+        contents = self._job.encode_shard(shard, after_batch)
         self._encoded += count
         self._cut += sum(text.cut for text in shard.prepared)
         return contents, coming or preparer.submit(self._source.next_shard)
@@ -198,8 +169,7 @@ class EncodingRun:
             self._writing = None
 
     def _write(self, number: int, contents: ShardContents) -> None:
-        tensors = shard_tensors(contents, self._job.plan.settings.dtype)
-        write_shard(self._job.shard_path(number), tensors, self._job.plan.metadata(number))
+        self._job.write(number, contents)
         self._written.add(number)
         self._source.written(number)
         self._claims.release(claim_name(number))
@@ -219,7 +189,7 @@ class EncodingRun:
                 self._encode_missing()
             paths = map(self._job.shard_path, range(self._job.plan.shards))
             Manifest.of(self._job.plan.settings, (entry_of(ShardFile(path)) for path in paths)).write(self._job.folder)
-            self._clean()
+            clean(self._job.folder, self._claims, self._job.plan)
 
     def _distrust_damaged(self, shards: Mapping[str, ShardEntry | None]) -> bool:
         """Have shards made again whose bytes are not what was written; returns whether there are any."""
@@ -229,8 +199,38 @@ class EncodingRun:
                 self._source.distrust(number, f"{error} It is encoded again.")
         return bool(damaged)
 
-    def _clean(self) -> None:
-        """Leave nothing but the manifest and the shards."""
-        remove_file(self._job.folder / PLAN_FILE)
-        remove_temporaries(self._job.folder)
-        self._claims.sweep({FINISH, *map(claim_name, range(self._job.plan.shards))})
+
+@contextmanager
+def refusing_to_vanish(folder: Path) -> Iterator[None]:
+    """Say of a store that is deleted under our hands just that, whatever fails for it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if (folder / PLAN_FILE).exists() or (folder / MANIFEST_FILE).exists():
+            raise
+        raise FileNotFoundError(
+            f"{folder}: the store was deleted while it was being made, and what was encoded with it. Run the same "
+            "command again to begin anew."
+        ) from error
+
+
+def refuse_unknown_model(folder: Path, plan: Plan) -> None:
+    """Raise ValueError for a store that does not tell its model's parts: new vectors might not go with its own."""
+    if not plan.settings.model_parts:
+        raise ValueError(
+            f"{folder}: the store was begun by an earlier version of diffretriever, which did not record "
+            "the model's parts, so that more shards might not go with those that are there. Finish it with that "
+            "version, or encode into another folder."
+        )
+
+
+def finished_before(folder: Path) -> str:
+    """Return what to say of a store that was whole already."""
+    return f"{folder}: the store was finished before; all bytes match their hashes."
+
+
+def clean(folder: Path, claims: Claims, plan: Plan) -> None:
+    """Leave nothing but the manifest and the shards."""
+    remove_file(folder / PLAN_FILE)
+    remove_temporaries(folder)
+    claims.sweep({FINISH, *map(claim_name, range(plan.shards))})

@@ -14,6 +14,8 @@ from ..data.corpus import read_corpus, read_queries
 from ..model.batching import batches_by_length
 from ..model.tokenization_helpers import PreparedText
 from ..store.plan import SHARD_NAME, Plan, Text
+from ..store.shard_file import write_shard
+from ..store.store import ShardContents, shard_tensors
 
 
 @dataclass
@@ -81,6 +83,43 @@ class EncodingJob:
         # a row's batch depends on the lengths alone, so that whichever process encodes a shard gets the same vectors
         batches = list(batches_by_length([len(text.sequence) for text in prepared], self.tokens_per_batch))
         return PreparedShard(number, texts, prepared, batches)
+
+    def encode_shard(self, shard: PreparedShard, after_batch: Callable[[Sequence[int]], None]) -> ShardContents:
+        """Encode a shard.
+
+        Args:
+            shard: its texts.
+            after_batch: is told the rows of each batch that is done.
+
+        Returns:
+            What is to be written.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        settings, count = self.plan.settings, len(shard.texts)
+        contents = ShardContents(
+            [text.id for text in shard.texts],
+            torch.empty(count, settings.num_masks, settings.hidden_size),
+            torch.empty(count, settings.sparse_top_k, dtype=torch.int32),
+            torch.empty(count, settings.sparse_top_k),
+            [text.text for text in shard.texts] if settings.options["keep_texts"] else None,
+        )
+        with closing(self.encode(shard)) as results:
+            for rows, out in results:
+                contents.put(torch.tensor(rows), out)
+                after_batch(rows)
+        return contents
+
+    def write(self, number: int, contents: ShardContents) -> None:
+        """Write a shard's file.
+
+        Raises:
+            OSError: the disk is full or fails.
+            ValueError: vectors that the store's dtype cannot hold.
+        """
+        tensors = shard_tensors(contents, self.plan.settings.dtype)
+        write_shard(self.shard_path(number), tensors, self.plan.metadata(number))
 
     def encode(self, shard: PreparedShard) -> Generator[tuple[Sequence[int], Any], None, None]:
         """Encode a shard, batch by batch.

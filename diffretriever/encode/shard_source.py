@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from ..files.claims import Claims
 from ..store.plan import Text
-from ..store.shard_file import DamagedShardError, ShardFile
+from ..store.shard_file import DamagedShardError
 from .job import EncodingJob, PreparedShard
 
 POLL = 0.5  # seconds between two looks at what other processes do
@@ -55,19 +55,11 @@ class ShardSource:
         return len(self._done) * plan.shard_size - short
 
     def _is_there(self, number: int) -> bool:
-        path = self._job.shard_path(number)
-        if not path.exists():
-            return False
         try:
-            found = ShardFile(path).metadata
+            return self._job.plan.open_shard(self._job.folder, number) is not None
         except DamagedShardError as error:
             self.distrust(number, f"{error} It is encoded again.")
             return False
-        expected = self._job.plan.metadata(number)
-        strange = [name for name, value in expected.items() if found.get(name) != value]
-        if strange:
-            self.distrust(number, f"{path}: not of this store ({', '.join(strange)} differ). It is encoded again.")
-        return not strange
 
     def distrust(self, number: int, reason: str) -> None:
         """Have a shard made again although its file is there."""

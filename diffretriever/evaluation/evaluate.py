@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.benchmark import Benchmark, note_unknown_passages, read_benchmark
 from ..data.corpus import read_corpus
-from ..encode.cut_texts import cut_warning
+from ..encode.cut_texts import TrainedCut
 from ..encode.encode_store import encode_store
 from ..search.modes import FUSED
 from ..search.searcher import Searcher
@@ -70,10 +70,11 @@ def evaluate(
 
 def _notes_on_cuts(model: Any, benchmark: Benchmark) -> list[str]:
     """Say where queries are cut more often than in training; encoding the corpus says it of passages."""
-    if getattr(model.config, "cut_in_training", None) is None:
+    trained = TrainedCut.of(model, is_query=True)
+    if trained is None:
         return []
     prepared = model.texts.prepare(list(benchmark.queries.values()), True, content_filter=False)
-    warning = cut_warning(model, True, sum(text.cut for text in prepared), len(prepared))
+    warning = trained.warning(sum(text.cut for text in prepared), len(prepared))
     return [] if warning is None else [warning]
 
 

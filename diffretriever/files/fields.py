@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from functools import cache
 from typing import Any, TypeVar
 
 Kind = TypeVar("Kind")
@@ -29,7 +30,7 @@ def fill(kind: type[Kind], given: Any, where: str, *, others: bool = False) -> K
     """
     if not isinstance(given, dict):
         raise ValueError(f"{where}: expected keys and values, got {type(given).__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # classes are hashable
     unknown = sorted(str(key) for key in given.keys() - hints.keys())
     if unknown and not others:
         raise ValueError(f"{where}: unknown key {unknown[0]!r:.80}; expected {', '.join(sorted(hints))}")
@@ -41,6 +42,9 @@ def fill(kind: type[Kind], given: Any, where: str, *, others: bool = False) -> K
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+_hints = cache(typing.get_type_hints)  # a manifest has a million entries of one kind
 
 
 def _required(kind: Any) -> list[str]:

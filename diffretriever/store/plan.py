@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,11 +16,12 @@ from ..files.durable import write_whole
 from ..files.fields import fill
 from ..files.hashes import hash64, hash_json
 from .manifest import Manifest, Settings, check_numbers, flat, is_recorded_only, json_bytes, read_json
-from .shard_file import texts_digest
+from .shard_file import DamagedShardError, ShardFile, texts_digest
 
 PLAN_FILE = "plan.json"
 CLAIMS_FOLDER = "claims"
 SHARD_NAME = "shard-{:06d}.safetensors"
+MAX_SHARDS = 900_000  # whose manifest is a JSON file of 256 MB, the largest that is read
 Text = Passage | Query
 
 
@@ -74,13 +75,16 @@ class Plan:
         """Return the number of texts in a shard."""
         return min(self.shard_size, self.survey.count - number * self.shard_size)
 
-    def shards_of(self, texts: Iterable[Text], source: str, folder: Path) -> Iterator[tuple[int, list[Text]]]:
+    def shards_of(
+        self, texts: Iterable[Text], source: str, folder: Path, numbers: range | None = None
+    ) -> Iterator[tuple[int, list[Text]]]:
         """Cut a corpus into the plan's shards, and see that it is the plan's corpus as far as it is read.
 
         Args:
-            texts: from the first on.
+            texts: of these shards; of the last one, with what follows.
             source: the corpus's name, for messages.
             folder: the store's, for messages.
+            numbers: of consecutive shards; None is all of them.
 
         Yields:
             A shard's number and its texts.
@@ -90,8 +94,9 @@ class Plan:
         """
         other = f"{folder}: the store there is of another corpus: it has {self.survey.count} texts, {source}"
         advice = "Encode a changed corpus into another folder."
-        count = 0
-        for number, chunk in cut(texts, self.shard_size):
+        numbers = range(self.shards) if numbers is None else numbers
+        count = numbers.start * self.shard_size
+        for number, chunk in cut(texts, self.shard_size, numbers.start):
             planned = self.shard_count(number)  # 0 or less behind the last shard
             if len(chunk) > planned:
                 raise ValueError(f"{other} has more. {advice}")
@@ -100,8 +105,23 @@ class Plan:
                     raise ValueError(f"{other} differs in texts {count + 1} to {count + planned}. {advice}")
                 yield number, chunk
             count += len(chunk)
-        if count < self.survey.count:
+        if count < min(numbers.stop * self.shard_size, self.survey.count):
             raise ValueError(f"{other} has {count}. {advice}")
+
+    def open_shard(self, folder: Path, number: int) -> ShardFile | None:
+        """Return the file of a shard, its data unread; None where there is none.
+
+        Raises:
+            DamagedShardError: it is no shard, or that of another store.
+        """
+        path = folder / SHARD_NAME.format(number)
+        if not path.exists():
+            return None
+        file = ShardFile(path)
+        strange = [name for name, value in self.metadata(number).items() if file.metadata.get(name) != value]
+        if strange:
+            raise DamagedShardError(f"{path}: not of this store ({', '.join(strange)} differ).")
+        return file
 
     def metadata(self, number: int) -> dict[str, str]:
         """Return what the header of a shard of this store says."""
@@ -153,17 +173,12 @@ class Plan:
             return None
 
 
-def cut(texts: Iterable[Text], shard_size: int) -> Iterator[tuple[int, list[Text]]]:
-    """Yield (shard number, its texts)."""
+def cut(texts: Iterable[Text], shard_size: int, first: int = 0) -> Iterator[tuple[int, list[Text]]]:
+    """Yield (shard number, its texts), the numbers from `first` on."""
     stream = iter(texts)
-    number = 0
     while chunk := list(islice(stream, shard_size)):
-        yield number, chunk
-        number += 1
-
-
-def _digest(texts: list[Text]) -> str:
-    return texts_digest([text.id for text in texts], [text.text for text in texts])
+        yield first, chunk
+        first += 1
 
 
 def survey_texts(read: Callable[[], Iterable[Text]], shard_size: int, source: str) -> Survey:
@@ -180,16 +195,44 @@ def survey_texts(read: Callable[[], Iterable[Text]], shard_size: int, source: st
     Raises:
         ValueError: it is empty, or ids occur twice; and what reading it raises.
     """
+    return join_surveys(map(survey_shard, (chunk for _, chunk in cut(read(), shard_size))), read, source)
+
+
+def survey_shard(texts: Sequence[Text]) -> tuple[str, array[int]]:
+    """Return the hash of one shard's ids and texts, and a 63-bit hash of each id."""
+    return _digest(texts), array("q", (hash64(text.id) for text in texts))
+
+
+def _digest(texts: Sequence[Text]) -> str:
+    return texts_digest([text.id for text in texts], [text.text for text in texts])
+
+
+def join_surveys(shards: Iterable[tuple[str, array[int]]], read: Callable[[], Iterable[Text]], source: str) -> Survey:
+    """Return the survey of a corpus from those of its shards.
+
+    Args:
+        shards: of `survey_shard`, in order.
+        read: begins to read the corpus; called only where ids seem to occur twice.
+        source: its name, for messages.
+
+    Raises:
+        ValueError: as `survey_texts`.
+    """
     digests, hashes = [], array("q")
-    for _, chunk in cut(read(), shard_size):
-        digests.append(_digest(chunk))
-        hashes.extend(hash64(text.id) for text in chunk)
+    for digest, ids in shards:
+        digests.append(digest)
+        hashes.extend(ids)
     if not hashes:
         raise ValueError(f"{source}: no texts; expected at least one.")
     suspects = repeated_hashes(hashes)
     if len(suspects) and (repeated := find_repeated((text.id for text in read()), suspects)):
         shown = "; ".join(f"{text_id!r} (texts {first} and {second})" for text_id, first, second in repeated)
         raise ValueError(f"{source}: ids occur twice, counted from 1: {shown}. Each text needs an id of its own.")
+    if len(digests) > MAX_SHARDS:
+        raise ValueError(
+            f"{source}: {len(hashes):,} texts are {len(digests):,} shards; a store has at most {MAX_SHARDS:,}. Give a "
+            "larger --shard-size."
+        )
     return Survey(len(hashes), tuple(digests))
 
 

@@ -239,6 +239,14 @@ def test_duplicate_ids_and_an_empty_corpus(tiny: Any, tmp_path: Path) -> None:
             encode(tiny, tmp_path / "a.jsonl", tmp_path / "s", **{name: 0})
 
 
+def test_more_shards_than_a_manifest_can_name(
+    tiny: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffretriever.store.plan.MAX_SHARDS", 2)
+    with pytest.raises(ValueError, match=r"11 texts are 3 shards; a store has at most 2\. Give a larger --shard-size"):
+        encode(tiny, corpus, tmp_path / "s")
+
+
 def test_nan_from_the_model_names_the_text(tiny: Any, corpus: Path, tmp_path: Path) -> None:
     model = copy.copy(tiny)
     model._modules = dict(tiny._modules)
