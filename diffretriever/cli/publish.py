@@ -65,6 +65,8 @@ def _add_build(commands: Any) -> None:
     command.add_argument("--mask-token", help="an unused special token that serves as [MASK], for a Llama or Qwen2")
     told = "the scoring mode that serves it best, which search takes (default: the dense one)"
     command.add_argument("--recommended-mode", choices=MODES, help=told)
+    told = "of the adapter in the release; bfloat16 halves it (default: as it was trained)"
+    command.add_argument("--adapter-dtype", choices=("bfloat16",), help=told)
     command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
     command.add_argument("--link-code", action="store_true", help="link to this source tree's code, do not copy it")
     command.add_argument("--force", action="store_true", help="replace the folder if it is there")
@@ -136,6 +138,7 @@ def run_build(options: argparse.Namespace) -> int:
         "link_code": options.link_code,
         "force": options.force,
         "with_backbone": options.with_backbone,
+        "adapter_dtype": options.adapter_dtype,
         "recording": _recording(options),
     }
     with no_loading_bars():

