@@ -150,7 +150,7 @@ def test_interrupted_by_the_user_or_a_scheduler(
 ) -> None:
     corpus, expected = whole
     folder = tmp_path / "s"
-    monkeypatch.setattr("diffretriever.cli.encode.load_model", lambda options, **settings: tiny)
+    monkeypatch.setattr("diffretriever.cli.load_model.load_model", lambda options, **settings: tiny)
     arguments = ("encode", "--model", "m", "--input", corpus, "--output", folder, "--shard-size", 4)
     child = start(lambda: command(*arguments), tiny, pause=0.05)
     wait_for(lambda: len(list(folder.glob("shard-*"))) >= 2)
@@ -172,7 +172,7 @@ def test_a_disk_quota(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     corpus, expected = whole
-    monkeypatch.setattr("diffretriever.cli.encode.load_model", lambda options, **settings: tiny)
+    monkeypatch.setattr("diffretriever.cli.load_model.load_model", lambda options, **settings: tiny)
     arguments = ("encode", "--model", "m", "--input", corpus, "--output", tmp_path / "s", "--shard-size", 4, "--quiet")
 
     def limited() -> int:
