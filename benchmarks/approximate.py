@@ -82,7 +82,7 @@ def measure_index(
         count = len(side["repr_hidden"])
         print(f"  {name}: made in {took:.0f} s, {size / count:.0f} bytes a passage on disk", flush=True)
         again = qdrant_edge.QuantizationSearchParams(rescore=True, oversampling=2.0)
-        asked = [("as made", None)]
+        asked: list[tuple[str, Any]] = [("as made", None)]
         if "hnsw" in name:
             found = [(ef, qdrant_edge.SearchParams(hnsw_ef=ef, quantization=again)) for ef in options.ef]
             asked += [(f"ef {ef}", params) for ef, params in found]

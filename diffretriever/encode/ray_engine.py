@@ -29,6 +29,7 @@ from .job import read_texts
 from .ray_tasks import CorpusParts, Row, ShardEncoder, check_shards, describe
 
 CHECKED_AT_ONCE = 64  # shards a task
+RETRIES = "\nFailed to "  # begins what Ray appends to the words of an error
 
 
 def encode_on_ray(
@@ -144,6 +145,7 @@ class Cluster:
         self._actors = actors or gpus or max(1, int(there.get("CPU", 1)))
         self._context = ray.data.DataContext.get_current().copy()
         self._context.enable_progress_bars = False
+        self._context.raise_original_map_exception = True  # else its words are lost in Ray's own
         self._context.target_max_block_size = 1  # bytes: each row goes on at once, not when there are 128 MB of them
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -198,6 +200,8 @@ def plain_errors(ray: Any) -> Iterator[None]:
             cause = getattr(cause, "cause", None) or cause.__cause__
         if cause is None:
             raise
+        if cause.args and isinstance(cause.args[0], str):
+            cause.args = (cause.args[0].partition(RETRIES)[0], *cause.args[1:])
         raise cause from error
 
 
