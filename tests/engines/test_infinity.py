@@ -6,11 +6,7 @@ import base64
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import ROOT, edit_json
+from started_server import free_port, started
 from transformers import AutoModel
 
 pytest.importorskip("infinity_emb", reason="Infinity has an environment of its own: .ci/infinity")
@@ -50,16 +47,13 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def embed(several: Path) -> Iterator[Embed]:
     """Start Infinity; return a function that asks it for the embeddings of texts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
     program = str(Path(sys.executable).with_name("infinity_emb"))
     models = ("--model-id", str(RELEASE), "--served-model-name", "one", "--model-id", str(several))
     options = ("--served-model-name", "several", "--no-model-warmup", "--device", "cpu", "--host", "127.0.0.1")
-    log = several.parent / "server.log"
-    with log.open("wb") as output:
-        command = [program, "v2", *models, *options, "--port", address.rsplit(":", 1)[1]]
-        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "DO_NOT_TRACK": "1"})
+    command = [program, "v2", *models, *options, "--port", str(port)]
+    environment = {**os.environ, "DO_NOT_TRACK": "1"}
 
     def ask(model: str, texts: list[str], **fields: str) -> list[Any]:
         body = json.dumps({"model": model, "input": texts, **fields}).encode()
@@ -67,28 +61,8 @@ def embed(several: Path) -> Iterator[Embed]:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return [entry["embedding"] for entry in json.load(answer)["data"]]
 
-    try:
-        end = time.monotonic() + 180
-        while not answers(f"{address}/health"):
-            assert server.poll() is None, log.read_text(errors="replace")[-3000:]
-            assert time.monotonic() < end, log.read_text(errors="replace")[-3000:]
-            time.sleep(0.2)
+    with started(command, address, several.parent / "server.log", 180, env=environment):
         yield ask
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError):
-        return False
 
 
 @pytest.fixture(scope="module")

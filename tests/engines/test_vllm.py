@@ -6,10 +6,7 @@ import base64
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import ROOT
+from started_server import free_port, started
 from transformers import AutoModel
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: .ci/vllm")
@@ -62,40 +60,15 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = AutoModel.from_pretrained(ROOT / "checkpoints" / request.param, torch_dtype=torch.float32)
     folder = tmp_path_factory.mktemp("vllm") / "plain"
     length = export_plain(model, folder)["max_model_len"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = f"--runner pooling --dtype float32 --max-model-len {length} --host 127.0.0.1 --port {port}".split()
     options += "--enforce-eager --max-num-seqs 16 --max-num-batched-tokens 1024".split()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options]
-    log = folder.parent / "server.log"
-    with log.open("wb") as output:  # in a folder where no other installation of this package lies
-        running = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=folder.parent, env={**os.environ, **SMALL, **OFFLINE}
-        )
     address = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + 400
-        while not answers(f"{address}/health"):
-            assert running.poll() is None, log.read_text(errors="replace")[-3000:]
-            assert time.monotonic() < end, log.read_text(errors="replace")[-3000:]
-            time.sleep(0.5)
+    place = folder.parent  # where no other installation of this package lies
+    environment = {**os.environ, **SMALL, **OFFLINE}
+    with started(command, address, place / "server.log", 400, cwd=place, env=environment):
         yield Server(model, folder, address)
-    finally:
-        running.terminate()
-        try:
-            running.wait(30)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError):
-        return False
 
 
 @pytest.mark.parametrize("side", ["query", "passage"])
