@@ -120,6 +120,13 @@ def run_layers(
     return backbone.norm(hidden)
 
 
+def compile_layers(retriever: nn.Module) -> None:
+    """Let torch.compile fuse what surrounds each layer's products; texts of any length share one compiled code."""
+    stacks = (part for name, part in retriever.named_modules() if name.endswith("layers"))
+    for layer in next(stacks).children():
+        layer.compile(dynamic=True)
+
+
 def device_of(layer: nn.Module) -> torch.device:
     """Return where a layer's input belongs: where it runs, which is not where the weights of an offloaded one are."""
     place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)

@@ -72,14 +72,14 @@ def our_way(model: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return out.repr_hidden, out.sparse_values
 
 
-def matmul_rate(dtype: torch.dtype, device: str, least_seconds: float) -> float:
+def matmul_rate(dtype: torch.dtype, device: str, least_seconds: float, size: int = 2048) -> float:
     """Return the FLOP/s that square matrix products keep up for a while."""
-    left, right = (torch.randn(2048, 2048, dtype=dtype, device=device) for _ in range(2))
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     took, count = 0.0, 0
-    while took < least_seconds:
+    while not took or took < least_seconds:
         took += seconds(lambda: left @ right, device)
         count += 1
-    return count * 2 * 2048**3 / took
+    return count * 2 * size**3 / took
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -96,8 +96,8 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 def needed_flops(model: Any, texts: list[str]) -> float:
     """Return the arithmetic that the vectors need: layers on the real tokens, the last and the head at the masks."""
     config, num_masks = model.config.backbone_config, model.config.num_passage_masks
-    layer = 2 * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
-    key_value = 2 * 2 * config.hidden_size**2
+    key_value = 2 * 2 * config.hidden_size**2 * config.num_key_value_heads // config.num_attention_heads
+    layer = key_value + 2 * (2 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
     total = 0.0
     for sequence, content in zip(model.texts.tokenize(texts, False), model.content_token_ids(texts), strict=True):
         length = len(sequence)

@@ -17,6 +17,7 @@ from ..evaluation.small_task import read_small_task
 from ..files.durable import write_json
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.backbone_loading import save_tokenizer
+from ..model.bidirectional_layers import compile_layers
 from ..model.configuration_diffretriever import DIFFUSION_TYPES
 from .adapter_output import save_adapter
 from .adapter_recipe import AdapterRecipe
@@ -168,13 +169,6 @@ def leave_casts_to_autocast(retriever: Any) -> None:
     for module in retriever.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
-
-
-def compile_layers(retriever: Any) -> None:
-    """Let torch.compile fuse what surrounds each layer's products; texts of any length share one compiled code."""
-    stacks = (part for name, part in retriever.named_modules() if name.endswith("layers"))
-    for layer in next(stacks).children():
-        layer.compile(dynamic=True)
 
 
 def run(trainer: RetrievalTrainer, last: Path | None) -> None:
