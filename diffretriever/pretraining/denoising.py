@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from ..model.batching import batches_by_length
 from ..model.modeling_diffretriever import DiffRetriever
 from ..model.tokenization_helpers import RetrievalTokenizer
+from ..training.denoising import SMALLEST_T, denoising_loss, masked_logits
 from .corpus import IdLists
-from .losses import denoising_loss
 from .plan import EndlessBatches
 
 POOL = 8192  # texts that are sorted by length together
-SMALLEST_T = 0.05  # t is kept away from 0, where 1/t has no finite variance
 HELD_OUT_T = (0.15, 0.5, 0.85)
 
 
@@ -71,7 +70,8 @@ class Denoiser:
         t = ((torch.arange(len(ids)) + shift) / len(ids))[torch.randperm(len(ids))] % 1.0
         t = SMALLEST_T + (1 - SMALLEST_T) * t  # [B]
         chosen = self.choose(ids, mask, t[:, None])
-        return denoising_loss(self.logits(model, ids, mask, chosen), ids[chosen], t[chosen.nonzero()[:, 0]])
+        logits = masked_logits(model, ids, mask, chosen, self.shift)
+        return denoising_loss(logits, ids[chosen], t[chosen.nonzero()[:, 0]])
 
     @torch.no_grad()
     def held_out(self, model: DiffRetriever, texts: IdLists) -> dict[str, float]:
@@ -90,7 +90,7 @@ class Denoiser:
             for batch in batches_by_length(self._lengths(texts), self.tokens):
                 ids, mask = self.rows(texts, batch, random.Random(0))
                 chosen = self.choose(ids, mask, torch.tensor(t), generator)
-                logits = self.logits(model, ids, mask, chosen).float()
+                logits = masked_logits(model, ids, mask, chosen, self.shift).float()
                 total += float(F.cross_entropy(logits, ids[chosen], reduction="sum"))
                 count += int(chosen.sum())
             result[f"t={t}"] = round(total / count, 4)
@@ -115,11 +115,3 @@ class Denoiser:
         chosen = (torch.rand(ids.shape, generator=generator) < t) & (mask == 1) & (ids != self.bos)
         chosen[:, -1] |= ~chosen.any(1)
         return chosen
-
-    def logits(self, model: DiffRetriever, ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Return the logits for the M chosen tokens alone, which the model sees masked: [M, V]."""
-        states = model.hidden_states(ids.masked_fill(chosen, self.rules.mask_id), mask)  # [B, L, H]
-        # A row begins with padding or bos, which is never chosen: no masked token is lost.
-        before = states[:, : states.shape[1] - self.shift][chosen[:, self.shift :]]
-        logits: torch.Tensor = model.lm_head(before)
-        return logits

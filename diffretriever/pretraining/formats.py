@@ -20,6 +20,7 @@ from ..model.backbone_loading import load_tokenizer, original_name
 from ..model.checked_files import CONFIG_FIELDS, WEIGHTS_FILE
 from ..model.configuration_diffretriever import ROLES
 from ..model.tokenization_helpers import find_mask_id
+from ..training.denoising import SHIFTS
 from .recipe import Shape
 from .tokenizer import TokenizerForm, prompt_spelling
 
@@ -144,7 +145,7 @@ LLADA_TOKENIZER = TokenizerForm(
 
 LLADA = BackboneFormat(
     tokenizer=LLADA_TOKENIZER,
-    shift=0,
+    shift=SHIFTS.get("llada", 0),
     rope_theta=500_000.0,
     rms_norm_eps=1e-5,
     config={
@@ -237,7 +238,7 @@ DREAM_TOKENIZER = TokenizerForm(
 
 DREAM = BackboneFormat(
     tokenizer=DREAM_TOKENIZER,
-    shift=1,  # it began as an autoregressive model
+    shift=SHIFTS["dream"],  # it began as an autoregressive model
     rope_theta=1_000_000.0,
     rms_norm_eps=1e-6,
     config={

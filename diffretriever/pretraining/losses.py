@@ -58,18 +58,3 @@ def word_loss(side: Side, head: Head, chance: torch.Tensor) -> torch.Tensor:
     each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     positive = (each * truth).sum() / truth.sum().clamp(min=1)
     return (positive + (each * (1 - truth)).sum() / (1 - truth).sum().clamp(min=1)) / 2
-
-
-def denoising_loss(logits: torch.Tensor, targets: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return the masked diffusion objective: cross-entropy on the masked tokens, each over its text's t, per token.
-
-    The divisor is the sum of 1/t over the masked tokens. Its expected value is the number of tokens, by which the
-    objective divides; the sum itself gives a loss that varies less with how many tokens happened to be masked.
-
-    Args:
-        logits: [M, V] at the M masked tokens.
-        targets: int64 [M], the tokens that were masked.
-        t: float32 [M], the masking probability of the text that each is from.
-    """
-    each = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
-    return (each / t).sum() / (1 / t).sum()

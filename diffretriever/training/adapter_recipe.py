@@ -50,6 +50,7 @@ class AdapterRecipe:
     hard_negatives: int = 15  # sampled for each query
     temperature: float = 0.01  # of the dense InfoNCE
     sparse_weight: float = 1.0
+    denoising_weight: float = 0.0  # of restoring masked passages, beside the contrastive loss; 0 leaves it out
     rank: int = 16
     alpha: int = 64
     dropout: float = 0.05
@@ -216,7 +217,7 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
         value = getattr(recipe, name)
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{where}: {name} must be positive, got {value}")
-    for name in ("sparse_weight", "weight_decay"):
+    for name in ("sparse_weight", "denoising_weight", "weight_decay"):
         value = getattr(recipe, name)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{where}: {name} must not be negative, got {value}")
@@ -253,5 +254,7 @@ def _check_baseline(recipe: AdapterRecipe, where: str) -> None:
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    if recipe.denoising_weight:
+        raise ValueError(f"{where}: {recipe.method} reads no masks; leave denoising_weight at 0")
     if recipe.sparse_weight and not method.has_sparse:
         raise ValueError(f"{where}: {recipe.method} has no sparse vectors; set sparse_weight to 0")

@@ -16,6 +16,7 @@ from ..model.scoring import multi_dense
 from ..model.sparse_head import lexical_weights, logits_at
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
+from .denoising import passages_denoising_loss
 from .lora import is_trained, lora_parameters
 from .methods import TextStates, read_states
 
@@ -172,7 +173,7 @@ class ContrastiveModel(nn.Module):
             batch: from `batches.Collator`.
 
         Returns:
-            As `contrastive_loss`.
+            As `contrastive_loss`; with a `denoising_weight`, "loss" has that much of "denoising" in it.
         """
         states, frozen, exists = self.encode(batch["query"], True)
         query = Side(states, batch["query_words"], frozen, exists)
@@ -186,9 +187,14 @@ class ContrastiveModel(nn.Module):
         head = partial(logits_at, self.retriever.lm_head) if self.retriever.config.sparse_top_k else None
         kind = states.device.type
         with torch.autocast(kind, enabled=False):  # a score of bfloat16 precision over 0.01 would be noise
-            return contrastive_loss(
+            found = contrastive_loss(
                 query, passage, targets, excluded, head, self.recipe.temperature, self.recipe.sparse_weight
             )
+        if self.recipe.denoising_weight:
+            denoising = passages_denoising_loss(self.retriever, batch["passage"]["chunks"])
+            found["loss"] = found["loss"] + self.recipe.denoising_weight * denoising
+            found["denoising"] = denoising.detach()
+        return found
 
     def encode(self, side: dict[str, Any], is_query: bool) -> TextStates:
         """Return the states of one side's N texts, in the order before the chunks were cut.

@@ -95,7 +95,7 @@ class RetrievalTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss, and keep its parts for the log."""
         found = model(inputs)
-        for name in ("dense", "sparse", "right"):
+        for name in sorted(found.keys() - {"loss"}):
             self.figures.setdefault(name, []).append(found[name].detach())
         loss: torch.Tensor = found["loss"]
         return loss

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from diffretriever.pretraining.corpus import IdLists
 from diffretriever.pretraining.denoising import Denoiser, token_batches
 from diffretriever.pretraining.formats import FORMATS
-from diffretriever.pretraining.losses import denoising_loss
+from diffretriever.training.denoising import denoising_loss, masked_logits
 
 
 def test_denoising_loss_against_a_loop() -> None:
@@ -77,7 +77,6 @@ def test_the_loss_against_a_loop_over_the_masked_tokens(kind: str) -> None:
     model, shift = tiny_model(kind), {"llada": 0, "dream": 1}[kind]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    denoiser = Denoiser(IdLists([[1, 2, 3, 4], [5], [6, 7]]), model.texts, 8, 64, seed=0, shift=shift)
     ids = torch.tensor([[BOS, 1, 2, 3, 4], [EOS, EOS, EOS, BOS, 5], [EOS, EOS, BOS, 6, 7]])
     mask = (ids != EOS).long()
     chosen = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0]]).bool()
@@ -90,14 +89,13 @@ def test_the_loss_against_a_loop_over_the_masked_tokens(kind: str) -> None:
             if chosen[row, alone][place]:
                 logits = model.lm_head.weight @ states[place - shift]
                 losses.append(float(torch.logsumexp(logits, 0) - logits[token]))
-    got = F.cross_entropy(denoiser.logits(model, ids, mask, chosen), ids[chosen], reduction="none")
+    got = F.cross_entropy(masked_logits(model, ids, mask, chosen, shift), ids[chosen], reduction="none")
     assert got.tolist() == pytest.approx(losses, abs=1e-4)
 
 
 def test_dream_learns_nothing_from_the_masked_position_itself() -> None:
     """The gradient of one masked token's loss, at the last layer's states, is on the position before it alone."""
     model = tiny_model("dream")
-    denoiser = Denoiser(IdLists([[1, 2, 3, 4]]), model.texts, 8, 64, seed=0, shift=1)
     found: list[torch.Tensor] = []
 
     def watch(module: Any, inputs: Any, states: torch.Tensor) -> None:
@@ -105,7 +103,7 @@ def test_dream_learns_nothing_from_the_masked_position_itself() -> None:
 
     hook = model.backbone.norm.register_forward_hook(watch)
     ids, chosen = torch.tensor([[BOS, 1, 2, 3, 4]]), torch.tensor([[False, False, False, True, False]])
-    F.cross_entropy(denoiser.logits(model, ids, torch.ones_like(ids), chosen), ids[chosen]).backward()
+    F.cross_entropy(masked_logits(model, ids, torch.ones_like(ids), chosen, shift=1), ids[chosen]).backward()
     hook.remove()
     assert found[0][0].abs().sum(1).nonzero()[:, 0].tolist() == [2]
 

@@ -18,6 +18,7 @@ from training_data import batch_of, contrastive_model, gradients, made_up_pairs,
 from diffretriever.model.sparse_head import logits_at
 from diffretriever.training.batches import padded_ids
 from diffretriever.training.candidates import known_positives
+from diffretriever.training.denoising import passages_denoising_loss
 from diffretriever.training.objective import Side, contrastive_loss, sparse_scores, word_columns
 
 
@@ -247,3 +248,37 @@ def test_what_an_earlier_step_filled_has_no_gradient(
     for name, gradient in gradients(model).items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-3 * scale, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "shift"), [("tiny-llada", 0), ("tiny-dream", 1)])
+@torch.no_grad()
+def test_a_passage_is_masked_and_restored(
+    kind: str, shift: int, load_release: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of four passages: the mean over its masked tokens, whatever t was; padding and the prompt's masks stay."""
+    model = load_release(kind)
+    ids, mask = model.tokenize(["sun", "light and water make a plant grow", "tides", "the moon is far"], False)
+    seen: list[torch.Tensor] = []
+
+    def states(*inputs: torch.Tensor) -> torch.Tensor:
+        seen.extend(inputs)
+        return hidden_states(*inputs)
+
+    hidden_states = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", states)
+    torch.manual_seed(1)
+    loss = float(passages_denoising_loss(model, [{"ids": ids, "mask": mask}]))
+    masked, shown = seen
+    assert len(masked) == 1
+    row = next(row for row in range(4) if torch.equal(mask[row], shown[0]) and _differs(ids[row], masked[0], model) > 0)
+    changed = (ids[row] != masked[0]).nonzero()[:, 0]
+    assert set(masked[0, changed].tolist()) == {model.texts.mask_id}
+    assert mask[row, changed].all()
+    logits = model.lm_head(hidden_states(masked, shown)[0, changed - shift])
+    assert loss == pytest.approx(float(F.cross_entropy(logits, ids[row, changed])), abs=1e-4)
+
+
+def _differs(text: torch.Tensor, masked: torch.Tensor, model: Any) -> int:
+    """How many tokens are masked; 0 where the unmasked ones are not this text's."""
+    changed = text != masked
+    return int(changed.sum()) if bool((masked[changed] == model.texts.mask_id).all()) else 0

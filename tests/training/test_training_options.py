@@ -136,6 +136,16 @@ def test_scores_are_float32_under_autocast(plain: dict[str, Path], tmp_path: Pat
     assert found == pytest.approx(float(expected), rel=1e-3)
 
 
+@pytest.mark.parametrize("plain", ["tiny-llada"], indirect=True)
+def test_restoring_masked_passages_is_part_of_the_loss(plain: dict[str, Path], tmp_path: Path) -> None:
+    run(plain, tmp_path / "out", "denoising_weight=0.5")
+    with_it, without = first_step(tmp_path / "out"), first_step(plain["out"])
+    assert with_it["dense"] == without["dense"]
+    assert with_it["loss"] == pytest.approx(without["loss"] + 0.5 * with_it["denoising"], abs=1e-3)
+    assert with_it["denoising"] > 1
+    assert distance(tmp_path / "out", plain["out"]) > 0.01
+
+
 @pytest.mark.parametrize("plain", ["tiny-dream"], indirect=True)
 def test_tensorboard_gets_the_figures(plain: dict[str, Path], tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -95,6 +95,8 @@ def test_lengths_are_said_in_one_way(
         ("temperature: .nan", r"temperature must be positive, got nan"),
         ("epochs: .inf", r"epochs must be positive, got inf"),
         ("sparse_weight: -0.1", r"sparse_weight must not be negative, got -0.1"),
+        ("denoising_weight: -1", r"denoising_weight must not be negative, got -1"),
+        ("method: promptreps\ndenoising_weight: 1", r"promptreps reads no masks; leave denoising_weight at 0"),
         ("dropout: 1.5", r"dropout must lie between 0 and 1, got 1.5"),
         ("method: colbert", r"method must be one of diffretriever, promptreps, repllama, diffembed, got 'colbert'"),
         ("query_prompt: {user: q}", r"`query_prompt` must be null .the paper's wording. or an object with exactly"),
