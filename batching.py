@@ -20,6 +20,7 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 MOST_WORKERS = 8  # each holds the states of a batch
 WINDOW = 8192  # texts that are sorted by length at a time
+FIRST_WINDOW = 256  # of a device that waits for it; the next ones double
 AHEAD = 2  # batches that a device has to do while the host works on the results of an earlier one
 _MODES = Lock()  # over the modes of all models
 
@@ -183,7 +184,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     with _MODES:
         state: Any = model.__dict__.setdefault("_encoding", {"threads": 0, "trained": []})
         if state["threads"] == 0:
-            state["trained"] = [module for module in model.modules() if module.training]
+            state["trained"] = [module for module in _parts(model) if module.training]
             for module in state["trained"]:
                 module.training = False
         state["threads"] += 1
@@ -196,6 +197,15 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
                 for module in state["trained"]:
                     module.training = True
                 state["trained"] = []
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all within it; `modules()` puts their names together, which takes a short text's time."""
+    ahead = [model]
+    while ahead:
+        module = ahead.pop()
+        yield module
+        ahead.extend(part for part in module._modules.values() if part is not None)
 
 
 def count_workers(model: nn.Module) -> int:
@@ -211,7 +221,7 @@ def count_workers(model: nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type != "cpu" or torch.is_autocast_enabled("cpu") or getattr(model, "hf_quantizer", None) is not None:
         return 1
-    for module in model.modules():
+    for module in _parts(model):
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         if compiled or hasattr(module, "_hf_hook"):
             return 1
@@ -313,6 +323,8 @@ def run_ahead(
     packer = ThreadPoolExecutor(1, "pack")
     try:
         for number, batch in enumerate(batches):
+            if number == 0:
+                packed.append(_at_once(pack, batch))
             packed += (packer.submit(pack, other) for other in batches[number + len(packed) : number + AHEAD + 1])
             try:
                 running.append((batch, *_copied_to_host(launch(packed.popleft().result()))))
@@ -327,6 +339,16 @@ def run_ahead(
             raise failure
     finally:
         packer.shutdown(cancel_futures=True)
+
+
+def _at_once(work: Callable[[Batch], Result], batch: Batch) -> Future[Result]:
+    """Do in this thread what nothing else could be done beside: a thread for it costs more than a short text."""
+    done: Future[Result] = Future()
+    try:
+        done.set_result(work(batch))
+    except (ValueError, RuntimeError) as error:
+        done.set_exception(error)
+    return done
 
 
 def _copied_to_host(results: Any) -> tuple[Any, list[Any]]:
@@ -441,20 +463,22 @@ def _prepared_windows(
     texts: Iterable[str], total: int | None, prepare: Callable[[list[str]], list[Any]], ahead: bool
 ) -> Generator[list[Any], None, None]:
     """Read texts a window at a time, in the caller's thread, and yield them prepared: with `ahead` one is always made
-    in a thread while its predecessor is encoded.
+    in a thread while its predecessor is encoded, and the first ones are small.
 
     Raises:
         TypeError, ValueError: an entry is no string, there is none, or there are not `total`.
     """
-    stream, count = iter(texts), 0
+    stream, count, size = iter(texts), 0, min(FIRST_WINDOW, WINDOW) if ahead else WINDOW
     coming: deque[Future[list[Any]]] = deque()
     with ThreadPoolExecutor(1, "prepare") as preparer:
-        while window := list(islice(stream, WINDOW)):
+        while window := list(islice(stream, size)):
+            size = min(2 * size, WINDOW)
             check_texts(window, first=count)
             count += len(window)
             if total is not None and count > total:
                 raise ValueError(f"`texts` has a length of {total}, but gave more; pass a list of them.")
-            coming.append(preparer.submit(prepare, window))
+            first = count == len(window)
+            coming.append(preparer.submit(prepare, window) if ahead and not first else _at_once(prepare, window))
             if len(coming) > ahead:
                 yield coming.popleft().result()
         while coming:

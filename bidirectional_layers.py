@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaModel, PreTrainedModel, Qwen2Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -125,6 +127,117 @@ def compile_layers(retriever: nn.Module) -> None:
     stacks = (part for name, part in retriever.named_modules() if name.endswith("layers"))
     for layer in next(stacks).children():
         layer.compile(dynamic=True)
+
+
+class RecordedLayers:
+    """Runs one text at a time through layers that were recorded: a CUDA graph for each of a few lengths.
+
+    A text's layers are some hundred small operations, which take longer to be launched than to run; a graph is launched
+    once. Its sizes are fixed, so that a text is padded to the next of `LENGTHS`, which changes its vectors by rounding
+    only, and its time little: that is what reading the weights takes.
+
+    Args:
+        run: ids int64 [1, L], mask int64 [1, L] and positions int64 [1, K] -> states [1, K, H], without waiting.
+    """
+
+    LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+    def __init__(self, run: Callable[..., torch.Tensor]) -> None:
+        self._run = run
+        self._graphs: dict[tuple[int, int], tuple[list[torch.Tensor], torch.Tensor, Any]] = {}
+        self._memory: Any = None  # all graphs', as one runs at a time
+        self._turn = Lock()
+
+    def takes(self, ids: torch.Tensor) -> bool:
+        """Whether ids [B, L] are one text on a GPU, short enough, and neither gradient nor autocast is asked for."""
+        fits = ids.device.type == "cuda" and len(ids) == 1 and ids.shape[1] <= self.LENGTHS[-1]
+        return fits and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+
+    def forget(self) -> None:
+        """Record anew: the weights are about to change their place."""
+        self._graphs.clear()
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        """Return the states at the positions, [1, K, H]; arguments as of `run`, of any length that `takes` takes."""
+        length = next(length for length in self.LENGTHS if ids.shape[1] <= length)
+        padding = (0, length - ids.shape[1])
+        mask = torch.ones_like(ids) if mask is None else mask
+        inputs = [F.pad(ids, padding), F.pad(mask, padding), positions.to(ids.device)]
+        key = (length, positions.shape[1])
+        with self._turn, torch.cuda.device(ids.device):
+            if key not in self._graphs:
+                self._graphs[key] = self._record(inputs)
+            held, states, graph = self._graphs[key]
+            for place, values in zip(held, inputs, strict=True):
+                place.copy_(values)
+            graph.replay()
+            return states.clone()  # the next replay writes over them
+
+    def _record(self, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
+        """Return where a new graph reads its inputs, where it leaves its states, and the graph."""
+        with torch.inference_mode(False), torch.no_grad():
+            held = [values.clone() for values in inputs]
+            here, apart = torch.cuda.current_stream(), torch.cuda.Stream()
+            apart.wait_stream(here)
+            with torch.cuda.stream(apart):
+                for _ in range(3):  # compiles what is to be compiled, and has libraries take their memory
+                    self._run(*held)
+            here.wait_stream(apart)
+            self._memory = self._memory or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local": the next batches may be packed in another thread
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                states = self._run(*held)
+        return held, states, graph
+
+
+class BidirectionalLayers(nn.Module):
+    """What of a retriever runs its backbone's layers: as they are, compiled, or recorded."""
+
+    backbone: Any
+    config: Any
+    _recorded: RecordedLayers | None = None
+
+    def optimize_for(self, goal: str, compiled: bool = True) -> None:
+        """Make the layers faster, once all weights are where they stay; the first texts of each kind then take longer.
+
+        Args:
+            goal: "throughput" has torch.compile write code for the layers, for batches of any size. "latency" does,
+                too, and on a GPU records them as CUDA graphs, which run each single text of up to 1,024 tokens.
+            compiled: False leaves torch.compile out, which needs a C++ compiler on a CPU, and Triton on a GPU.
+
+        Raises:
+            ValueError: another goal, or a model whose parts are moved for each text, or quantised at load.
+        """
+        if goal not in ("throughput", "latency"):
+            raise ValueError(f'`goal` must be "throughput" or "latency", got {goal!r:.80}.')
+        if getattr(self, "hf_quantizer", None) is not None or any(hasattr(part, "_hf_hook") for part in self.modules()):
+            raise ValueError(
+                "optimize_for needs a model on one device, not quantised at load; load it without device_map."
+            )
+        if compiled:
+            compile_layers(self)
+        self._recorded = RecordedLayers(self._run_layers) if goal == "latency" else None
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the final states at every position, [B, L, H], with gradient."""
+        return self._run_layers(input_ids, attention_mask, None)
+
+    def states_at(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        """Return the final states at the positions, [B, K, H], with gradient; arguments as of `run_layers`."""
+        run = self._recorded if self._recorded is not None and self._recorded.takes(ids) else self._run_layers
+        return run(ids, mask, positions)
+
+    def _run_layers(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        return run_layers(self.backbone, ids, mask, positions, self.config._attn_implementation)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._recorded is not None:  # a graph reads the weights where they were
+            self._recorded.forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_recorded": None}  # a copy has weights, and compiled code, of its own
 
 
 def device_of(layer: nn.Module) -> torch.device:

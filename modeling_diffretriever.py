@@ -52,7 +52,7 @@ from .batching import (
     run_side_by_side,
     runs_apart,
 )
-from .bidirectional_layers import build_backbone, device_of, linear_shapes, parameter_shapes, run_layers
+from .bidirectional_layers import BidirectionalLayers, build_backbone, device_of, linear_shapes, parameter_shapes
 from .chat_template import render_prompt, render_prompts
 from .checked_files import (
     check_fields,
@@ -75,7 +75,7 @@ ADAPTER_FILES = ["*.json", "*.safetensors", "*.jinja"]
 HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
-class DiffRetriever(PreTrainedModel):
+class DiffRetriever(BidirectionalLayers, PreTrainedModel):
     """A LLaDA or Dream backbone with its adapter, read at K [MASK] tokens after a retrieval prompt.
 
     Load it with `AutoModel.from_pretrained(repo_or_dir, trust_remote_code=True)`.
@@ -239,12 +239,7 @@ class DiffRetriever(PreTrainedModel):
         check_id_tensor(input_ids)
         if mask_positions is None:
             mask_positions = find_masks(input_ids, self.texts.mask_id, self.config.budgets(check_side(is_query)))
-        hidden = run_layers(self.backbone, input_ids, attention_mask, mask_positions, self.config._attn_implementation)
-        return DiffRetrieverOutput(mask_hidden=hidden)
-
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the final states at every position, [B, L, H], with gradient."""
-        return run_layers(self.backbone, input_ids, attention_mask, None, self.config._attn_implementation)
+        return DiffRetrieverOutput(mask_hidden=self.states_at(input_ids, attention_mask, mask_positions))
 
     # ---------------------------------------------------------------------------------------------- texts to vectors
 
@@ -376,7 +371,7 @@ class DiffRetriever(PreTrainedModel):
         options = (is_query, compute_sparse, sparse_top_k)
         if not runs_apart(self.device):
             work: Callable[[Any], Any] = lambda rows: self.encode_prepared(texts_of(rows), *options)  # noqa: E731
-            yield from run_side_by_side(work, batches, count_workers(self))
+            yield from run_side_by_side(work, batches, count_workers(self) if len(batches) > 1 else 1)
             return
         pack: Callable[[Any], HostBatch] = lambda rows: self._pack_prepared(texts_of(rows), *options[:2]).pinned()  # noqa: E731
         for rows, output in run_ahead(pack, lambda batch: self._launch(batch, *options), batches):

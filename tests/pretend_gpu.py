@@ -2,7 +2,8 @@
 
 What a real one refuses is refused: operations across devices. What would make the host wait is counted: reading a
 value, sizes that depend on values, blocking copies. A copy to the host that does not block holds NaN (or zeros) until
-its event has been waited for; a copy from the host that does not block must be of pinned memory.
+its event has been waited for; a copy from the host that does not block must be of pinned memory. A graph that is
+recorded runs its operations again, on the tensors that it saw; what would make the host wait is refused meanwhile.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Remote(torch.Tensor):
     def __init__(self, held: torch.Tensor, gpu: PretendGPU) -> None:
         self.held, self.gpu = held, gpu
 
-    # torch's own of these five would ask CUDA which GPU is in use, or refuse
+    # torch's own of these six would ask CUDA which GPU is in use, or refuse
     def tolist(self) -> Any:
         self.gpu.waits["tolist"] += 1
         return self.held.tolist()
@@ -47,7 +48,13 @@ class Remote(torch.Tensor):
         return Remote(self.held.nonzero(**options), self.gpu)
 
     def contiguous(self, **options: Any) -> Any:  # type: ignore[override]
-        return Remote(self.held.contiguous(**options), self.gpu)
+        return self if self.held.is_contiguous(**options) else self.clone(memory_format=torch.contiguous_format)
+
+    def copy_(self, values: Any, non_blocking: bool = False) -> Remote:
+        if not isinstance(values, Remote):
+            self.gpu.waits["copy to the GPU"] += 1
+        self.held.copy_(getattr(values, "held", values))
+        return self
 
     def __getitem__(self, index: Any) -> Remote:
         return Remote(self.held[self.gpu.index(index)], self.gpu)
@@ -70,6 +77,8 @@ class PretendGPU(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.events = 0  # that were waited for
         self.on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.graph: PretendGraph | None = None  # that is being recorded
+        self.replays = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -93,6 +102,8 @@ class PretendGPU(TorchDispatchMode):
         local = [torch.device("cpu") if value == GPU or value == torch.device("cuda") else value for value in local]
         inner_args, inner_kwargs = tree_unflatten(local, spec)
         found = func(*inner_args, **inner_kwargs)
+        if self.graph is not None:
+            self.graph.record(lambda: func(*inner_args, **inner_kwargs), found)
         if func._schema.is_mutable:  # in place: the tensor that was given
             return args[0]
         return tree_map(lambda value: Remote(value, self) if isinstance(value, torch.Tensor) else value, found)
@@ -124,6 +135,9 @@ class PretendGPU(TorchDispatchMode):
         self.on_the_way.append((arriving, source.held))
         return arriving
 
+    def wait_stream(self, stream: Any) -> None:
+        """Do nothing: there is one stream."""
+
     def record_event(self) -> Any:
         """Return what is waited for until all copies so far have arrived."""
         copies, self.on_the_way = self.on_the_way, []
@@ -146,6 +160,38 @@ class PretendGPU(TorchDispatchMode):
                     part._buffers[name] = Remote(buffer, self)
 
 
+class PretendGraph:
+    """A CUDA graph: operations whose results go where they went when it was recorded."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Callable[[], Any], list[torch.Tensor]]] = []
+        self.gpu: PretendGPU | None = None
+        self.waits: Counter[str] = Counter()  # before it was recorded
+
+    def record(self, step: Callable[[], Any], found: Any) -> None:
+        assert self.gpu is not None
+        if self.gpu.waits != self.waits:
+            raise RuntimeError(f"The host waits for the GPU while a graph is recorded: {self.gpu.waits - self.waits}.")
+        self.steps.append((step, [value for value in tree_flatten(found)[0] if isinstance(value, torch.Tensor)]))
+
+    @contextmanager
+    def recorded(self, gpu: PretendGPU) -> Iterator[None]:
+        gpu.graph, self.gpu, self.waits = self, gpu, gpu.waits.copy()
+        try:
+            yield
+        finally:
+            gpu.graph = None
+
+    def replay(self) -> None:
+        assert self.gpu is not None
+        self.gpu.replays += 1
+        for step, places in self.steps:
+            found = [value for value in tree_flatten(step())[0] if isinstance(value, torch.Tensor)]
+            for place, values in zip(places, found, strict=True):
+                if place is not values and place.data_ptr() != values.data_ptr():
+                    place.copy_(values)
+
+
 def _pin(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.clone()
     tensor.is_pinned_here = True  # type: ignore[attr-defined]
@@ -157,7 +203,14 @@ def pretended_gpu() -> Iterator[PretendGPU]:
     """Pretend that there is a GPU."""
     gpu = PretendGPU()
     stream: Callable[..., Any] = lambda device=None: gpu  # noqa: E731
+    recording: Callable[..., Any] = lambda graph, **options: graph.recorded(gpu)  # noqa: E731
     with (
+        mock.patch("torch.cuda.Stream", mock.MagicMock()),
+        mock.patch("torch.cuda.stream", mock.MagicMock()),
+        mock.patch("torch.cuda.device", mock.MagicMock()),
+        mock.patch("torch.cuda.graph_pool_handle"),
+        mock.patch("torch.cuda.CUDAGraph", PretendGraph),
+        mock.patch("torch.cuda.graph", recording),
         mock.patch("torch.cuda._lazy_init"),
         mock.patch("torch.cuda.current_stream", stream),
         mock.patch("torch.Tensor.pin_memory", _pin),

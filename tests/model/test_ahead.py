@@ -124,6 +124,28 @@ def test_the_corpus_encoder_takes_the_same_loop(pair: tuple[Any, Any], gpu: Pret
         torch.testing.assert_close(one.dense(0, len(one)), other.dense(0, len(other)), rtol=0, atol=1e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("goal", [None, "latency"])
+def test_on_cuda_the_driver_sees_no_wait(load_release: Callable[..., Any], goal: str | None) -> None:
+    """What waits raises an error; waiting for a copy's event does not count."""
+    here = load_release("tiny-llada", "llada-q4p4")
+    there = copy.deepcopy(here).to("cuda")
+    if goal is not None:
+        there.optimize_for(goal, compiled=False)
+    for texts in (TEXTS, TEXTS[:1]):
+        expected = here.encode_texts(texts, False, **BATCHES)
+        there.encode_texts(texts, False, **BATCHES)  # libraries are loaded, and memory is taken
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                torch.ones(1, device="cuda").item()
+            found = there.encode_texts(texts, False, **BATCHES)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(found.repr_hidden, expected.repr_hidden, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.sparse_values, expected.sparse_values, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse", "multi-vector"])
 def test_sentence_transformers_copies_no_ids_back(pair: tuple[Any, Any], gpu: PretendGPU, kind: str) -> None:
     here, there = (DiffRetrieverModule(model, kind) for model in pair)

@@ -1,0 +1,143 @@
+"""Compiled and recorded layers give the vectors of those as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from pretend_gpu import GPU, pretended_gpu
+
+pytestmark = pytest.mark.once
+TEXTS = ["what are tides", "light and water " * 9]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def assert_same_vectors(models: tuple[Any, Any], texts: list[str], dense: float = 3e-6, sparse: float = 3e-6) -> None:
+    found, expected = (model.encode_texts(texts, False) for model in models)
+    torch.testing.assert_close(found.repr_hidden, expected.repr_hidden, rtol=0, atol=dense)
+    torch.testing.assert_close(found.sparse_values, expected.sparse_values, rtol=0, atol=sparse)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_vectors(load_release: Callable[..., Any]) -> None:
+    """By inductor's own code for a CPU, written once for all layers and lengths."""
+    plain = load_release("tiny-llada", "llada-q4p4")
+    model = copy.deepcopy(plain)
+    model.optimize_for("latency")
+    for texts in (TEXTS, TEXTS[:1], TEXTS[1:]):
+        assert_same_vectors((model, plain), texts, 1e-5, 1e-4)
+
+
+def test_what_waits_cannot_be_recorded() -> None:
+    with pretended_gpu() as gpu:
+        values = torch.arange(4.0).to(GPU)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            doubled = values * 2
+        with pytest.raises(RuntimeError, match="waits for the GPU while a graph is recorded"), torch.cuda.graph(graph):
+            bool((values > 2).any())
+        values.copy_(values + 1)
+        assert doubled.tolist() == [0, 2, 4, 6]
+        graph.replay()
+        assert doubled.tolist() == [2, 4, 6, 8]
+        assert gpu.replays == 1
+
+
+@pytest.fixture
+def recorded(load_release: Callable[..., Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """A model on the CPU, the same with recorded layers on a pretended GPU, and that."""
+    plain = load_release("tiny-llada", "llada-q4p4")
+    with pretended_gpu() as gpu:
+        model = copy.deepcopy(plain)
+        gpu.move(model)
+        model.optimize_for("latency", compiled=False)
+        yield plain, model, gpu
+
+
+def test_a_single_text_is_run_as_recorded(recorded: tuple[Any, Any, Any]) -> None:
+    """Nothing that is recorded waits for the GPU, and what was recorded for one text is right for others."""
+    plain, model, gpu = recorded
+    single = [TEXTS[:1], TEXTS[1:], ["tides and light"], TEXTS[:1]]
+    for number, texts in enumerate(single, 1):
+        assert_same_vectors((model, plain), texts)
+        assert gpu.replays == number
+    assert_same_vectors((model, plain), TEXTS)
+    assert gpu.replays == len(single)  # not of a batch
+    assert not gpu.waits
+
+
+def test_a_padded_single_text_and_one_too_long(recorded: tuple[Any, Any, Any]) -> None:
+    plain, model, gpu = recorded
+    ids, mask = plain.tokenize(TEXTS, False)
+    found, expected = (one.encode(ids[:1], mask[:1], False, True) for one in (model, plain))
+    assert gpu.replays == 1
+    torch.testing.assert_close(found.repr_hidden.cpu(), expected.repr_hidden, rtol=0, atol=3e-6)
+    model._recorded.LENGTHS = (8,)
+    model.encode_texts(TEXTS[:1], False)
+    assert gpu.replays == 1
+
+
+def test_weights_that_move_are_recorded_anew(recorded: tuple[Any, Any, Any]) -> None:
+    plain, model, gpu = recorded
+    before = model.encode_texts(TEXTS[:1], False).repr_hidden
+    head = copy.deepcopy(plain.backbone.layers[0].self_attn.o_proj).requires_grad_(False)
+    head.weight.mul_(2)
+    gpu.move(head)
+    model.backbone.layers[0].self_attn.o_proj = head
+    assert torch.equal(model.encode_texts(TEXTS[:1], False).repr_hidden, before)  # of where the weights were
+    model._apply(lambda weight: weight)  # as model.to(...) does
+    assert (model.encode_texts(TEXTS[:1], False).repr_hidden - before).abs().max() > 0.01
+
+
+def test_several_steps_are_replayed_each(load_release: Callable[..., Any]) -> None:
+    plain = load_release("tiny-llada", "llada-q4p4", num_denoise_steps=2)
+    with pretended_gpu() as gpu:
+        model = copy.deepcopy(plain)
+        gpu.move(model)
+        model.optimize_for("latency", compiled=False)
+        assert_same_vectors((model, plain), TEXTS[:1])
+        assert gpu.replays == 2
+
+
+def test_what_cannot_be_optimised(load_release: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_release("tiny-llada", "llada-q4p4")
+    with pytest.raises(ValueError, match='must be "throughput" or "latency", got \'speed\''):
+        model.optimize_for("speed")
+    monkeypatch.setattr(model.backbone.norm, "_hf_hook", object(), raising=False)
+    with pytest.raises(ValueError, match="needs a model on one device"):
+        model.optimize_for("throughput")
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True], ids=["as-written", "compiled"])
+@pytest.mark.parametrize("goal", ["throughput", "latency"])
+def test_on_cuda_the_vectors_are_the_same(load_release: Callable[..., Any], goal: str, compiled: bool) -> None:
+    plain = copy.deepcopy(load_release("tiny-llada", "llada-q4p4")).to("cuda", torch.bfloat16)
+    model = copy.deepcopy(plain)
+    model.optimize_for(goal, compiled=compiled)
+    for texts in (TEXTS, TEXTS[:1], TEXTS[1:], ["tides and light"], TEXTS[:1]):
+        found, expected = (one.encode_texts(texts, False) for one in (model, plain))
+        cosines = (found.repr_hidden * expected.repr_hidden).sum(dim=-1)
+        print(f"{goal}, compiled {compiled}: least cosine {float(cosines.min()):.6f}")
+        assert cosines.min() > 0.998
+        torch.testing.assert_close(found.sparse_values, expected.sparse_values, rtol=0, atol=0.1)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda_a_graph_is_replayed_in_place_of_the_layers(load_release: Callable[..., Any], dtype: Any) -> None:
+    plain = copy.deepcopy(load_release("tiny-llada", "llada-q4p4")).to("cuda", dtype)
+    model = copy.deepcopy(plain)
+    model.optimize_for("latency", compiled=False)
+    for number, texts in enumerate([TEXTS[:1], TEXTS[1:], ["tides and light"], TEXTS[1:]]):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = model.encode_texts(texts, False, compute_sparse=False)
+        launched = {event.key: event.count for event in profile.key_averages()}
+        layers_ran = "aten::scaled_dot_product_attention" in launched
+        assert layers_ran == (number < 2)  # to be recorded, once for each length
+        expected = plain.encode_texts(texts, False, compute_sparse=False)
+        error = 1e-5 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(found.repr_hidden, expected.repr_hidden, rtol=0, atol=error)
