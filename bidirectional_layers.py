@@ -156,6 +156,7 @@ class RecordedLayers:
     def forget(self) -> None:
         """Record anew: the weights are about to change their place."""
         self._graphs.clear()
+        self._memory = None
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
         """Return the states at the positions, [1, K, H]; arguments as of `run`, of any length that `takes` takes."""
