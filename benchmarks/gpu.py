@@ -326,7 +326,7 @@ def reduced(account: Account, model: Any, shape: str, texts: Sequence[str], weig
 
 
 def quantize(layers: Any, weights: str) -> None:
-    """Replace the layers' weights by torchao's of 8 bits, a scale a row; what they are multiplied by is rounded, too."""
+    """Replace the layers' weights by torchao's of 8 bits, a scale a row; what they multiply is rounded, too."""
     from torchao import quantization
 
     rows: Any = {"granularity": quantization.PerRow(), "version": 2, "set_inductor_config": False}
