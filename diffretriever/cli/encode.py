@@ -56,6 +56,8 @@ def register(commands: Any) -> None:
     parser.add_argument("--no-texts", action="store_true", help="store no texts")
     parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
     parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
+    told = "have torch.compile write code for the model's layers first: faster where a corpus takes long, on a GPU"
+    parser.add_argument("--compile", action="store_true", help=told)
     parser.add_argument("--attn-implementation", choices=ATTENTIONS, help="default: sdpa")
     parser.add_argument(
         "--engine", choices=ENGINES, default=ENGINES[0], help="what shares it out (default: %(default)s)"
@@ -85,6 +87,7 @@ def _encode(options: argparse.Namespace) -> None:
     from ..encode.encode_store import encode_store
 
     settings = {"attn_implementation": options.attn_implementation, **_own_masks(options), **lengths_of(options)}
+    settings["compile"] = options.compile
     settings |= {"device": options.device} if options.server else {}  # which is the server's, too
     if not options.input.startswith("hf:"):
         source_files(options.input, "queries" if options.queries else "corpus")  # before a large model is loaded

@@ -87,13 +87,14 @@ def add_trust_option(parser: Any) -> None:
     )
 
 
-def load_model(options: argparse.Namespace, **settings: Any) -> Any:
+def load_model(options: argparse.Namespace, compile: bool = False, **settings: Any) -> Any:
     """Load a command's model.
 
     Args:
         options: with the options of `add_model_options`. Without --device, the model goes to this process's GPU
             (accelerate and torchrun number their processes), else to the CPU. Without --trust-remote-code, a release
             that brings other code than the installed is refused.
+        compile: have torch.compile write code for its layers, for many texts.
         settings: more for `from_pretrained`, budgets and lengths under DiffRetriever's names; those that are None were
             not given.
 
@@ -101,10 +102,12 @@ def load_model(options: argparse.Namespace, **settings: Any) -> Any:
         A DiffRetriever or a baseline, in eval mode.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_model`, or as the model's `from_pretrained`.
+        FileNotFoundError, ValueError: as `check_model`, or as the model's `from_pretrained` and `optimize_for`.
         Passing: the Hub does not answer.
     """
     method = check_model(options)
+    if compile and method != OURS:
+        raise ValueError(f"--compile is for DiffRetriever's releases; leave it out for {method}.")
     import torch
 
     device = options.device or "cpu"
@@ -122,7 +125,10 @@ def load_model(options: argparse.Namespace, **settings: Any) -> Any:
     from transformers import AutoModel
 
     with no_loading_bars():
-        return AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **given)
+        model = AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **given)
+    if compile:
+        model.optimize_for("throughput")
+    return model
 
 
 def load_encoder(options: argparse.Namespace, **settings: Any) -> Any:

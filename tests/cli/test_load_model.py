@@ -69,6 +69,11 @@ def test_settings_reach_the_model(release: Path) -> None:
     assert (model.dtype, model.config.num_query_masks, model.config.max_length) == (torch.bfloat16, 3, 256)
 
 
+def test_a_baseline_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match="--compile is for DiffRetriever's releases; leave it out for repllama"):
+        load_model(parsed("--model", BACKBONE, "--method", "repllama"), compile=True)
+
+
 # --------------------------------------------------------------------------------------------- whose code runs
 
 

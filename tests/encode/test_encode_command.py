@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from store_helpers import made_up_texts, write_jsonl
+from torch import nn
 
 from diffretriever.model.modeling_diffretriever import DiffRetriever
 from diffretriever.store.store import Store
@@ -42,6 +43,20 @@ def test_every_option_reaches_the_store(
     expected = {"model_dtype": "bfloat16", "content_filter": False, "keep_texts": False, "shard_size": 2}
     assert expected.items() <= manifest.options.items()
     assert manifest.options["tokens_per_batch"] == 333
+
+
+def test_compiled_layers_make_the_same_store(
+    release: Path, tmp_path: Path, corpus: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
+    arguments = ("encode", "--model", release, "--input", corpus, "--quiet", "--output")
+    assert command(*arguments, tmp_path / "plain") == 0
+    assert not compiled
+    assert command(*arguments, tmp_path / "compiled", "--compile") == 0
+    assert set(compiled) == {"LlamaDecoderLayer"}
+    plain, other = (Store.open(tmp_path / name).manifest for name in ("plain", "compiled"))
+    assert plain == other
 
 
 def test_again_says_that_nothing_is_left_to_do(

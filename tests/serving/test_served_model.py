@@ -283,6 +283,7 @@ def test_the_commands(tiny: Any, server: Served, tmp_path: Path, capsys: pytest.
         ("encode --input {corpus} --output o", "say who encodes: --model RELEASE, or --server URL"),
         ("encode --server {url} --model m --input {corpus} --output o", "leave out --model"),
         ("encode --server {url} --device cpu --max-length 9 --input {corpus} --output o", "--max-length, --device"),
+        ("encode --server {url} --compile --input {corpus} --output o", "leave out --compile"),
         ("encode --server {url} --no-content-filter --input {corpus} --output o", "leave out --no-content-filter"),
         ("encode --server {url} --sparse-top-k 999 --input {corpus} --output o", "sparse_top_k is 999, but http"),
         ("encode --server x --input {corpus} --output o", "--server: expected an address"),
