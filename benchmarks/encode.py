@@ -1,9 +1,10 @@
-"""How fast and how small encoding is, next to the plain way, in one process.
+"""How fast and how small encoding is, next to the plain way, in one process, for each dtype.
 
 The plain way is what research code does: the same weights and layers, one padded batch after the other in the order of
-arrival, the whole sequence through every layer and the head on every position. Both return the same vectors.
+arrival, the whole sequence through every layer and the head on every position. Both return the same vectors. Then one
+query after the other: how long it takes, how long at the rate of a large product, and how much of it is not the layers.
 
-python benchmarks/encode.py [--shape wide]
+python benchmarks/encode.py [--shape wide] [--model RELEASE]
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from hardware import describe  # noqa: E402
+from hardware import arithmetic_unit, describe  # noqa: E402
 from random_backbone import TOKENIZER, Shape, write_backbone  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
@@ -93,13 +94,14 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def needed_flops(model: Any, texts: list[str]) -> float:
+def needed_flops(model: Any, texts: list[str], is_query: bool = False) -> float:
     """Return the arithmetic that the vectors need: layers on the real tokens, the last and the head at the masks."""
-    config, num_masks = model.config.backbone_config, model.config.num_passage_masks
+    config = model.config.backbone_config
+    num_masks = model.config.num_query_masks if is_query else model.config.num_passage_masks
     key_value = 2 * 2 * config.hidden_size**2 * config.num_key_value_heads // config.num_attention_heads
     layer = key_value + 2 * (2 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
     total = 0.0
-    for sequence, content in zip(model.texts.tokenize(texts, False), model.content_token_ids(texts), strict=True):
+    for sequence, content in zip(model.texts.tokenize(texts, is_query), model.content_token_ids(texts), strict=True):
         length = len(sequence)
         attention = 4 * length * config.hidden_size
         total += (config.num_hidden_layers - 1) * length * (layer + attention) + length * key_value
@@ -113,82 +115,82 @@ def peak_resident() -> float:
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024 / 1e9
 
 
-def peak_memory(way: str, options: argparse.Namespace) -> float:
+def peak_memory(way: str, options: argparse.Namespace, dtype: str) -> float:
     """Return the peak of a fresh process that only loads and encodes one way, in GB."""
-    command = [sys.executable, __file__, "--tokenizer", str(options.tokenizer), "--only", way]
-    command += [
-        "--num-texts",
-        str(options.num_texts),
-        "--batch-size",
-        str(options.batch_size),
-        "--folder",
-        str(options.folder),
-    ]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command: list[Any] = [sys.executable, __file__, "--only", way, "--model-dtype", dtype, "--model", options.model]
+    command += ["--num-texts", options.num_texts, "--batch-size", options.batch_size]
+    report = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
     return float(report.strip().splitlines()[-1])
 
 
-def load(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype, shape: str = "narrow") -> Any:
-    """Build the release once and load it."""
-    if not (folder / "release").is_dir():
-        write_backbone(folder / "backbone", tokenizer, SHAPES[shape])
-        building.build(str(folder / "backbone"), folder / "release", max_length=256)
-    model = AutoModel.from_pretrained(folder / "release", trust_remote_code=True, dtype=dtype)
-    return model.to(device)
+def make_release(folder: Path, tokenizer: Path, shape: str) -> Path:
+    """Build a release of random weights."""
+    write_backbone(folder / "backbone", tokenizer, SHAPES[shape])
+    building.build(str(folder / "backbone"), folder / "release", max_length=256)
+    return folder / "release"
 
 
 def main() -> None:
     """Print the comparison."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="its folder")
+    parser.add_argument("--model", type=Path, help="a release's folder (default: random weights of --shape)")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="its folder, for random weights")
     parser.add_argument("--num-texts", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16, help="of the plain way")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--queries", type=int, default=50, help="timed one by one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model-dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
+    told = "default: both on a CPU, bfloat16 on a GPU"
+    parser.add_argument("--model-dtype", choices=("float32", "bfloat16"), nargs="+", help=told)
     parser.add_argument("--shape", choices=SHAPES, default="narrow", help="of the random model")
     parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    dtype = getattr(torch, options.model_dtype or ("float32" if options.device == "cpu" else "bfloat16"))
-    texts = mixed_texts(options.num_texts)
     with tempfile.TemporaryDirectory() as scratch:
-        options.folder = options.folder or Path(scratch)
-        model = load(options.folder, options.tokenizer, options.device, dtype, options.shape)
-        ways = {"plain": lambda: plain_way(model, texts, options.batch_size), "ours": lambda: our_way(model, texts)}
-        if options.only:
-            ways[options.only]()
-            print(peak_resident())
-            return
-        report(model, texts, ways, options, dtype)
+        options.model = options.model or make_release(Path(scratch), options.tokenizer, options.shape)
+        for dtype in options.model_dtype or (["float32", "bfloat16"] if options.device == "cpu" else ["bfloat16"]):
+            model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=getattr(torch, dtype))
+            measure(model.to(options.device), options, dtype)
+
+
+def measure(model: Any, options: argparse.Namespace, dtype: str) -> None:
+    """Measure a model in one dtype, or with --only run one way and say what memory it took."""
+    texts = mixed_texts(options.num_texts)
+    ways = {"plain": lambda: plain_way(model, texts, options.batch_size), "ours": lambda: our_way(model, texts)}
+    if options.only:
+        ways[options.only]()
+        print(peak_resident())
+        return
+    peak = report(model, texts, ways, options, dtype)
+    report_one_query(model, options, peak)
 
 
 def report(
-    model: Any, texts: list[str], ways: dict[str, Callable[[], Any]], options: argparse.Namespace, dtype: torch.dtype
-) -> None:
-    """Time both ways in turn, compare their results, print the table."""
+    model: Any, texts: list[str], ways: dict[str, Callable[[], Any]], options: argparse.Namespace, dtype: str
+) -> float:
+    """Time both ways in turn, compare their results, print the table; returns the FLOP/s of a large product."""
     device = options.device
     tokens = sum(map(len, model.texts.tokenize(texts, False)))
     results = {name: way() for name, way in ways.items()}  # warms up, too
-    difference = (results["plain"][0] - results["ours"][0]).abs().max()
+    cosine = (results["plain"][0] * results["ours"][0]).sum(dim=-1).min()
     times: dict[str, list[float]] = {name: [] for name in ways}
     peaks = []
     for _ in range(options.rounds):  # in turn, so that a machine that slows down slows all of them
         for name, way in ways.items():
             times[name].append(seconds(way, device))
-        peaks.append(matmul_rate(dtype, device, times["ours"][-1] / 2))
+        peaks.append(matmul_rate(model.dtype, device, times["ours"][-1] / 2))
     middle = {name: statistics.median(values) for name, values in times.items()}
     needed = needed_flops(model, texts)
     share = statistics.median(needed / took / peak for took, peak in zip(times["ours"], peaks, strict=True))
     speed = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
     count = sum(weight.numel() for weight in model.parameters())
-    print(f"{describe(device)}; {SHAPES[options.shape]}; {count / 1e6:.1f}M parameters, {dtype}")
+    unit = arithmetic_unit(model.dtype, device)
+    print(f"{describe(device)}; {count / 1e6:.1f}M parameters, {dtype}{unit and f' on {unit}'}")
     print(f"{len(texts)} passages, {tokens} tokens (mean {tokens / len(texts):.0f}); {options.rounds} rounds, medians")
-    print(f"largest difference of the dense vectors: {difference:.1e}")
+    print(f"least cosine of the two ways' dense vectors: {cosine:.6f}")
     memory = {}
     for name in ways:
         if device == "cpu":
-            memory[name] = peak_memory(name, options)
+            memory[name] = peak_memory(name, options, dtype)
         else:
             torch.cuda.reset_peak_memory_stats()
             ways[name]()
@@ -196,8 +198,25 @@ def report(
         print(f"{name:>6}: {tokens / middle[name]:>9.0f} tokens/s  {memory[name]:.2f} GB at the peak")
     size = memory["ours"] / memory["plain"]
     print(f"ours / plain: {speed:.2f} x the speed, {size:.2f} x the memory")
-    rate = statistics.median(peaks) / 1e9
-    print(f"matmul peak {rate:.0f} GFLOP/s (2048 x 2048, same rounds); the needed arithmetic runs at {share:.0%} of it")
+    rate = statistics.median(peaks)
+    print(f"matmul peak {rate / 1e9:.0f} GFLOP/s (2048 x 2048, same rounds); the needed arithmetic runs at {share:.0%}")
+    return rate
+
+
+@torch.no_grad()
+def report_one_query(model: Any, options: argparse.Namespace, peak: float) -> None:
+    """Time one query after the other, and its layers alone, in turn."""
+    query, device = ["how does light move from water systems to the sun"], options.device
+    ids = model.tokenize(query, True)[0].to(device)
+    positions = model.texts.mask_positions(ids.cpu(), True).to(device)
+    whole, layers = [], []
+    for _ in range(options.queries + 3):
+        whole.append(seconds(lambda: model.encode_texts(query, True, compute_sparse=False), device))
+        layers.append(seconds(lambda: model(ids, mask_positions=positions), device))
+    took, alone = (1000 * statistics.median(times[3:]) for times in (whole, layers))  # the first ones warm up
+    limit = 1000 * needed_flops(model, query, is_query=True) / peak
+    rest = f"{took - alone:.2f} ms ({(took - alone) / took:.0%}) for tokeniser, checks and all else"
+    print(f"one query of {ids.shape[1]} tokens: {took:.1f} ms, {rest}; at the matmul peak {limit:.1f} ms\n")
 
 
 if __name__ == "__main__":

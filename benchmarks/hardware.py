@@ -19,6 +19,19 @@ def describe(device: str | torch.device) -> str:
     return f"{name}; {threads} thread{'s' if threads > 1 else ''}; torch {torch.__version__}"
 
 
+def arithmetic_unit(dtype: torch.dtype, device: str | torch.device) -> str:
+    """Return what of a processor multiplies matrices of a dtype; "" for a GPU, whose name says it."""
+    if torch.device(device).type != "cpu":
+        return ""
+    if dtype != torch.bfloat16:
+        return str(torch.backends.cpu.get_cpu_capability())
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        return "AMX"
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return "AVX512_BF16"
+    return f"{torch.backends.cpu.get_cpu_capability()}, which has no products of bfloat16"
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
