@@ -36,6 +36,7 @@ from hardware import describe  # noqa: E402
 from latency import encoding_latency, ratios, systems_of  # noqa: E402
 from random_backbone import Shape  # noqa: E402
 from transformers import AutoModel  # noqa: E402
+from weights import quantize  # noqa: E402
 
 from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.publishing import build as building  # noqa: E402
@@ -323,18 +324,6 @@ def reduced(account: Account, model: Any, shape: str, texts: Sequence[str], weig
         model.optimize_for("throughput", compiled=options.compile)
         account.encoding(model, shape, way, texts, 4, True)
     model.backbone.layers = layers
-
-
-def quantize(layers: Any, weights: str) -> None:
-    """Replace the layers' weights by torchao's of 8 bits, a scale a row; what they multiply is rounded, too."""
-    from torchao import quantization
-
-    rows: Any = {"granularity": quantization.PerRow(), "version": 2, "set_inductor_config": False}
-    if weights == "fp8":
-        settings: Any = quantization.Float8DynamicActivationFloat8WeightConfig(**rows)
-    else:
-        settings = quantization.Int8DynamicActivationInt8WeightConfig(**rows)
-    quantization.quantize_(layers, settings)
 
 
 def words_of(row: Mapping[str, Any]) -> str:
