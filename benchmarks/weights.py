@@ -9,7 +9,6 @@ python benchmarks/weights.py --model RELEASE --data FOLDER
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
@@ -52,7 +51,7 @@ def quantize(layers: Any, kind: str) -> None:
 
 def main() -> None:
     """Print a line for each kind of weights."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="a release: folder or Hub id")
     parser.add_argument("--data", required=True, type=Path, help="a benchmark in BEIR's layout")
     parser.add_argument("--split", default="test")

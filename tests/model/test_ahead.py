@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,34 @@ def test_a_batch_that_fails_does_so_behind_those_before_it(pair: tuple[Any, Any]
         assert not out.repr_hidden.isnan().any()
     with pytest.raises(ValueError, match="content_token_ids must lie in"):
         next(results)
+
+
+def test_a_single_text_begins_no_thread(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has nothing to be done beside, and a thread costs more than a short text."""
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: [begun.append(thread), start(thread)])
+    for model in pair:
+        model.encode_texts(TEXTS[:1], True)
+    assert not begun
+    pair[1].encode_texts(TEXTS, False, batch_size=8)
+    assert begun
+
+
+def test_the_first_windows_on_a_gpu_are_small(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it does not wait until thousands of texts are prepared."""
+    monkeypatch.setattr("diffretriever.model.batching.FIRST_WINDOW", 2)
+    monkeypatch.setattr("diffretriever.model.batching.WINDOW", 8)
+    sizes: dict[str, list[int]] = {"cpu": [], "cuda": []}
+    for model in pair:
+
+        def prepare(texts: list[str], *options: Any, model: Any = model, prepare: Any = model.texts.prepare) -> Any:
+            sizes[model.device.type].append(len(texts))
+            return prepare(texts, *options)
+
+        monkeypatch.setattr(model.texts, "prepare", prepare)
+        model.encode_texts(TEXTS + TEXTS[:5], False, compute_sparse=False)
+    assert sizes == {"cpu": [8, 8, 5], "cuda": [2, 4, 8, 7]}
 
 
 def test_vectors_that_are_not_finite_name_their_row(pair: tuple[Any, Any], gpu: PretendGPU, tmp_path: Path) -> None:
