@@ -107,7 +107,12 @@ def test_a_single_text_begins_no_thread(pair: tuple[Any, Any], monkeypatch: pyte
     """It has nothing to be done beside, and a thread costs more than a short text."""
     begun: list[threading.Thread] = []
     start = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: [begun.append(thread), start(thread)])
+
+    def begin(thread: threading.Thread) -> None:
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin)
     for model in pair:
         model.encode_texts(TEXTS[:1], True)
     assert not begun
