@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ BLOCK_ELEMENTS = 64 * 1024 * 1024  # similarities held at once
 # A matrix product may round an element differently in its ragged edge than inside, and copies of a passage must tie:
 # passages, queries and dimensions are filled up to whole tiles.
 ROW_TILE, COLUMN_TILE, WIDTH_TILE = 16, 4, 16
+# numpy's BLAS multiplies small matrices as they lie; torch's first copies them into an order of its own, which for a
+# few columns takes as long as the product. So many columns, numbers of a result and multiplications are small.
+SMALL_COLUMNS, SMALL_RESULT, SMALL_PRODUCT = 8, 1024, 1_000_000
 
 # Gives memory to write a result into, by the result's name and shape; None where each result has memory of its own.
 Memory = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -213,7 +217,7 @@ class PreparedQueries:
     width: int  # H
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return self.counts.shape[0]
 
     @classmethod
     def of(cls, vectors: torch.Tensor, mask: torch.Tensor | None = None) -> PreparedQueries:
@@ -251,31 +255,76 @@ def maxsim(
     """
     count, k_p, width = vectors.shape
     check_width(queries.width, width)
-
-    def out(name: str, *shape: int) -> torch.Tensor | None:
-        return None if memory is None else memory(name, shape)
-
-    rows = _whole_tiles(vectors.reshape(-1, width), memory)
-    columns, shape = len(queries.matrix), (count, queries.num_vectors, len(queries))
-    products = torch.mm(rows, queries.matrix.T, out=out("similarity", len(rows), columns))
-    similarity = products[: count * k_p]
-    if mask is not None:
-        similarity.masked_fill_(~mask.reshape(-1, 1), -torch.inf)
-    best = torch.amax(similarity.view(count, k_p, columns), dim=1, out=out("best", count, columns))
-    by_vector = best[:, : queries.num_vectors * len(queries)].view(shape)  # [p, K_q, Q]
+    tile = rows_at_once(k_p, queries)
+    if tile and memory is not None:
+        best = _best_of_few(vectors, mask, queries, tile, memory)
+    else:
+        best = _best(vectors, mask, queries, memory)
     if queries.exists is not None:
-        by_vector = torch.where(queries.exists, by_vector, 0.0)
-    scores = torch.sum(by_vector, dim=1, out=out("scores", count, len(queries)))
+        best = torch.where(queries.exists, best, 0.0)
+    out = None if memory is None else memory("scores", (*best.shape[:2], len(queries)))
+    scores = torch.sum(best, dim=2, out=out).flatten(0, 1)[:count]
     scores /= queries.counts.clamp(min=1.0)
     if queries.exists is not None:
         scores.masked_fill_(queries.counts == 0, -torch.inf)
     return scores
 
 
-def _whole_tiles(rows: torch.Tensor, memory: Memory | None) -> torch.Tensor:
+def rows_at_once(k_p: int, queries: PreparedQueries) -> int:
+    """Return how many passage vectors make a small matrix for a few queries on a CPU; 0 where they are not few.
+
+    Args:
+        k_p: vectors a passage; a small matrix holds whole passages and whole tiles.
+        queries: which multiply them.
+    """
+    columns, width = queries.matrix.shape
+    if not 0 < columns <= SMALL_COLUMNS or queries.matrix.device.type != "cpu":
+        return 0
+    unit = math.lcm(ROW_TILE, k_p)
+    return min(SMALL_RESULT // columns, SMALL_PRODUCT // (columns * width)) // unit * unit
+
+
+def _best(
+    vectors: torch.Tensor, mask: torch.Tensor | None, queries: PreparedQueries, memory: Memory | None
+) -> torch.Tensor:
+    """Return each query vector's best similarity with a passage, [p, 1, K_q, Q]; arguments as for `maxsim`."""
+    count, k_p, width = vectors.shape
+    rows, columns = _whole_tiles(vectors.reshape(-1, width), ROW_TILE, memory), len(queries.matrix)
+    out = None if memory is None else memory("similarity", (len(rows), columns))
+    similarity = torch.mm(rows, queries.matrix.T, out=out)[: count * k_p]
+    if mask is not None:
+        similarity.masked_fill_(~mask.reshape(-1, 1), -torch.inf)
+    out = None if memory is None else memory("best", (count, columns))
+    best = torch.amax(similarity.view(count, k_p, columns), dim=1, out=out)
+    return best[:, : queries.num_vectors * len(queries)].view(count, 1, queries.num_vectors, len(queries))
+
+
+def _best_of_few(
+    vectors: torch.Tensor, mask: torch.Tensor | None, queries: PreparedQueries, tile: int, memory: Memory
+) -> torch.Tensor:
+    """Return the same for a few queries on a CPU, [n, u, K_q, Q]: n small matrices of u passages, the last filled up.
+
+    Passages lie in a row's last dimension, so that the maximum and the sum over few vectors run over many passages.
+    """
+    _, k_p, width = vectors.shape
+    rows = _whole_tiles(vectors.reshape(-1, width), tile, memory)
+    matrices = rows.view(-1, tile, rows.shape[1]).numpy().transpose(0, 2, 1)  # [n, H, tile]
+    similarity = torch.from_numpy(queries.matrix.numpy() @ matrices)  # [n, C, tile]
+    if mask is not None:
+        missing = F.pad(~mask.flatten(), (0, len(rows) - mask.numel()))
+        similarity.masked_fill_(missing.view(-1, 1, tile), -torch.inf)
+    number, columns, _ = similarity.shape
+    best = torch.amax(
+        similarity.view(number, columns, -1, k_p), dim=3, out=memory("best", (number, columns, tile // k_p))
+    )
+    kept = best[:, : queries.num_vectors * len(queries)]
+    return kept.view(number, queries.num_vectors, len(queries), -1).permute(0, 3, 1, 2)
+
+
+def _whole_tiles(rows: torch.Tensor, tile: int, memory: Memory | None) -> torch.Tensor:
     """Return the rows [N, H], filled up with zeros to whole tiles."""
     count, width = rows.shape
-    below, beside = -count % ROW_TILE, -width % WIDTH_TILE
+    below, beside = -count % tile, -width % WIDTH_TILE
     if not below and not beside:
         return rows
     if memory is None:

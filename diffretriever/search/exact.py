@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..model.batching import check_count
-from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, mean_vectors
+from ..model.batching import check_count, run_side_by_side
+from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, mean_vectors, rows_at_once
 from ..store.manifest import Settings
 from ..store.segments import QueryVectors, Segment, existing, resident, segments_of
 from .engine import Ranking
@@ -23,6 +23,7 @@ from .workspace import Workspace
 BLOCK_NUMBERS = 64 * 1024 * 1024
 CPU_BLOCK_NUMBERS, CPU_FEW, CPU_FEW_BLOCK_NUMBERS = 384 * 1024, 32, 1024 * 1024
 MOST_THREADS = 16  # of which a block takes account; memory stays bounded
+RANGE_NUMBERS, RANGES_A_WORKER = 8 * 1024 * 1024, 8  # least numbers, and most ranges, that a thread ranks on its own
 MAX_COLUMNS = 256  # query vectors multiplied with a block at once
 FEW = 64  # up to so many passages for each chosen one, the index that is there is faster than one of the chosen
 
@@ -86,13 +87,11 @@ class ExactEngine:
         batch = max(1, MAX_COLUMNS // columns)
         groups = [self._prepare(part, kind) for part in queries.batches(batch)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
-        columns = max(len(group.matrix) for group in groups)
-        with self._workspace() as workspace:
-            for first, vectors, mask in self._blocks(columns, workspace):
-                if kind == "single_dense":
-                    vectors, mask = mean_vectors(vectors, mask)
-                for group, kept in zip(groups, best, strict=True):
-                    kept.update(maxsim(vectors, mask, group, workspace.take), first)
+        rank_range = partial(self._rank_range, groups, kind, top_k)
+        with closing(run_side_by_side(rank_range, self._ranges(), self._workers())) as found:
+            for _, parts in found:
+                for kept, part in zip(best, parts, strict=True):
+                    kept.merge(part)
         results = [kept.result() for kept in best]
         return torch.cat([positions for positions, _ in results]), torch.cat([scores for _, scores in results])
 
@@ -109,6 +108,30 @@ class ExactEngine:
             segment = self._segments[number]
             yield segment, position - segment.offset
 
+    def _rank_range(self, groups: Sequence[PreparedQueries], kind: str, top_k: int, positions: range) -> list[TopK]:
+        """Rank consecutive passages for groups of queries."""
+        best = [TopK(len(group), top_k, self.device) for group in groups]
+        with self._workspace() as workspace:
+            for first, vectors, mask in self._blocks(positions, groups[0], workspace):
+                if kind == "single_dense":
+                    vectors, mask = mean_vectors(vectors, mask)
+                for group, kept in zip(groups, best, strict=True):
+                    kept.update(maxsim(vectors, mask, group, workspace.take), first)
+        return best
+
+    def _workers(self) -> int:
+        """Return how many ranges of passages are ranked at the same time."""
+        return min(MOST_THREADS, torch.get_num_threads()) if self.device.type == "cpu" else 1
+
+    def _ranges(self) -> list[range]:
+        """Cut the passages into ranges, a thread each: torch's own would wait for each other after each operation."""
+        workers = self._workers()
+        if workers == 1:
+            return [range(self._length)]
+        _, num_vectors, width = self._segments[0].block(0, 1).shape
+        size = max(RANGE_NUMBERS // (num_vectors * width), -(-self._length // (RANGES_A_WORKER * workers)))
+        return [range(start, min(start + size, self._length)) for start in range(0, self._length, size)]
+
     def _prepare(self, queries: QueryVectors, kind: str) -> PreparedQueries:
         vectors, mask = queries.dense.to(self.device), queries.mask.to(self.device)
         if kind == "single_dense":
@@ -118,7 +141,7 @@ class ExactEngine:
     def _dense_scores(self, kind: str, query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
         """Return the dense scores of one query with the passages at rising positions, float32 [C]."""
         prepared, scores = self._prepare(query, kind), torch.empty(len(wanted))
-        step = self._step(self._segments[0], len(prepared.matrix))
+        step = self._step(self._segments[0], prepared)
         with self._workspace() as workspace:
             for part, found in zip(wanted.split(step), scores.split(step), strict=True):
                 vectors, mask = self._gather(part)
@@ -160,12 +183,17 @@ class ExactEngine:
         """Return which segment each position lies in, int64."""
         return torch.searchsorted(self._offsets, positions, right=True) - 1
 
-    def _blocks(self, columns: int, workspace: Workspace) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    def _blocks(
+        self, positions: range, queries: PreparedQueries, workspace: Workspace
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Yield (first position, float32 [p, K_p, H] in reused memory, mask) of consecutive passages."""
         for segment in self._segments:
-            step = self._step(segment, columns)
-            for start in range(0, segment.length, step):
-                stop = min(start + step, segment.length)
+            begin, end = (
+                min(max(place - segment.offset, 0), segment.length) for place in (positions.start, positions.stop)
+            )
+            step = self._step(segment, queries)
+            for start in range(begin, end, step):
+                stop = min(start + step, end)
                 stored = segment.block(start, stop)
                 vectors = stored
                 if stored.dtype != torch.float32 or stored.device.type != self.device.type:
@@ -173,16 +201,17 @@ class ExactEngine:
                 mask = segment.mask(start, stop)
                 yield segment.offset + start, vectors, None if mask is None else mask.to(self.device)
 
-    def _step(self, segment: Segment, columns: int) -> int:
+    def _step(self, segment: Segment, queries: PreparedQueries) -> int:
         """Return how many passages make a block."""
         if self.block_size is not None or not segment.length:
             return self.block_size or 1
         _, num_vectors, width = segment.block(0, 1).shape
-        budget = BLOCK_NUMBERS
+        columns, budget, tile = len(queries.matrix), BLOCK_NUMBERS, ROW_TILE
         if self.device.type == "cpu":
             each = CPU_FEW_BLOCK_NUMBERS if columns < CPU_FEW else CPU_BLOCK_NUMBERS
             budget = each * min(MOST_THREADS, torch.get_num_threads())
-        return max(1, budget // max(1, ROW_TILE * num_vectors * max(width, columns))) * ROW_TILE
+            tile = rows_at_once(num_vectors, queries) or ROW_TILE
+        return max(1, budget // max(1, tile * num_vectors * max(width, columns))) * tile
 
     @contextmanager
     def _workspace(self) -> Iterator[Workspace]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 MAX_POSITIONS = 2**32  # positions share an int64 key with the score
+WAITING = 64 * 1024  # scores that are looked through at once
 
 
 class TopK:
@@ -29,6 +30,8 @@ class TopK:
         self.k = k
         self._keys = torch.empty((num_queries, 0), dtype=torch.int64, device=device)  # [Q, <= k], falling
         self._floor: torch.Tensor | None = None  # [Q], the worst kept score once k are kept
+        self._waiting: list[tuple[torch.Tensor, int]] = []  # scores [P, Q] to look through, and the first position
+        self._num_waiting = 0  # scores
 
     def update(self, scores: torch.Tensor, first_position: int) -> None:
         """Take in the next block; blocks must come by rising position.
@@ -38,28 +41,54 @@ class TopK:
             first_position: position of the first one.
 
         Raises:
+            ValueError: a score of this block or of one before it is NaN.
+        """
+        self._waiting.append((scores.clone(), first_position))
+        self._num_waiting += scores.numel()
+        if self._num_waiting >= WAITING:
+            self._look_through()
+
+    def _look_through(self) -> None:
+        """Keep the best of what waits: few scores at a time would cost more in calls than in work."""
+        if not self._waiting:
+            return
+        places = (torch.arange(first, first + len(block), device=block.device) for block, first in self._waiting)
+        scores, positions = torch.cat([block for block, _ in self._waiting]), torch.cat(list(places))
+        self._waiting, self._num_waiting = [], 0
+        if self._floor is not None:  # a later position loses a tie, so only a better score can enter, or NaN
+            rows = (~(scores <= self._floor)).any(dim=1).nonzero().flatten()
+            scores, positions = scores[rows], positions[rows]
+        if bool(torch.isnan(scores).any()):
+            position = int(positions[torch.isnan(scores).any(dim=1)][0])
+            raise ValueError(
+                f"the score of the passage at position {position} is NaN: its vectors or the query's hold NaN. Encode "
+                "that text again."
+            )
+        self._keep(_to_keys(scores.T, positions))
+
+    def merge(self, others: TopK) -> None:
+        """Take in what was kept of other passages, for the same queries.
+
+        Raises:
             ValueError: a score is NaN.
         """
-        if bool(torch.isnan(scores).any()):
-            row = int(torch.isnan(scores).any(dim=1).nonzero()[0, 0])
-            raise ValueError(
-                f"the score of the passage at position {first_position + row} is NaN: its vectors or the query's hold "
-                "NaN. Encode that text again."
-            )
-        if self._floor is None:
-            positions = torch.arange(first_position, first_position + len(scores), device=scores.device)
-        else:  # a later position loses a tie, so only a better score can enter
-            rows = (scores > self._floor).any(dim=1).nonzero().flatten()
-            if not len(rows):
-                return
-            scores, positions = scores[rows], rows + first_position
-        keys = torch.cat([self._keys, _to_keys(scores.T, positions)], dim=1)
+        for side in (self, others):
+            side._look_through()
+        self._keep(others._keys)
+
+    def _keep(self, keys: torch.Tensor) -> None:
+        keys = torch.cat([self._keys, keys], dim=1)
         self._keys = keys.topk(min(self.k, keys.shape[1]), dim=1).values
         if self._keys.shape[1] == self.k:
             self._floor = _to_scores(self._keys[:, -1])
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return positions int64 and scores float32, both [Q, min(k, passages seen)], best first, on the CPU."""
+        """Return positions int64 and scores float32, both [Q, min(k, passages seen)], best first, on the CPU.
+
+        Raises:
+            ValueError: a score is NaN.
+        """
+        self._look_through()
         keys = self._keys.cpu()
         return (MAX_POSITIONS - 1) - (keys & (MAX_POSITIONS - 1)), _to_scores(keys)
 

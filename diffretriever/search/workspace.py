@@ -18,6 +18,6 @@ class Workspace:
         """Return a float32 tensor of this shape; what `name` held before is overwritten."""
         size = math.prod(shape)
         held = self._held.get(name)
-        if held is None or len(held) < size:
+        if held is None or held.numel() < size:
             held = self._held[name] = torch.empty(size, device=self._device)
         return held[:size].view(shape)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffretriever.search import MODES, Searcher
+from diffretriever.search import MODES, Searcher, exact
 from diffretriever.search.modes import FUSIONS
 
 Side = dict[str, torch.Tensor]
@@ -179,3 +179,22 @@ def test_searches_at_the_same_time_do_not_share_memory() -> None:
     for found, expected in zip(together, alone, strict=True):
         assert found.ids == expected.ids
         assert torch.equal(torch.as_tensor(found.scores), torch.as_tensor(expected.scores))
+
+
+@pytest.mark.parametrize("asked", [1, 5])
+@pytest.mark.parametrize("mode", ["single_dense", "multi_dense"])
+def test_ranges_in_threads_are_ranked_as_one(monkeypatch: pytest.MonkeyPatch, mode: str, asked: int) -> None:
+    """Copies on both sides of a border tie, a better one in a later range goes first."""
+    few = made_up(1, texts=60, k=3, width=16, terms=4, whole=False, missing=True)
+    passages = {name: tensor.repeat(20, *[1] * (tensor.dim() - 1)) for name, tensor in few.items()}
+    queries = made_up(2, asked, 2, 16, 4, whole=False, missing=True)
+    alone, threads = Searcher(passages).search(queries, mode, 70), torch.get_num_threads()
+    monkeypatch.setattr(exact, "RANGE_NUMBERS", 1)
+    torch.set_num_threads(3)
+    try:
+        together = Searcher(passages).search(queries, mode, 70)
+    finally:
+        torch.set_num_threads(threads)
+    assert together.positions.tolist() == alone.positions.tolist()
+    assert torch.equal(together.scores, alone.scores)
+    assert together.positions[0, 0] < 60

@@ -196,6 +196,39 @@ def test_few_chosen_passages_are_read_alone(tmp_path: Path, monkeypatch: pytest.
         read.clear()
 
 
+@pytest.mark.parametrize("mode", sorted(FUSED))
+def test_a_fusion_reads_each_side_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Beside it, what one side alone found is read for the other."""
+    searcher = Searcher(make_store(tmp_path / "store", vectors(0, 4000, terms=2), size=500))
+    query = vectors(1, 1, terms=2)
+    searcher.search(query, "sparse_max", 5)  # makes the index
+    read: dict[str, list[int]] = {"block": [], "rows": [], "scores": []}
+    block, rows, scores = Shard.block, Shard.rows, Postings.scores
+
+    def noted_block(self: Shard, start: int, stop: int) -> torch.Tensor:
+        if stop - start > 1:  # one is asked for its shape
+            read["block"] += range(self.offset + start, self.offset + stop)
+        return block(self, start, stop)
+
+    def noted_rows(self: Shard, wanted: torch.Tensor) -> torch.Tensor:
+        read["rows"].append(len(wanted))
+        return rows(self, wanted)
+
+    def noted_scores(self: Postings, *query: torch.Tensor) -> torch.Tensor:
+        read["scores"].append(self.length)
+        return scores(self, *query)
+
+    monkeypatch.setattr(Shard, "block", noted_block)
+    monkeypatch.setattr(Shard, "rows", noted_rows)
+    monkeypatch.setattr(Postings, "scores", noted_scores)
+    sides = searcher.rank_sides(query, mode, candidates=20)
+    assert sorted(read["block"]) == list(range(4000))
+    missing = len(sides.positions[0]) - 20
+    assert missing > 0
+    assert sum(read["rows"]) == missing
+    assert read["scores"] == [4000, missing]
+
+
 def test_the_two_halves_of_a_fusion() -> None:
     passages, queries = vectors(0, 60), vectors(1, 5)
     searcher = Searcher(passages)
