@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 PARITY = Path(__file__).resolve().parent / "parity"
 KINDS = ("llama", "llama-tied", "qwen2", "qwen2-tied")
+CROSSED = (
+    "llama",
+    "qwen2-tied",
+)  # each family and each head once, for what differs by the version of transformers alone
+EACH_KIND = [pytest.param(kind, marks=() if kind in CROSSED else pytest.mark.once) for kind in KINDS]
 # The parity tokenizers have Llama-3's and Qwen's rules and chat templates.
 TOKENIZERS = {"llama": PARITY / "backbones" / "tiny-llada", "qwen2": PARITY / "backbones" / "tiny-dream"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

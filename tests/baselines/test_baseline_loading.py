@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_backbones import KINDS, PARITY, TEXTS, make_adapter, make_backbone, with_peft
+from causal_backbones import EACH_KIND, PARITY, TEXTS, make_adapter, make_backbone, with_peft
 from checkpoint_folders import edit_json, edit_weights, hub_repository
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -34,7 +34,7 @@ def same(one: Any, two: Any, tolerance: float = 0.0) -> None:
 # ------------------------------------------------------------------------------------------------ adapters
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("merge", [None, False])
 def test_an_adapter_is_what_peft_makes_of_it(

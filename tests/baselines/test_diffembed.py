@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_backbones import KINDS, PARITY, TEXTS, language_model, tokenizer_of
+from causal_backbones import EACH_KIND, PARITY, TEXTS, language_model, tokenizer_of
 from torch.nn import functional as F
 from transformers import AutoModel
 
@@ -35,7 +35,7 @@ def diffusion() -> Callable[..., Any]:
     return load
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize("end_of_text", [False, True])
 def test_a_plain_loop_over_a_causal_backbone(
     load: Callable[..., Any], backbone: Callable[[str], Path], kind: str, end_of_text: bool

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_backbones import KINDS, TEXTS, language_model, make_backbone, quoting_ids, tokenizer_of
+from causal_backbones import EACH_KIND, TEXTS, language_model, make_backbone, quoting_ids, tokenizer_of
 from torch.nn import functional as F
 
 from diffretriever.baselines import load_baseline
@@ -17,7 +17,7 @@ from diffretriever.model.tokenization_helpers import content_words
 K = 6
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

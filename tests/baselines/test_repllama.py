@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_backbones import KINDS, TEXTS, language_model, tokenizer_of
+from causal_backbones import EACH_KIND, TEXTS, language_model, tokenizer_of
 from torch.nn import functional as F
 
 from diffretriever.baselines import load_baseline
@@ -30,7 +30,7 @@ def by_hand(backbone: Path, tokenizer: Any, texts: list[str], side: str, length:
     return torch.stack(vectors)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 @pytest.mark.parametrize("is_query", [True, False])
 def test_a_plain_loop_gives_the_same(
     load: Callable[..., Any], backbone: Callable[[str], Path], kind: str, is_query: bool
