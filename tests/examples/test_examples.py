@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 import diffretriever
 import publish
 from diffretriever.backbones.fetch import fetch_backbone
+from diffretriever.cli.main import main
 from diffretriever.publishing import build as building
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +86,7 @@ def test_quickstart_answers_every_question(smollm2: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("diffretriever-smollm2-135m-multi-q4-p4 on ")
     assert run.stdout.splitlines()[-1].startswith("The right passage comes first: 8 of 8 in fused, 8 in dense, ")
+    assert "Loading weights" not in run.stderr
 
 
 def test_quickstart_without_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -96,24 +99,26 @@ def test_quickstart_without_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert quickstart.shipped_release() == tmp_path / "diffretriever-llada-tiny-multi-q4-p4"
 
 
-def test_quickstart_ranks_sensibly() -> None:
+def test_quickstart_ranks_sensibly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In seconds, and the right passage near the top in every mode."""
     release = CHECKPOINTS / "diffretriever-llada-tiny-multi-q4-p4"
-    run = fresh.run([ROOT / "examples" / "quickstart.py", "--model", release], cwd="/")
-    assert run.returncode == 0, run.stderr
-    blocks = dict(re.findall(r"^▸ (.*)\n((?:  .*\n)+)", run.stdout, re.MULTILINE))
+    monkeypatch.chdir("/")
+    monkeypatch.setattr("sys.argv", ["quickstart.py", "--model", str(release)])
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
+    run = capsys.readouterr()
+    blocks = dict(re.findall(r"^▸ (.*)\n((?:  .*\n)+)", run.out, re.MULTILINE))
     assert len(blocks) >= 8
     for query, passage in {"chess playing program": "chess", "SQL database engine": "database"}.items():
         assert re.findall(r"^  ✓ (dense|sparse|fused) +(\S+) ", blocks[query], re.MULTILINE) == [
             (mode, passage) for mode in ("dense", "sparse", "fused")
         ]
     assert re.search(r"words of the query: chess \d\.\d\d, playing", blocks["chess playing program"])
-    assert re.search(r"encoded and scored in \d+\.\d s\.", run.stdout)
-    right = {mode: run.stdout.count(f"  ✓ {mode} ") for mode in ("fused", "dense", "sparse")}
+    assert re.search(r"encoded and scored in \d+\.\d s\.", run.out)
+    right = {mode: run.out.count(f"  ✓ {mode} ") for mode in ("fused", "dense", "sparse")}
     counts = f"{right['fused']} of 8 in fused, {right['dense']} in dense, {right['sparse']} in sparse"
-    assert run.stdout.splitlines()[-1] == f"The right passage comes first: {counts}."
+    assert run.out.splitlines()[-1] == f"The right passage comes first: {counts}."
     assert right["fused"] >= 6
-    assert "Loading weights" not in run.stderr
+    assert "Loading weights" not in run.err
 
 
 def test_shipped_checkpoints_load_where_they_lie() -> None:
@@ -178,14 +183,16 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("number", range(README.count("```python\n")))
-def test_the_readmes_python_blocks(number: int) -> None:
+def test_the_readmes_python_blocks(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each runs as written, from the top of the tree, puts the right passage first, and prints what a comment says."""
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
-    run = fresh.run(["-c", block], cwd=ROOT)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(ROOT)
+    exec(block, {"__name__": "__main__"})
     printed, said = (
         [[float(number) for number in row.split(",")] for row in re.findall(r"\[([\d., ]+)\]", text)]
-        for text in (run.stdout, block.partition("# tensor(")[2])
+        for text in (capsys.readouterr().out, block.partition("# tensor(")[2])
     )
     assert [row.index(max(row)) for row in printed] == [0, 1]
     for row, values in zip(said, printed, strict=bool(said)):
@@ -215,7 +222,9 @@ def test_the_readme_is_read_in_a_minute() -> None:
     assert f'license = "{badges["licence"]}"' in settings
 
 
-def test_the_readmes_search_runs_as_written(tmp_path: Path) -> None:
+def test_the_readmes_search_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From a corpus to a search: each line of the section, but for the installation."""
     section = re.search(r"## From a corpus to a search\n+```bash\n(.*?)```", README, re.DOTALL)
     assert section
@@ -223,13 +232,13 @@ def test_the_readmes_search_runs_as_written(tmp_path: Path) -> None:
     assert len(commands) == 3
     for name in ("checkpoints", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
     printed = []
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "diffretriever"
-        run = fresh.run(["-m", "diffretriever", *arguments], cwd=tmp_path)
-        assert run.returncode == 0, run.stderr
-        printed.append(run.stdout)
+        assert main(arguments) == 0
+        printed.append(capsys.readouterr().out)
     assert "16 texts" in printed[0]
     assert re.match(r" 1  1\.0000  astronomy\n", printed[1])
     figures = json.loads((tmp_path / "results.json").read_text())

@@ -46,7 +46,7 @@ def quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def forked_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork a check's fresh process from one that has imported torch; one test starts an interpreter."""
+    """Fork a check's fresh process from one that has imported torch; test_push_load_check starts an interpreter."""
 
     def run(command: list[str], **options: Any) -> Any:
         return fresh.run(command[1:], env=options["env"], cwd=options["cwd"], input=options["input"])

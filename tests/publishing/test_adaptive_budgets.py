@@ -140,6 +140,7 @@ def test_the_release_is_still_one_to_publish(release: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.once
+@pytest.mark.usefixtures("forked_check")
 def test_the_check_runs_the_card_s_code(learned: tuple[Path, Any, str]) -> None:
     report = check_release(learned[0])
     assert report.problems == []

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fresh
 import pytest
 import torch
 from checkpoint_folders import (
@@ -292,12 +291,11 @@ def test_the_adapters_own_tokenizer_is_shipped(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ the command line
 
 
-@pytest.mark.slow
-def test_command_line(tmp_path: Path) -> None:
-    command = [ROOT / "publish.py", "build", "--base", LLADA, "--adapter", MULTI]
-    done = fresh.run([*command, "--output", "by-command", "--name", "a-name"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"by-command: a-name on {LLADA} (K_q=4, K_p=4, max_length=256)" in done.stdout
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["build", "--base", LLADA, "--adapter", MULTI]
+    assert publish.main([*command, "--output", "by-command", "--name", "a-name"]) == 0
+    assert f"by-command: a-name on {LLADA} (K_q=4, K_p=4, max_length=256)" in capsys.readouterr().out
     assert read(tmp_path / "by-command" / "config.json")["release_name"] == "a-name"
     assert load(tmp_path / "by-command").config.num_query_masks == 4
 

@@ -271,6 +271,7 @@ def test_terms_below_the_cut_do_not_count() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_check")
 def test_in_a_fresh_process(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert publish.main(["check", str(release)]) == 0
     said = capsys.readouterr().out

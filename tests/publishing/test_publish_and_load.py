@@ -14,6 +14,8 @@ from checkpoint_folders import ROOT
 from fake_hub import TOKEN, FakeHub
 from transformers import AutoModel
 
+import publish
+
 NAME = "diffretriever-llada-tiny-single"
 LOAD = """
 import json, sys
@@ -65,7 +67,7 @@ def run(server: FakeHub, tmp_path: Path, *command: str) -> str:
 
 
 @pytest.mark.slow
-def test_push_load_check(server: FakeHub, tmp_path: Path) -> None:
+def test_push_load_check(server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(server, tmp_path, str(ROOT / "publish.py"), "push", NAME, "--repo-id", "lab/tiny", "--tag", "v1.0")
     assert "ok: its vectors in a fresh process are those of the build" in said
     assert "lab/tiny: the tag v1.0 names commit" in said
@@ -78,7 +80,7 @@ def test_push_load_check(server: FakeHub, tmp_path: Path) -> None:
         assert torch.allclose(torch.tensor(found[way]), out["repr_hidden"][:, 0], atol=1e-5), way
     if "terms" in found:
         assert found["terms"] == (out["sparse_values"] > 0).sum(dim=1).tolist()
-    said = run(server, tmp_path, str(ROOT / "publish.py"), "check", found["snapshot"], "--no-load")
-    assert "files are as they were built" in said
+    assert publish.main(["check", found["snapshot"], "--no-load"]) == 0
+    assert "files are as they were built" in capsys.readouterr().out
     for file in (tmp_path / "home").rglob("*"):
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
