@@ -12,7 +12,7 @@ from .arguments import add_command, count, count_or_none
 from .console import check_questions, read_questions
 from .display import explanation_lines
 from .exit_status import DONE
-from .load_model import add_model_options, check_encoder, check_model, choose_modes, load_model
+from .load_model import add_model_options, check_encoder, check_model, choose_modes, load_model, ready_for_questions
 
 if TYPE_CHECKING:
     from ..search.explain import Explainer
@@ -59,6 +59,7 @@ def run_demo(options: argparse.Namespace) -> int:
     options.model = options.model or shipped_release(SHIPPED)
     choose_modes(check_model(options), [MODE])
     explainer = _explainer(options)
+    ready_for_questions(explainer.model)
     about = f"{options.passages}: {len(explainer):,} passages; {Path(options.model).name}"
     if options.web:
         from .page import serve

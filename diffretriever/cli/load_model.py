@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..files.lines import read_object
@@ -128,6 +129,14 @@ def load_model(options: argparse.Namespace, compile: bool = False, **settings: A
         model = AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, **given)
     if compile:
         model.optimize_for("throughput")
+    return model
+
+
+def ready_for_questions(model: Any) -> Any:
+    """Return a model whose single texts are one launch each, where that can be: a DiffRetriever, whole on one GPU."""
+    if hasattr(model, "optimize_for") and model.device.type == "cuda":
+        with suppress(ValueError):  # spread over several, or quantised
+            model.optimize_for("latency", compiled=False)  # which is ready in a second
     return model
 
 

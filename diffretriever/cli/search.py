@@ -24,6 +24,7 @@ from .load_model import (
     check_model,
     choose_modes,
     load_encoder,
+    ready_for_questions,
 )
 from .parser import LAST_VERSION
 
@@ -136,7 +137,7 @@ def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     options.mode = options.mode or getattr(model.config, "default_mode", DENSE)
     if searcher.engine.settings is not None:
         check_encoder(model, searcher.engine.settings, _place(options))
-    return model
+    return ready_for_questions(model)
 
 
 def _place(options: argparse.Namespace) -> str:

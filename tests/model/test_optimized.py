@@ -26,9 +26,31 @@ def test_compiled_layers_give_the_same_vectors(load_release: Callable[..., Any])
     """By inductor's own code for a CPU, written once for all layers and lengths."""
     plain = load_release("tiny-llada", "llada-q4p4")
     model = copy.deepcopy(plain)
-    model.optimize_for("latency")
-    for texts in (TEXTS, TEXTS[:1], TEXTS[1:]):
+    model.optimize_for("throughput")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for texts in (TEXTS, [*TEXTS, "tides and light"]):
         assert_same_vectors((model, plain), texts, 1e-5, 1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_compiled_layers_take_nothing_from_the_host(load_release: Callable[..., Any]) -> None:
+    """Numbers such as a norm's epsilon are in the code; as inputs they would be computed on the CPU at each call."""
+    model = copy.deepcopy(load_release("tiny-llada", "llada-q4p4"))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model.optimize_for("throughput")
+    torch.compiler.reset()
+    for layer in model.backbone.layers:
+        layer.compile(dynamic=True, backend=keep)
+    model.encode_texts(TEXTS, False)
+    (graph,) = graphs
+    inputs = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+    assert sum(isinstance(value, torch.Tensor) for value in inputs) > 10
+    assert not [value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 0]
 
 
 def test_what_waits_cannot_be_recorded() -> None:
