@@ -124,7 +124,7 @@ def run_layers(
 
 def compile_layers(retriever: nn.Module) -> None:
     """Let torch.compile fuse what surrounds each layer's products; texts of any length share one compiled code."""
-    # With `dynamic` torch would let floats vary, too: a norm's epsilon, say, would be computed on the host at each call.
+    # With `dynamic` torch would let floats vary, too: a norm's epsilon, say, be computed on the host at each call.
     torch._dynamo.config.specialize_float = True
     stacks = (part for name, part in retriever.named_modules() if name.endswith("layers"))
     for layer in next(stacks).children():
