@@ -119,6 +119,7 @@ def example_blocks(repo_id: str, single: bool, adaptive: bool = False) -> list[s
     return [source for _, source in code_blocks(card)]
 
 
+@cache  # a push writes the code of eight kinds of release, and compiling takes longer than all else it does
 def _template(undefined: Any) -> Any:
     import jinja2
 
