@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_folders import PARITY, hub_repository, run_python
+from pretend_gpu import pretended_gpu
 from transformers import AutoConfig, AutoModel
 
-from diffretriever.cli.load_model import add_model_options, check_release, load_model
+from diffretriever.cli.load_model import add_model_options, check_release, load_model, ready_for_questions
 from diffretriever.cli.main import main
 from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
 from diffretriever.model.modeling_diffretriever import DiffRetriever
@@ -72,6 +74,25 @@ def test_settings_reach_the_model(release: Path) -> None:
 def test_a_baseline_is_not_compiled() -> None:
     with pytest.raises(ValueError, match="--compile is for DiffRetriever's releases; leave it out for repllama"):
         load_model(parsed("--model", BACKBONE, "--method", "repllama"), compile=True)
+
+
+def test_questions_are_recorded_where_that_can_be(load_release: Callable[..., Any]) -> None:
+    """On a GPU, of a model that is whole there and has layers to record."""
+    here = load_release("tiny-dream", "dream-q4p4")
+    with pretended_gpu() as gpu:
+        there, spread = copy.deepcopy(here), copy.deepcopy(here)
+        for model in (there, spread):
+            gpu.move(model)
+        spread.backbone.norm._hf_hook = object()
+        for model in (here, there, spread):
+            found = ready_for_questions(model).encode_texts(["light"], True)
+            assert gpu.replays == (model is there)
+            gpu.replays = 0
+            torch.testing.assert_close(
+                found.repr_hidden, here.encode_texts(["light"], True).repr_hidden, rtol=0, atol=3e-6
+            )
+    baseline = torch.nn.Linear(1, 1)
+    assert ready_for_questions(baseline) is baseline
 
 
 # --------------------------------------------------------------------------------------------- whose code runs
