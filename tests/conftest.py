@@ -19,6 +19,8 @@ PARITY = Path(__file__).parent / "parity"
 MAX_WORKERS = 4  # each holds torch and its own small models, half a GB in all
 collect_ignore = ["amx"]
 
+gc.disable()  # until all is imported, of which nothing is garbage
+
 # Before torch and transformers are imported, for this process and those that the tests start.
 sys.path.insert(0, str(ROOT))
 code_cache = tempfile.TemporaryDirectory(prefix="diffretriever-tests-")
@@ -50,6 +52,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # a collection, as each training asks for one, then passes over the million objects of the imports
+    gc.enable()
 
 
 @pytest.fixture

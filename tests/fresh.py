@@ -6,6 +6,7 @@ process imports them itself, as a new interpreter would.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -53,6 +54,7 @@ def run(
 
 
 def _main(words: list[str], environment: dict[str, str], place: str, streams: list[str]) -> None:
+    gc.freeze()  # what was imported beforehand is no garbage: a fifth of the time of the imports that follow
     for number, file in enumerate(streams):
         os.dup2(os.open(file, os.O_WRONLY if number else os.O_RDONLY), number)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "w" if number else "r") for number in range(3))
