@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 MOST_WORKERS = 8  # each holds the states of a batch
 WINDOW = 8192  # texts that are sorted by length at a time
-FIRST_WINDOW = 256  # of a device that waits for it; the next ones double
+FIRST_WINDOW = 512  # of a device that waits for it; each next one is four times as long
 AHEAD = 2  # batches that a device has to do while the host works on the results of an earlier one
 _MODES = Lock()  # over the modes of all models
 
@@ -199,13 +199,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
                 state["trained"] = []
 
 
-def _parts(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and all within it; `modules()` puts their names together, which takes a short text's time."""
-    ahead = [model]
-    while ahead:
-        module = ahead.pop()
-        yield module
-        ahead.extend(part for part in module._modules.values() if part is not None)
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """Return a module and all within it; `modules()` puts their names together, which takes a short text's time."""
+    found = [model]
+    for module in found:  # which grows
+        if module._modules:
+            found += [part for part in module._modules.values() if part is not None]
+    return found
 
 
 def count_workers(model: nn.Module) -> int:
@@ -472,7 +472,7 @@ def _prepared_windows(
     coming: deque[Future[list[Any]]] = deque()
     with ThreadPoolExecutor(1, "prepare") as preparer:
         while window := list(islice(stream, size)):
-            size = min(2 * size, WINDOW)
+            size = min(4 * size, WINDOW)
             check_texts(window, first=count)
             count += len(window)
             if total is not None and count > total:

@@ -188,9 +188,12 @@ class RecordedLayers:
             here.wait_stream(apart)
             self._memory = self._memory or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # "thread_local": the next batches may be packed in another thread
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                states = self._run(*held)
+            try:  # "thread_local": the next batches may be packed in another thread
+                with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                    states = self._run(*held)
+            except RuntimeError as error:
+                told = "The layers cannot be recorded as a CUDA graph (some kinds of 8-bit weights cannot)"
+                raise RuntimeError(f'{told}; call optimize_for("throughput"). CUDA said: {error}') from error
         return held, states, graph
 
 

@@ -38,7 +38,7 @@ def test_every_row(
     status, content = run(benchmark, monkeypatch, tmp_path / "gpu.json")
     assert (status, content["left_out"], content["limits"]["from"]) == (0, [], "measured")
     rows = {shape: [row for row in content["rows"] if row["shape"] == shape] for shape in ("LLaDA-8B", "Dream-7B")}
-    for shape, budgets in (("LLaDA-8B", (1, 4, 16)), ("Dream-7B", (4,))):
+    for shape, budgets in (("LLaDA-8B", (4, 1, 16)), ("Dream-7B", (4,))):
         encoding = [row for row in rows[shape] if row["kind"] == "encoding"]
         loaded = {(row["masks"], row["sparse"]) for row in encoding if row["way"] == "as loaded"}
         assert loaded == {(masks, sparse) for masks in budgets for sparse in (False, True)}

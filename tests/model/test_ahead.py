@@ -123,7 +123,7 @@ def test_a_single_text_begins_no_thread(pair: tuple[Any, Any], monkeypatch: pyte
 def test_the_first_windows_on_a_gpu_are_small(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it does not wait until thousands of texts are prepared."""
     monkeypatch.setattr("diffretriever.model.batching.FIRST_WINDOW", 2)
-    monkeypatch.setattr("diffretriever.model.batching.WINDOW", 8)
+    monkeypatch.setattr("diffretriever.model.batching.WINDOW", 10)
     sizes: dict[str, list[int]] = {"cpu": [], "cuda": []}
     for model in pair:
 
@@ -133,7 +133,7 @@ def test_the_first_windows_on_a_gpu_are_small(pair: tuple[Any, Any], monkeypatch
 
         monkeypatch.setattr(model.texts, "prepare", prepare)
         model.encode_texts(TEXTS + TEXTS[:5], False, compute_sparse=False)
-    assert sizes == {"cpu": [8, 8, 5], "cuda": [2, 4, 8, 7]}
+    assert sizes == {"cpu": [10, 10, 1], "cuda": [2, 8, 10, 1]}
 
 
 def test_vectors_that_are_not_finite_name_their_row(pair: tuple[Any, Any], gpu: PretendGPU, tmp_path: Path) -> None:

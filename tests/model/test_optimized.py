@@ -68,6 +68,20 @@ def test_what_waits_cannot_be_recorded() -> None:
         assert gpu.replays == 1
 
 
+def test_layers_that_cannot_be_recorded_say_what_to_do(
+    load_release: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpu() as gpu:
+        model = copy.deepcopy(load_release("tiny-llada", "llada-q4p4"))
+        gpu.move(model)
+        model.optimize_for("latency", compiled=False)
+        model.backbone.norm.register_forward_hook(lambda *values: bool((values[2] > 0).any()) or values[2])
+        with pytest.raises(
+            RuntimeError, match=r'recorded as a CUDA graph .*; call optimize_for\("throughput"\)\. CUDA'
+        ):
+            model.encode_texts(TEXTS[:1], False)
+
+
 @pytest.fixture
 def recorded(load_release: Callable[..., Any]) -> Iterator[tuple[Any, Any, Any]]:
     """A model on the CPU, the same with recorded layers on a pretended GPU, and that."""
