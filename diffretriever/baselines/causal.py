@@ -121,7 +121,33 @@ def final_states(
     """
     kwargs = {} if cache is None else {CACHE_ARGUMENT: cache}
     positions = position_ids(mask) if positions is None else positions
+    seen = attention_mask(mask, ids.shape[1], model.config._attn_implementation)
     states: torch.Tensor = model.model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=cache is not None, **kwargs
+        input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=cache is not None, **kwargs
     ).last_hidden_state
     return states
+
+
+def attention_mask(mask: torch.Tensor, new: int, implementation: str) -> torch.Tensor:
+    """Return what each new token sees: the real tokens up to itself; padding sees itself.
+
+    Padding that saw nothing would have no softmax: on GPUs cuDNN's attention then leaves what was in memory, now and
+    then a NaN, which the next layer's keys carry into the gradients of all.
+
+    Args:
+        mask: int64 [B, C + N], 1 for real tokens.
+        new: N, how many of them are new, the last ones.
+        implementation: of the attention.
+
+    Returns:
+        [B, 1, N, C + N]: bool for "sdpa", float32 to be added for "eager"; the mask itself for others, which take no
+        such mask and cut padding out.
+    """
+    if implementation not in ("sdpa", "eager"):
+        return mask
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    rows = columns[-new:, None]
+    seen = ((columns <= rows) & (mask[:, None] != 0)) | (columns == rows)  # [B, N, C + N]
+    if implementation == "sdpa":
+        return seen[:, None]
+    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]

@@ -90,3 +90,23 @@ def test_a_length_without_room(backbone: Callable[[str], Path], length: int, lea
         ValueError, match=rf"`query_length` is {length}, but what RepLLaMA puts around a query .*{least}"
     ):
         load_baseline(backbone("llama"), "repllama", dtype=torch.float32, query_length=length)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_sees_itself(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
+    """A token that sees nothing has no softmax; cuDNN's attention gives NaN for it now and then."""
+    model = load("repllama", "llama", attn_implementation=implementation)
+    seen: list[torch.Tensor] = []
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["attention_mask"])
+
+    hook = model.backbone.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    ids, mask = model.tokenize(["sun", "light and water make a plant grow"], True)
+    model.encode(ids, mask, True)
+    hook.remove()
+    [taken] = seen
+    allowed = (taken if taken.dtype == torch.bool else taken == 0)[:, 0]  # [B, L, L]
+    causal, real = torch.ones(allowed.shape[1:]).tril().bool(), mask.bool()
+    assert torch.equal(allowed[real], (causal & real[:, None])[real])
+    assert torch.equal(allowed[~real].sum(dim=1), torch.ones(int((~real).sum())).long())
