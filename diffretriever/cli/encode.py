@@ -14,6 +14,7 @@ from ..store.manifest import STORE_DTYPES
 from .arguments import add_command, count
 from .exit_status import DONE
 from .load_model import (
+    add_batch_option,
     add_length_options,
     add_mask_options,
     add_model_options,
@@ -55,7 +56,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--no-content-filter", action="store_true", help="let the whole vocabulary weigh")
     parser.add_argument("--no-texts", action="store_true", help="store no texts")
     parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
-    parser.add_argument("--tokens-per-batch", type=int, help="padding included (default: 1024 on a CPU, else 16384)")
+    add_batch_option(parser)
     told = "have torch.compile write code for the model's layers first: faster where a corpus takes long, on a GPU"
     parser.add_argument("--compile", action="store_true", help=told)
     parser.add_argument("--attn-implementation", choices=ATTENTIONS, help="default: sdpa")

@@ -12,6 +12,7 @@ from ..store.manifest import STORE_DTYPES
 from .arguments import add_command, add_fusion_options
 from .exit_status import DONE
 from .load_model import (
+    add_batch_option,
     add_length_options,
     add_mask_options,
     add_model_options,
@@ -47,6 +48,7 @@ def _what(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split", default="test", help="BEIR: a file of qrels/; MS MARCO: dev, dl19, dl20")
     group.add_argument("--store", type=Path, help="folder for the encoded corpus (default: a temporary one)")
     group.add_argument("--dtype", choices=STORE_DTYPES, help="of the stored vectors (default: the store's, or float16)")
+    add_batch_option(group)
 
 
 def _how(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +132,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         num_passage_masks=options.num_passage_masks,
         **lengths_of(options),
     )
-    with encoded_corpus(model, options.data, options.store, options.dtype, how.progress) as store:
+    given = (options.store, options.dtype, how.progress, options.tokens_per_batch)
+    with encoded_corpus(model, options.data, *given) as store:
         sizes = f"{len(benchmark.queries):,} queries, {len(store):,} passages"
         title = f"{options.model} on {options.data}, split {options.split}: {sizes}"
         evaluation, runs = evaluate(model, benchmark, store, how, title)

@@ -76,6 +76,12 @@ def add_length_options(parser: Any) -> None:
         parser.add_argument(f"--{side}-length", type=int, help=f"tokens of a {side}'s text alone, instead")
 
 
+def add_batch_option(parser: Any) -> None:
+    """Add --tokens-per-batch."""
+    told = "tokens that are encoded at once, padding included (default: 1024 on a CPU, else 16384)"
+    parser.add_argument("--tokens-per-batch", type=int, help=told)
+
+
 def lengths_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the options of `add_length_options` say, for `load_model`."""
     return {name: getattr(options, name) for name in ("max_length", "query_length", "passage_length")}

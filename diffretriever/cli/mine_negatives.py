@@ -10,7 +10,7 @@ from typing import Any
 from ..search.modes import MODES
 from .arguments import add_command, count, count_or_none
 from .exit_status import DONE
-from .load_model import RELEASE, add_model_options, check_model, choose_modes, load_model
+from .load_model import RELEASE, add_batch_option, add_model_options, check_model, choose_modes, load_model
 
 BM25 = "bm25"
 
@@ -24,6 +24,7 @@ def register(commands: Any) -> None:
     add_model_options(parser, f'"{BM25}" (default), or {RELEASE}', default=BM25)
     parser.add_argument("--mode", default="multi_dense", choices=MODES, help="a release's scoring mode")
     parser.add_argument("--store", type=Path, help="folder for a release's vectors (default: a temporary one)")
+    add_batch_option(parser)
     parser.add_argument("--negatives", type=count, default=15, help="negatives a query (default 15)")
     parser.add_argument("--depth", type=count, default=100, help="draw them from so many best (default 100)")
     parser.add_argument("--skip", type=count_or_none, default=0, help="leave out so many of the best: perhaps answers")
@@ -45,7 +46,8 @@ def run_mine(options: argparse.Namespace) -> int:
             counts = mine_negatives(files, rank_by_bm25(corpus), options.output, draws)
         else:
             model = load_model(options)
-            with encoded_corpus(model, corpus, options.store, progress=True) as store:
+            batch = options.tokens_per_batch
+            with encoded_corpus(model, corpus, options.store, progress=True, tokens_per_batch=batch) as store:
                 counts = mine_negatives(files, rank_by_release(model, store, options.mode), options.output, draws)
     files.close()
     print(

@@ -80,7 +80,12 @@ def _notes_on_cuts(model: Any, benchmark: Benchmark) -> list[str]:
 
 @contextmanager
 def encoded_corpus(
-    model: Any, source: str | Path, folder: Path | None = None, dtype: str | None = None, progress: bool = False
+    model: Any,
+    source: str | Path,
+    folder: Path | None = None,
+    dtype: str | None = None,
+    progress: bool = False,
+    tokens_per_batch: int | None = None,
 ) -> Iterator[Store]:
     """Encode a corpus, resume a store that was begun, or check and reuse one that is there.
 
@@ -93,6 +98,7 @@ def encoded_corpus(
         folder: of the store; None makes a temporary one, which is gone afterwards.
         dtype: of the stored vectors; None takes the store's, or float16.
         progress: draw a bar.
+        tokens_per_batch: as for `encode_store`.
 
     Yields:
         The store.
@@ -111,6 +117,7 @@ def encoded_corpus(
             options |= {name: begun.settings.options.get(name, True) for name in ("content_filter", "keep_texts")}
         if dtype is not None:
             options["dtype"] = dtype
+        options["tokens_per_batch"] = tokens_per_batch
         yield encode_store(model, source, place, show_progress_bar=progress, **options)
 
 

@@ -19,7 +19,7 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Mapping[str, An
     Args:
         path: a YAML file.
         kind: the recipe's dataclass; dataclasses may be nested in it.
-        overrides: values that replace those of the file (None: not given).
+        overrides: values that replace those of the file.
 
     Raises:
         FileNotFoundError: the file is absent.
@@ -35,5 +35,5 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Mapping[str, An
     except (yaml.YAMLError, ValueError) as error:  # also no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if isinstance(given, dict):
-        given.update({key: value for key, value in (overrides or {}).items() if value is not None})
+        given.update(overrides or {})
     return fill(kind, given, str(path))

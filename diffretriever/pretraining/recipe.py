@@ -84,7 +84,7 @@ def read_pretrain_recipe(path: str | Path, **overrides: Any) -> PretrainRecipe:
         FileNotFoundError: the file is absent.
         ValueError: an unknown key, or a value that cannot be; the message names file and key.
     """
-    recipe = read_recipe(path, PretrainRecipe, overrides)
+    recipe = read_recipe(path, PretrainRecipe, {key: value for key, value in overrides.items() if value is not None})
     where = str(path)
     if recipe.backbone_type not in DIFFUSION_TYPES:
         known = ", ".join(DIFFUSION_TYPES)

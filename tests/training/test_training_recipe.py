@@ -127,6 +127,12 @@ def test_recipe_errors(tmp_path: Path, text: str, words: str) -> None:
         read_adapter_recipe(tmp_path / "r.yaml")
 
 
+def test_the_command_line_takes_a_recipes_value_away(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text('query_prompt: {system: "", user: "Q: {text}", assistant: ""}\n')
+    assert read_adapter_recipe(tmp_path / "r.yaml").query_prompt is not None
+    assert read_adapter_recipe(tmp_path / "r.yaml", ["query_prompt=null"]).query_prompt is None
+
+
 def test_the_command_line_wins(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("learning_rate: 1e-3\nseed: 1\nrank: 2\n")
     recipe = read_adapter_recipe(tmp_path / "r.yaml", ["learning_rate=2e-4", "bf16=false", "seed=7"], seed=9)
