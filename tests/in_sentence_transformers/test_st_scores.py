@@ -134,6 +134,7 @@ def test_one_string_gives_one_vector(folders: Folders, kind: str) -> None:
     assert np.allclose(one, many, atol=3e-6)
 
 
+@pytest.mark.once
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=4))
 def test_any_text(folders: Folders, texts: list[str]) -> None:

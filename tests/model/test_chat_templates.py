@@ -87,6 +87,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast.from_pretrained(PARITY / "backbones" / "tiny-dream")
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("within")
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_hostile_templates(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

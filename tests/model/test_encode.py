@@ -72,6 +72,7 @@ def shift_padding(model: Any, ids: torch.Tensor, mask: torch.Tensor, side: str, 
 # ------------------------------------------------------------------------------------------------ batch invariance
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("is_query", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", CASES)

@@ -42,6 +42,7 @@ def expected_budget(model: Any, text: str) -> int:
     return chosen
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", RELEASES)
 def test_each_query_is_as_alone_under_its_own_k(name: str, load_release: Callable[..., Any]) -> None:
     """The releases with a fixed K_q are loaded by it, their prompts following it where nothing was trained."""
