@@ -272,16 +272,6 @@ def test_terms_below_the_cut_do_not_count() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_check")
-def test_in_a_fresh_process(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert publish.main(["check", str(release)]) == 0
-    said = capsys.readouterr().out
-    assert "ok: its vectors in a fresh process are those of the build" in said
-    assert said.count("the card's code runs") + said.count("needs another sentence-transformers") == 4
-    assert said.count("the card's code runs") >= 2
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("forked_check")
 def test_wrong_weights_with_right_hashes(release: Path) -> None:
     """The vectors are compared, not only the hashes: an adapter that lost its head's part has other sparse weights."""
 

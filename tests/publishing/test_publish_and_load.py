@@ -70,6 +70,8 @@ def run(server: FakeHub, tmp_path: Path, *command: str) -> str:
 def test_push_load_check(server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(server, tmp_path, str(ROOT / "publish.py"), "push", NAME, "--repo-id", "lab/tiny", "--tag", "v1.0")
     assert "ok: its vectors in a fresh process are those of the build" in said
+    assert said.count("the card's code runs") + said.count("needs another sentence-transformers") == 4
+    assert said.count("the card's code runs") >= 2
     assert "lab/tiny: the tag v1.0 names commit" in said
     assert {file.name for file in tmp_path.iterdir()} <= {"home"}  # nothing else is left behind
     run(server, tmp_path, "-c", LOAD, str(tmp_path / "found.json"))
