@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,8 +123,9 @@ def test_a_single_text_begins_no_thread(pair: tuple[Any, Any], monkeypatch: pyte
 
 def test_the_first_windows_on_a_gpu_are_small(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it does not wait until thousands of texts are prepared."""
-    monkeypatch.setattr("diffretriever.model.batching.FIRST_WINDOW", 2)
-    monkeypatch.setattr("diffretriever.model.batching.WINDOW", 10)
+    batching = sys.modules[type(pair[0]).__module__].encode_in_order.__globals__
+    monkeypatch.setitem(batching, "FIRST_WINDOW", 2)
+    monkeypatch.setitem(batching, "WINDOW", 10)
     sizes: dict[str, list[int]] = {"cpu": [], "cuda": []}
     for model in pair:
 
