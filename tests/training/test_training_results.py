@@ -37,7 +37,7 @@ def trained(
 ) -> dict[str, Any]:
     """Twenty steps on 200 pairs with four masks a side, and the release that is built of them."""
     folder = tmp_path_factory.mktemp("trained")
-    changes = {"max_steps": 20, "save_steps": 20, "log_steps": 5, "global_batch_size": 16, "learning_rate": 5e-3}
+    changes = {"max_steps": 20, "save_steps": 20, "log_steps": 5, "global_batch_size": 8, "learning_rate": 5e-3}
     recipe = write_recipe(
         folder / "recipe.yaml", **changes, num_query_masks=3, num_passage_masks=4, rank=16, alpha=64, warmup=0.1
     )
@@ -93,7 +93,7 @@ def test_lengths_in_tokens_of_the_text_go_into_the_layout(load_release: Callable
 
 def test_the_record_names_recipe_and_data(trained: dict[str, Any]) -> None:
     record = json.loads((trained["out"] / "run.json").read_text())
-    assert record["recipe"]["global_batch_size"] == 16
+    assert record["recipe"]["global_batch_size"] == 8
     assert record["steps"] == 20
     (data,) = record["data"]
     assert data["queries"] == 200
