@@ -2,10 +2,14 @@
 
 python benchmarks/store.py speed --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 --input corpus.jsonl
 python benchmarks/store.py dtypes --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 --data BEIR_DIR --scratch DIR
+python benchmarks/store.py write [--tokens-per-second 40000]
+python benchmarks/store.py memory --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 [--sizes 100000 1000000]
 
 `speed` encodes the same passages with `encode_texts` and with `encode_store`, in turn and in one process, and prints
 the medians and their ratio. `dtypes` encodes once into float32 stores (kept in the scratch folder), converts them, and
-compares each dtype's MaxSim ranking with float32's.
+compares each dtype's MaxSim ranking with float32's. `write` times the writing of shards of some widths, and says what
+share of the encoding it would be. `memory` makes stores of some sizes, each in a process of its own, with tokens and
+vectors out of a hat, and prints the peak of its memory.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from encode import peak_resident  # noqa: E402
 from hardware import describe  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
@@ -37,7 +45,7 @@ from diffretriever.store.store import Shard, ShardContents, Store, write_store  
 
 
 def main() -> None:
-    """Run one of the two measurements."""
+    """Run one of the measurements."""
     parser = Parser(description=__doc__)
     measurements = parser.add_subparsers(required=True)
     speed = measurements.add_parser("speed")
@@ -51,10 +59,23 @@ def main() -> None:
     dtypes.add_argument("--split", default="test")
     dtypes.add_argument("--scratch", required=True, type=Path, help="keeps the float32 stores for the next time")
     dtypes.set_defaults(run=compare_dtypes)
-    for measurement in (speed, dtypes):
+    write = measurements.add_parser("write")
+    write.add_argument("--tokens-per-second", type=float, nargs="+", default=[1000.0, 40000.0])
+    write.add_argument("--tokens", type=int, default=130, help="of a passage, prompt and masks included")
+    write.add_argument("--num-passages", type=int, default=2048, help="in a shard")
+    write.add_argument("--rounds", type=int, default=5)
+    write.add_argument("--scratch", type=Path, help="where the shards are written (default: among temporary files)")
+    write.set_defaults(run=measure_writing)
+    memory = measurements.add_parser("memory")
+    memory.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000], help="passages")
+    memory.set_defaults(run=measure_memory)
+    for measurement in (speed, dtypes, memory):
         measurement.add_argument("--model", required=True)
         measurement.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    if options.run is measure_writing:
+        measure_writing(options)
+        return
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True).to(options.device)
     print(f"{describe(options.device)}; {options.model}, {model.dtype}")
     options.run(model, options)
@@ -95,6 +116,65 @@ def write_tsv(file: Path, passages: list[Any]) -> Path:
     lines = [f"{number}\t{' '.join(passage.text.split())}\n" for number, passage in enumerate(passages)]
     file.write_text("".join(lines), encoding="utf-8")
     return file
+
+
+def measure_writing(options: argparse.Namespace) -> None:
+    """Print what a passage's writing takes, of a processor and by the clock, beside its encoding."""
+    print(describe("cpu"))
+    count = options.num_passages
+    for masks, width in ((4, 192), (4, 576), (4, 4096), (16, 4096)):
+        vectors = F.normalize(torch.randn(count, masks, width), dim=-1)
+        sparse = torch.randint(1, 30_000, (count, 128)), torch.rand(count, 128)
+        contents = ShardContents(list(map(str, range(count))), vectors, *sparse, ["x" * 400] * count)
+        taken: list[tuple[float, float]] = []
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            for turn in range(options.rounds):
+                begun = time.process_time(), time.perf_counter()
+                write_store(Path(scratch) / str(turn), [contents], {})
+                taken.append((time.process_time() - begun[0], time.perf_counter() - begun[1]))
+                shutil.rmtree(Path(scratch) / str(turn))
+        worked, passed = (1e6 * statistics.median(times) / count for times in zip(*taken, strict=True))
+        shares = [f"{worked / (1e6 * options.tokens / rate):.3%} at {rate:g}" for rate in options.tokens_per_second]
+        print(
+            f"K {masks:2d}, H {width:4d}, float16: {worked:4.0f} us of a core and {passed:5.0f} us by the clock each: "
+            f"of encoding {', '.join(shares)} tokens/s",
+            flush=True,
+        )
+
+
+def measure_memory(model: Any, options: argparse.Namespace) -> None:
+    """Print the peak memory of encoding corpora of some sizes; more than one are measured in processes of their own."""
+    for size in options.sizes:
+        if len(options.sizes) > 1:
+            command = [sys.executable, __file__, "memory", "--model", options.model, "--sizes", str(size)]
+            print(
+                subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1], flush=True
+            )
+            continue
+        shape = model.config.num_passage_masks, model.config.backbone_config.hidden_size
+        model.encode_batches = partial(out_of_a_hat, shape)
+        (one,) = model.texts.prepare(["an audio player"], False, True)
+        model.texts.prepare = partial(as_if_each, one)
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch) / "corpus.tsv"
+            with source.open("w", encoding="utf-8") as file:
+                file.writelines(f"{number}\taudio player {number}\n" for number in range(size))
+            begun = time.perf_counter()
+            store = encode_store(model, source, Path(scratch) / "store")
+            print(f"{len(store)} passages: {peak_resident():.2f} GB at the peak, {time.perf_counter() - begun:.0f} s")
+
+
+def as_if_each(one: Any, texts: list[str], *_: Any) -> list[Any]:
+    """Return one prepared text for every text."""
+    return [one] * len(texts)
+
+
+def out_of_a_hat(shape: tuple[int, int], prepared: Any, batches: Any, sparse_top_k: int, **_: Any) -> Iterator[Any]:
+    """Yield what a model would, with random vectors of a shape [K, H]."""
+    for rows in batches:
+        vectors = F.normalize(torch.rand(len(rows), *shape), dim=-1)
+        indices = torch.randint(1, 100, (len(rows), sparse_top_k))
+        yield rows, {"repr_hidden": vectors, "sparse_indices": indices, "sparse_values": torch.rand(indices.shape)}
 
 
 def compare_dtypes(model: Any, options: argparse.Namespace) -> None:

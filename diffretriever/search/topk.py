@@ -55,8 +55,13 @@ class TopK:
         places = (torch.arange(first, first + len(block), device=block.device) for block, first in self._waiting)
         scores, positions = torch.cat([block for block, _ in self._waiting]), torch.cat(list(places))
         self._waiting, self._num_waiting = [], 0
-        if self._floor is not None:  # a later position loses a tie, so only a better score can enter, or NaN
-            rows = (~(scores <= self._floor)).any(dim=1).nonzero().flatten()
+        lost = None  # NaN is not
+        if self._floor is not None:  # a later position loses a tie, so only a better score can enter
+            lost = scores <= self._floor
+        elif scores.shape[0] > self.k:  # a key costs more than a score
+            lost = scores < scores.topk(self.k, dim=0).values[-1]
+        if lost is not None:
+            rows = (~lost).any(dim=1).nonzero().flatten()
             scores, positions = scores[rows], positions[rows]
         if bool(torch.isnan(scores).any()):
             position = int(positions[torch.isnan(scores).any(dim=1)][0])

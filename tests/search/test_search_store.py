@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from diffretriever.cli.display import text_width, wrap
 from diffretriever.model import scoring
-from diffretriever.search import MODES, ExactEngine, Searcher
+from diffretriever.search import MODES, ExactEngine, Searcher, topk
 from diffretriever.search import searcher as searcher_module
 from diffretriever.search import sparse as sparse_module
 from diffretriever.search.modes import FUSED
@@ -98,13 +99,18 @@ def test_queries_of_another_model_are_refused(tmp_path: Path) -> None:
     values=st.lists(st.sampled_from([-float("inf"), -1.0, -0.0, 0.0, 0.5, 1.0]), min_size=1, max_size=60),
     k=st.integers(1, 70),
     size=st.integers(1, 61),
+    waiting=st.integers(1, 130),
+    border=st.integers(0, 60),
 )
-def test_top_k_is_a_stable_sort(values: list[float], k: int, size: int) -> None:
-    best = TopK(2, k)
-    for start in range(0, len(values), size):
-        block = torch.tensor(values[start : start + size])
-        best.update(torch.stack([block, -block], dim=1), start)
-    positions, scores = best.result()
+def test_top_k_is_a_stable_sort(values: list[float], k: int, size: int, waiting: int, border: int) -> None:
+    halves = [TopK(2, k), TopK(2, k)]
+    with patch.object(topk, "WAITING", waiting):
+        for best, first, end in zip(halves, (0, border), (min(border, len(values)), len(values)), strict=True):
+            for start in range(first, end, size):
+                block = torch.tensor(values[start : min(start + size, end)])
+                best.update(torch.stack([block, -block], dim=1), start)
+    halves[0].merge(halves[1])
+    positions, scores = halves[0].result()
     for row, sign in ((0, 1.0), (1, -1.0)):
         order = sorted(range(len(values)), key=lambda p, sign=sign: (-sign * values[p], p))[:k]  # type: ignore[misc]
         assert positions[row].tolist() == order

@@ -222,11 +222,12 @@ def test_contents_that_do_not_go_together(tmp_path: Path) -> None:
     shard.sparse_values = shard.sparse_values[:1]
     with pytest.raises(ValueError, match="a shard has 2 ids, but sparse_values has 1 rows"):
         write_store(tmp_path / "1", [shard], {})
-    shard = made_up_shard(["a", "b"])
-    shard.repr_hidden[1, 0, 0] = float("nan")
-    for number, dtype in enumerate(("float16", "int8")):
-        with pytest.raises(ValueError, match=r"of 'b' is NaN, infinite or too large for torch.float"):
-            write_store(tmp_path / f"nan-{number}", [shard], {"dtype": dtype})
+    for number in map(float, ("nan", "inf", "-inf")):
+        shard = made_up_shard(["a", "b"])
+        shard.repr_hidden[1, 0, 0] = number
+        for dtype in ("float16", "bfloat16", "int8"):
+            with pytest.raises(ValueError, match=r"of 'b' is NaN, infinite or too large for torch.b?float"):
+                write_store(tmp_path / f"{number}-{dtype}", [shard], {"dtype": dtype})
     shard = made_up_shard(["a"])
     shard.repr_hidden *= 1e6
     with pytest.raises(ValueError, match=r"too large for torch.float16; try --dtype bfloat16"):
