@@ -65,7 +65,7 @@ def test_every_command_is_one_of_ours(benchmark: Any, tmp_path: Path, monkeypatc
     planned: list[Any] = []
     monkeypatch.setattr(benchmark.Queue, "run", lambda queue: planned.extend(queue.jobs))
     words = f"comparison.py --backbone base --pairs a b --data one=x two=y --output {tmp_path} --num-queries 0"
-    monkeypatch.setattr(sys, "argv", [*words.split(), "--variant", "longer", "max_steps=400"])
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--set", "max_steps=200", "--variant", "longer", "max_steps=300"])
     assert benchmark.main() == 0
     trained = {}
     for one in planned:
@@ -74,7 +74,7 @@ def test_every_command_is_one_of_ours(benchmark: Any, tmp_path: Path, monkeypatc
             recipe = read_adapter_recipe(find_recipe(options.recipe, "training"), options.set, method=options.method)
             trained[one.name] = (recipe.method, recipe.num_query_masks, recipe.max_steps)
     assert len(trained) == 6 * 3 + 1
-    assert trained["train-diffretriever-longer.42"] == ("diffretriever", 4, 400)
+    assert trained["train-diffretriever-longer.42"] == ("diffretriever", 4, 300)
     assert trained["train-promptreps-multi.44"] == ("promptreps", 4, 200)
     assert trained["train-diffembed.43"] == ("diffembed", 1, 200)
     assert len(planned) == 1 + 19 + 2 * (19 + 6)
