@@ -7,7 +7,7 @@ import json
 import re
 import runpy
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import fresh
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.utils.logging import enable_progress_bar
 
 import diffretriever
 import publish
@@ -84,6 +85,14 @@ def test_quickstart_without_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert quickstart.shipped_release() == tmp_path / "diffretriever-llada-tiny-multi-q4-p4"
 
 
+@pytest.fixture
+def progress_bars() -> Iterator[None]:
+    """What the test turns off in this process is on again for those after it."""
+    yield
+    enable_progress_bar()
+
+
+@pytest.mark.usefixtures("progress_bars")
 def test_quickstart_ranks_sensibly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In seconds, and the right passage near the top in every mode."""
     release = CHECKPOINTS / "diffretriever-llada-tiny-multi-q4-p4"
