@@ -120,7 +120,12 @@ def connection(address: str | None) -> Iterator[Any]:
         yield ray
         return
     stop = signal.getsignal(signal.SIGTERM)
-    ray.init(address, include_dashboard=None if address else False, log_to_driver=False, logging_level=logging.ERROR)
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address, include_dashboard=None if address else False, **options)
+    except ConnectionError as error:
+        hint = "If it runs, it may ask for a token, as those of `ray start` do: set RAY_AUTH_MODE=token here, too"
+        raise ConnectionError(f"{error}. {hint} (docs/scale.md).") from error
     try:
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, stop)  # Ray would end the process its way

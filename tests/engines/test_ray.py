@@ -104,6 +104,29 @@ def test_the_store_is_that_of_one_process(
 
 
 @pytest.mark.once
+def test_a_cluster_that_asks_for_a_token(
+    ray: Any,
+    build_release: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What Ray says of it is that it cannot connect."""
+
+    def refuse(address: str, **_: Any) -> None:
+        raise ConnectionError(f"Failed to connect to Ray cluster at {address}")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    given = ["encode", "--model", str(build_release("tiny-llada", "llada-q4p4"))]
+    given += ["--input", str(write_jsonl(tmp_path / "a.jsonl", made_up_texts(1))), "--output", str(tmp_path / "s")]
+    assert main([*given, "--engine", "ray", "--address", "10.0.0.1:6379"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "Failed to connect to Ray cluster at 10.0.0.1:6379. If it runs, it may ask for a token" in last
+    assert "set RAY_AUTH_MODE=token here" in last
+
+
+@pytest.mark.once
 def test_options_of_ray_go_with_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", made_up_texts(1))
     given = ["encode", "--model", "m", "--input", str(corpus), "--output", str(tmp_path / "s"), "--actors", "2"]
