@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -114,5 +116,22 @@ def load_release(build_release: Callable[..., Path]) -> Callable[..., Any]:
             folder = build_release(backbone, adapter)
             loaded[key] = AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
         return loaded[key]
+
+    return load
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return a function that imports a script of benchmarks/ by its name, anew."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
+        spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
+        spec.loader.exec_module(module)
+        return module
 
     return load

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,12 @@ from diffretriever.cli.arguments import find_recipe
 from diffretriever.cli.main import build_parser
 from diffretriever.training.adapter_recipe import read_adapter_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.once
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
-    spec = importlib.util.spec_from_file_location("comparison", ROOT / "benchmarks" / "comparison.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "comparison", module)  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load_benchmark: Callable[[str], Any]) -> Any:
+    return load_benchmark("comparison")
 
 
 def job(benchmark: Any, folder: Path, name: str, code: str, *after: str) -> Any:

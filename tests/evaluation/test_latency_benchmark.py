@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,19 +15,10 @@ import torch
 
 from diffretriever.evaluation.plots.latency import plot_latency, read_latency
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def latency(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
-    spec = importlib.util.spec_from_file_location("latency_benchmark", ROOT / "benchmarks" / "latency.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "latency_benchmark", module)
-    spec.loader.exec_module(module)
-    return module
+def latency(load_benchmark: Callable[[str], Any]) -> ModuleType:
+    return load_benchmark("latency")
 
 
 def test_every_method_is_timed_at_every_length(

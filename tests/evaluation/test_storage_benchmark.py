@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from diffretriever.evaluation.plots.scaling import plot_scaling, read_points
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
-    spec = importlib.util.spec_from_file_location("storage_benchmark", ROOT / "benchmarks" / "storage.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def storage(load_benchmark: Callable[[str], Any]) -> ModuleType:
+    return load_benchmark("storage")
 
 
 def test_bytes_and_latency(

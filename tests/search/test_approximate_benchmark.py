@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from checkpoint_folders import ROOT
 
 from diffretriever.store.store import ShardContents, write_store
 
@@ -18,13 +18,13 @@ pytest.importorskip("qdrant_edge")
 
 
 @pytest.mark.once
-def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
-    spec = importlib.util.spec_from_file_location("approximate", ROOT / "benchmarks" / "approximate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_what_it_prints(
+    load_benchmark: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = load_benchmark("approximate")
     real = torch.nn.functional.normalize(torch.randn(30, 2, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     for name, side in (("store", "passage"), ("queries", "query")):
         shard = ShardContents([f"{name} {row}" for row in range(30)], real, torch.zeros(30, 1), torch.zeros(30, 1))

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
-from checkpoint_folders import ROOT
 
 pytest.importorskip("scipy")
 
 
 @pytest.mark.once
-def test_what_it_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
-    spec = importlib.util.spec_from_file_location("sparse_peers", ROOT / "benchmarks" / "sparse_peers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_what_it_prints(
+    load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load_benchmark("sparse_peers")
     options = ["--sizes", "300", "--num-queries", "3", "--top-k", "5", "--peers", "ours", "scipy"]
     monkeypatch.setattr(sys, "argv", ["sparse_peers.py", *options])
     module.main()
