@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..files.durable import remove_temporaries, write_whole
-from ..files.hashes import hash64
+from ..files.hashes import hash64, hash_file
 from ..files.lines import COMPRESSIONS, decode_line, parse_object, read_blocks, read_raw_lines
 from .ids import repeated_hashes
 from .texts import join_title, text_key
@@ -221,8 +221,7 @@ def _plain_file(path: Path, number: int, scratch: Path | None) -> Path:
     if scratch is None:
         raise ValueError(f"{path}: unpack it first; lines of a compressed file cannot be read by offset")
     scratch.mkdir(parents=True, exist_ok=True)
-    stamp = path.stat()
-    copy = scratch / f"data-{number}-{stamp.st_size}-{stamp.st_mtime_ns}.jsonl"
+    copy = scratch / f"data-{number}-{hash_file(path)[:16]}.jsonl"
     if not copy.is_file():
         remove_temporaries(scratch)
         write_whole(copy, read_blocks(path))

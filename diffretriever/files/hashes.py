@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from .durable import BLOCK
+
+SETTLED = 3.0  # seconds: clocks of file systems tick every 2 s at the coarsest (FAT), and a server's may differ
+_remembered: dict[tuple[Path, int, int, int, int], str] = {}
 
 
 def hash64(text: str | bytes) -> int:
@@ -34,6 +39,20 @@ def hash_file(file: Path, start: int = 0) -> str:
         while block := stream.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_once(file: Path) -> str:
+    """Return `hash_file` of a file that a process asks for again and again, read anew once it may have changed.
+
+    What a file system says of a file tells one state of it from the next only when its clock ticked in between, so a
+    hash is remembered only of a file that was left alone for `SETTLED` seconds.
+    """
+    now, status = time.time(), os.stat(file)
+    state = (file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    digest = _remembered.get(state) or hash_file(file)
+    if now - max(status.st_mtime, status.st_ctime) >= SETTLED:
+        _remembered[state] = digest
+    return digest
 
 
 def with_own_hash(content: Mapping[str, Any]) -> dict[str, Any]:

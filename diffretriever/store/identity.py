@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import transformers
 from huggingface_hub import constants
 
 from .. import __version__
-from ..files.hashes import hash_file
+from ..files.hashes import hash_once
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.checked_files import read_headers
 from ..model.configuration_diffretriever import paper_prompt
@@ -210,8 +209,7 @@ def _content_hash(file: Path) -> str:
     real = file.resolve(strict=True)
     if SHA256.fullmatch(real.name) and _in_hub_cache(file, real):  # the cache names a large file by its SHA-256
         return real.name
-    status = real.stat()
-    return _hash_once(real, status.st_size, status.st_mtime_ns)
+    return hash_once(real)
 
 
 def _in_hub_cache(file: Path, blob: Path) -> bool:
@@ -219,12 +217,6 @@ def _in_hub_cache(file: Path, blob: Path) -> bool:
     place = blob.parent.parent
     cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
     return (place.parent, blob.parent.name) == (cache, "blobs") and place / "snapshots" in file.parent.resolve().parents
-
-
-@cache
-def _hash_once(file: Path, size: int, changed: int) -> str:
-    """Hash a file that a process asks for again and again; `size` and `changed` tell whether it is still the same."""
-    return hash_file(file)
 
 
 def _commit(folder: Path) -> str | None:
