@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from encode import matmul_rate, report_one_query  # noqa: E402
 from hardware import describe  # noqa: E402
 from random_backbone import Shape  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -37,6 +38,7 @@ SHAPES = {
 RANK = 16
 LAYERS_A_SHARD = 2
 MOST = 1.15  # times the weights, at the peak
+QUERIES, AT_PRODUCTS = 10, 5.0  # timed one by one, and seconds that the rate of large products is measured for
 PARITY = ROOT / "tests/parity"
 
 
@@ -132,6 +134,8 @@ def measure(release: Path) -> None:
         own, pages = (sizes[name] - start[name] for name in ("RssAnon", "VmRSS"))
         shares = f"{own / weights:.2f} x the weights in own memory, {pages / weights:.2f} x with file pages"
         print(f"peak over the start, {when}: {shares} ({'at most' if own <= MOST * weights else 'ABOVE'} {MOST} x)")
+    one = argparse.Namespace(device="cpu", queries=QUERIES)
+    report_one_query(model, one, matmul_rate(model.dtype, "cpu", AT_PRODUCTS))
 
 
 def main() -> None:

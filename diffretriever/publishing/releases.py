@@ -88,6 +88,7 @@ RELEASES = {
     "diffretriever-llada-tiny-multi-q4-p4": _tiny("llada", "multi-q4-p4", 4, 4),
     "diffretriever-dream-tiny-single": _tiny("dream", "single", 1, 1),
     "diffretriever-dream-tiny-multi-q4-p16": _tiny("dream", "multi-q4-p16", 4, 16),
+    "diffretriever-smollm2-135m-single": _smollm2("single", 1),
     "diffretriever-smollm2-135m-multi-q4-p4": _smollm2("multi-q4-p4", 4),
 }
 

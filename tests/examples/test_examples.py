@@ -121,7 +121,7 @@ def test_shipped_checkpoints_load_where_they_lie() -> None:
     assert [folder.name for folder in releases] == sorted(
         name for name, one in building.RELEASES.items() if one.is_local
     )
-    assert len(releases) == 5
+    assert len(releases) == 6
     for folder in releases:
         assert diffretriever.shipped_release(folder.name) == str(folder)
         code = list(folder.rglob("*.py"))
@@ -147,8 +147,8 @@ def test_shipped_checkpoints_are_built_by_name(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_the_release_on_smollm2_is_built_by_name(smollm2: Path, tmp_path: Path) -> None:
-    name = "diffretriever-smollm2-135m-multi-q4-p4"
+@pytest.mark.parametrize("name", [name for name in building.RELEASES if "smollm2" in name])
+def test_releases_on_smollm2_are_built_by_name(name: str, smollm2: Path, tmp_path: Path) -> None:
     command = ["build", name, "--output", str(tmp_path / name), "--fingerprint", "never"]
     assert publish.main(command) == 0
     built, shipped = (json.loads((at / name / "config.json").read_text()) for at in (tmp_path, CHECKPOINTS))

@@ -1,0 +1,1 @@
+../../bidirectional_layers.py

@@ -1,0 +1,1 @@
+../../modeling_diffretriever.py
