@@ -174,6 +174,7 @@ def test_a_release_whose_backbone_is_not_fetched(
 
 
 README = (ROOT / "README.md").read_text()
+METHODS = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", range(README.count("```python\n")))
@@ -203,6 +204,25 @@ def test_the_readmes_picture_has_the_cards_figures(name: str) -> None:
     assert {mode: row["nDCG@10"] for mode, row in drawn.items()} == pytest.approx(
         {mode: known[mode] for mode in drawn}, abs=6e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("drawn", "row"),
+    [
+        ("diffretriever-4-masks", "DiffRetriever, 4 masks"),
+        ("diffretriever-1-mask", "DiffRetriever, 1 mask"),
+        ("promptreps-4-words", "PromptReps, up to 4 words"),
+        ("diffembed", "DiffEmbed"),
+        ("promptreps-20-words-zero-shot", "PromptReps, up to 20 words"),
+        ("promptreps-1-vector-zero-shot", "PromptReps, 1 vector"),
+    ],
+)
+def test_the_picture_of_the_methods_has_the_tables_figures(drawn: str, row: str) -> None:
+    table = re.search(rf"^\| {row} \| ([\d.]+) \| ([\d.]*) *\| ([\d.]*) *\|", METHODS, re.MULTILINE)
+    assert table is not None
+    shown = json.loads((ROOT / "docs" / "methods" / f"{drawn}.json").read_text())
+    values = {mode.partition("_")[0] == "fusion": f"{point['nDCG@10']:.3f}" for mode, point in shown.items()}
+    assert values == {fused: value for fused, value in ((False, table[1]), (True, table[3])) if value}
 
 
 def test_the_readme_is_read_in_a_minute() -> None:
