@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ BLOCK_ELEMENTS = 64 * 1024 * 1024  # similarities held at once
 ROW_TILE, COLUMN_TILE, WIDTH_TILE = 16, 4, 16
 # numpy's BLAS multiplies small matrices as they lie; torch's first copies them into an order of its own, which for a
 # few columns takes as long as the product. So many columns, numbers of a result and multiplications are small.
-SMALL_COLUMNS, SMALL_RESULT, SMALL_PRODUCT = 8, 1024, 1_000_000
+SMALL_COLUMNS, SMALL_RESULT, SMALL_PRODUCT = 16, 1024, 1_000_000
+WIDENED_NUMBERS = 512 * 1024  # that wait for their product: they should not leave the caches
 
 # Gives memory to write a result into, by the result's name and shape; None where each result has memory of its own.
 Memory = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -194,19 +194,24 @@ def multi_dense(
     return torch.cat(scores).T.contiguous()
 
 
-def mean_vectors(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def mean_vectors(
+    vectors: torch.Tensor, mask: torch.Tensor | None = None, memory: Memory | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the normalised mean of each text's vectors, [N, 1, H], and which texts have any, bool [N, 1].
 
     Args:
         vectors: float32 [N, K, H].
         mask: bool [N, K]; None where all exist, and None is then returned for the texts.
+        memory: for the means; without it gradients flow.
     """
     kept = vectors if mask is None else torch.where(mask[..., None], vectors, 0.0)
-    means = F.normalize(kept.sum(dim=1), dim=-1)[:, None]  # the mean's length does not matter to the cosine
+    out = None if memory is None else memory("means", (len(vectors), vectors.shape[2]))
+    sums = torch.sum(kept, dim=1, out=out)
+    means = F.normalize(sums, dim=-1, out=out)[:, None]  # the mean's length does not matter to the cosine
     return means, None if mask is None else mask.any(dim=1, keepdim=True)
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself alone
 class PreparedQueries:
     """Q queries with K_q vectors each, as the right side of a matrix product."""
 
@@ -242,7 +247,7 @@ def maxsim(
     queries at a time, and costs a few per cent of the product (over the last dimension it cost 15).
 
     Args:
-        vectors: float32 [p, K_p, H].
+        vectors: float32 [p, K_p, H]; of any dtype for a few queries on a CPU with `memory`.
         mask: bool [p, K_p], which vectors exist; None where all do.
         queries: Q of them.
         memory: for the results along the way and the scores, float32; without it gradients flow.
@@ -253,78 +258,107 @@ def maxsim(
     Raises:
         ValueError: the sides' dimensions differ.
     """
+    check_width(queries.width, vectors.shape[2])
+    if memory is not None and rows_at_once(queries):
+        return maxsim_of(similarities(vectors.flatten(0, 1), queries, memory), mask, vectors.shape[1], queries, memory)
     count, k_p, width = vectors.shape
-    check_width(queries.width, width)
-    tile = rows_at_once(k_p, queries)
-    if tile and memory is not None:
-        best = _best_of_few(vectors, mask, queries, tile, memory)
-    else:
-        best = _best(vectors, mask, queries, memory)
-    if queries.exists is not None:
-        best = torch.where(queries.exists, best, 0.0)
-    out = None if memory is None else memory("scores", (*best.shape[:2], len(queries)))
-    scores = torch.sum(best, dim=2, out=out).flatten(0, 1)[:count]
-    scores /= queries.counts.clamp(min=1.0)
-    if queries.exists is not None:
-        scores.masked_fill_(queries.counts == 0, -torch.inf)
-    return scores
-
-
-def rows_at_once(k_p: int, queries: PreparedQueries) -> int:
-    """Return how many passage vectors make a small matrix for a few queries on a CPU; 0 where they are not few.
-
-    Args:
-        k_p: vectors a passage; a small matrix holds whole passages and whole tiles.
-        queries: which multiply them.
-    """
-    columns, width = queries.matrix.shape
-    if not 0 < columns <= SMALL_COLUMNS or queries.matrix.device.type != "cpu":
-        return 0
-    unit = math.lcm(ROW_TILE, k_p)
-    return min(SMALL_RESULT // columns, SMALL_PRODUCT // (columns * width)) // unit * unit
-
-
-def _best(
-    vectors: torch.Tensor, mask: torch.Tensor | None, queries: PreparedQueries, memory: Memory | None
-) -> torch.Tensor:
-    """Return each query vector's best similarity with a passage, [p, 1, K_q, Q]; arguments as for `maxsim`."""
-    count, k_p, width = vectors.shape
-    rows, columns = _whole_tiles(vectors.reshape(-1, width), ROW_TILE, memory), len(queries.matrix)
+    rows, columns = _whole_tiles(vectors.reshape(-1, width), memory), len(queries.matrix)
     out = None if memory is None else memory("similarity", (len(rows), columns))
     similarity = torch.mm(rows, queries.matrix.T, out=out)[: count * k_p]
     if mask is not None:
         similarity.masked_fill_(~mask.reshape(-1, 1), -torch.inf)
     out = None if memory is None else memory("best", (count, columns))
     best = torch.amax(similarity.view(count, k_p, columns), dim=1, out=out)
-    return best[:, : queries.num_vectors * len(queries)].view(count, 1, queries.num_vectors, len(queries))
+    best = best[:, : queries.num_vectors * len(queries)].view(count, queries.num_vectors, len(queries))
+    if queries.exists is not None:
+        best = torch.where(queries.exists, best, 0.0)
+    out = None if memory is None else memory("scores", (count, len(queries)))
+    return _mean(torch.sum(best, dim=1, out=out), queries)
 
 
-def _best_of_few(
-    vectors: torch.Tensor, mask: torch.Tensor | None, queries: PreparedQueries, tile: int, memory: Memory
+def maxsim_of(
+    similarity: torch.Tensor, mask: torch.Tensor | None, k_p: int, queries: PreparedQueries, memory: Memory
 ) -> torch.Tensor:
-    """Return the same for a few queries on a CPU, [n, u, K_q, Q]: n small matrices of u passages, the last filled up.
+    """MaxSim of a block of passages from the similarities with a few queries.
 
-    Passages lie in a row's last dimension, so that the maximum and the sum over few vectors run over many passages.
+    Passages lie in a row's last dimension, so that the maximum and the mean over few vectors run over many passages.
+
+    Args:
+        similarity: float32 [C, p·K_p], as from `similarities`; changed where vectors are missing.
+        mask, queries, memory: as for `maxsim`.
+        k_p: vectors a passage.
+
+    Returns:
+        As `maxsim`.
     """
-    _, k_p, width = vectors.shape
-    rows = _whole_tiles(vectors.reshape(-1, width), tile, memory)
-    matrices = rows.view(-1, tile, rows.shape[1]).numpy().transpose(0, 2, 1)  # [n, H, tile]
-    similarity = torch.from_numpy(queries.matrix.numpy() @ matrices)  # [n, C, tile]
     if mask is not None:
-        missing = F.pad(~mask.flatten(), (0, len(rows) - mask.numel()))
-        similarity.masked_fill_(missing.view(-1, 1, tile), -torch.inf)
-    number, columns, _ = similarity.shape
-    best = torch.amax(
-        similarity.view(number, columns, -1, k_p), dim=3, out=memory("best", (number, columns, tile // k_p))
-    )
-    kept = best[:, : queries.num_vectors * len(queries)]
-    return kept.view(number, queries.num_vectors, len(queries), -1).permute(0, 3, 1, 2)
+        similarity.masked_fill_(~mask.reshape(1, -1), -torch.inf)
+    passages = similarity.unflatten(1, (-1, k_p))
+    best = torch.amax(passages, dim=2, out=memory("best", tuple(passages.shape[:2])))  # [C, p]
+    first, *others = best[: queries.num_vectors * len(queries)].view(queries.num_vectors, len(queries), -1)
+    if queries.exists is not None:
+        for vector, there in zip((first, *others), queries.exists, strict=True):
+            vector.masked_fill_(~there[:, None], 0.0)
+    for vector in others:  # one after the other: torch's own sum of many depends on where a passage lies
+        first += vector
+    return _mean(first.T, queries)
 
 
-def _whole_tiles(rows: torch.Tensor, tile: int, memory: Memory | None) -> torch.Tensor:
+def rows_at_once(queries: PreparedQueries) -> int:
+    """Return how many passage vectors make a small matrix for a few queries on a CPU; 0 where they are not few."""
+    columns, width = queries.matrix.shape
+    if not 0 < columns <= SMALL_COLUMNS or queries.matrix.device.type != "cpu":
+        return 0
+    return min(SMALL_RESULT // columns, SMALL_PRODUCT // (columns * width)) // ROW_TILE * ROW_TILE
+
+
+def similarities(rows: torch.Tensor, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
+    """Return the dot products of passage vectors with those of a few queries on a CPU, float32 [C, N].
+
+    Args:
+        rows: [N, H] of any dtype; what is not float32 is widened a few small matrices at a time.
+        queries: of which `rows_at_once` says that they are few.
+        memory: for the results, valid until that is used again.
+
+    Raises:
+        ValueError: the sides' dimensions differ.
+    """
+    check_width(queries.width, rows.shape[1])
+    columns, width = queries.matrix.shape
+    tile = rows_at_once(queries)
+    tiles = -(-len(rows) // tile)
+    at_once = min(tiles, max(1, WIDENED_NUMBERS // (tile * width)))
+    out = memory("similarity", (columns, tiles * tile))
+    matrix, products = queries.matrix.numpy(), out.view(columns, tiles, tile).numpy().transpose(1, 0, 2)
+    widened = memory("widened", (at_once * tile, width))
+    widened[:, queries.width :] = 0.0
+    filled, matrices = widened[:, : queries.width], widened.numpy().reshape(-1, tile, width).transpose(0, 2, 1)
+    as_they_lie = rows.dtype == torch.float32 and rows.device.type == "cpu" and width == queries.width
+    for first, part in zip(range(0, tiles, at_once), rows.split(max(1, at_once * tile)), strict=False):
+        if len(part) < len(widened):  # the last, perhaps
+            widened[len(part) : (tiles - first) * tile] = 0.0
+            filled[: len(part)] = part
+            products[first:] = matrix @ matrices[: tiles - first]
+        elif as_they_lie:
+            products[first : first + at_once] = matrix @ part.numpy().reshape(-1, tile, width).transpose(0, 2, 1)
+        else:
+            filled.copy_(part)
+            products[first : first + at_once] = matrix @ matrices
+    return out[:, : len(rows)]
+
+
+def _mean(sums: torch.Tensor, queries: PreparedQueries) -> torch.Tensor:
+    """Divide the sums over each query's vectors, float32 [p, Q], in place."""
+    sums /= queries.counts.clamp(min=1.0)
+    if queries.exists is not None:
+        sums.masked_fill_(queries.counts == 0, -torch.inf)
+    return sums
+
+
+def _whole_tiles(rows: torch.Tensor, memory: Memory | None) -> torch.Tensor:
     """Return the rows [N, H], filled up with zeros to whole tiles."""
     count, width = rows.shape
-    below, beside = -count % tile, -width % WIDTH_TILE
+    below, beside = -count % ROW_TILE, -width % WIDTH_TILE
     if not below and not beside:
         return rows
     if memory is None:

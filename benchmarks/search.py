@@ -27,8 +27,10 @@ from diffretriever.data.qrels import read_qrels
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
 from diffretriever.model.batching import run_side_by_side
 from diffretriever.search import MODES, QdrantEngine, Results, Searcher, compress, open_store, upload
+from diffretriever.store.store import ShardContents, write_store
 
 VOCABULARY = 126_464  # LLaDA's
+STORED = ("float16", "bfloat16", "float32", "int8", "compressed")
 PEAK_ROWS = 1024  # of the product that gives the peak
 
 
@@ -108,6 +110,26 @@ def measure_exact(passages: dict[str, torch.Tensor], queries: dict[str, torch.Te
         )
 
 
+def measure_stored(passages: dict[str, torch.Tensor], queries: dict[str, torch.Tensor], options: Any) -> None:
+    """Print one query's latency on stores of other forms, and how long reading such vectors takes."""
+    count, one = len(passages["repr_hidden"]), first(queries, 1)
+    ids = [str(number) for number in range(count)]
+    contents = ShardContents(ids, passages["repr_hidden"], passages["sparse_indices"][:, :1], torch.ones(count, 1))
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        for form in options.stored:
+            dtype = "float16" if form == "compressed" else form
+            store = write_store(Path(folder) / f"{form} vectors", [contents], {"dtype": dtype})
+            if form == "compressed":
+                store = compress(store, Path(folder) / "codes", 4)
+            held = next(iter(store.shards())).file.tensor("codes" if form == "compressed" else "repr_hidden")
+            times = [seconds(partial(read, held), options.rounds, options.clock)]
+            for mode in ("multi_dense", "single_dense"):
+                call = partial(Searcher(store).search, one, mode, options.top_k)
+                times.append(seconds(call, options.rounds, options.clock))
+            limit, multi, single = (1000 * value for value in times)
+            print(f"  {form:10s} read {limit:8.2f} ms, multi_dense {multi:8.2f} ms, single_dense {single:8.2f} ms")
+
+
 def measure_engine(passages: dict[str, torch.Tensor], queries: dict[str, torch.Tensor], options: Any) -> None:
     """Print upload time, latency, size and agreement of Qdrant."""
     count = len(passages["repr_hidden"])
@@ -149,6 +171,7 @@ def speed(options: argparse.Namespace) -> None:
         sparse = options.terms * (4 + 2)
         print(f"{count} passages: {dense:.0f} + {sparse} bytes each in a float16 store (dense + sparse)", flush=True)
         measure_exact(passages, queries, options)
+        measure_stored(passages, queries, options)
         if count <= options.engine_limit:
             measure_engine(passages, queries, options)
 
@@ -214,6 +237,8 @@ def main() -> None:
         "--clock", choices=CLOCKS, default="wall", help="cpu: on one thread of a machine shared with others"
     )
     fast.add_argument("--threads", type=int)
+    fast.add_argument("--stored", nargs="*", choices=STORED, default=[], help="stores of these forms, one query")
+    fast.add_argument("--scratch", type=Path, help="folder for them (default: the system's)")
     fast.add_argument("--qdrant", help="a server's address; without it a folder")
     fast.add_argument("--engine-limit", type=int, default=10_000, help="largest size for Qdrant")
     fast.add_argument("--engine-queries", type=int, default=10)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..model.batching import check_count, run_side_by_side
-from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, mean_vectors, rows_at_once
+from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, maxsim_of, mean_vectors, rows_at_once
 from ..store.manifest import Settings
 from ..store.segments import QueryVectors, Segment, existing, resident, segments_of
 from .engine import Ranking
@@ -21,7 +21,8 @@ from .workspace import Workspace
 # Numbers held at once in a block of vectors and in its similarities. On a CPU a thread's share should stay in its
 # caches; with few queries the product is short, and larger blocks save more in calls than the caches would.
 BLOCK_NUMBERS = 64 * 1024 * 1024
-CPU_BLOCK_NUMBERS, CPU_FEW, CPU_FEW_BLOCK_NUMBERS = 384 * 1024, 32, 1024 * 1024
+CPU_BLOCK_NUMBERS, CPU_FEW, CPU_FEW_BLOCK_NUMBERS = 384 * 1024, 32, 1536 * 1024
+FEW_SIMILARITIES = 256 * 1024  # ranked at once where the products need no block of vectors
 MOST_THREADS = 16  # of which a block takes account; memory stays bounded
 RANGE_NUMBERS, RANGES_A_WORKER = 8 * 1024 * 1024, 8  # least numbers, and most ranges, that a thread ranks on its own
 MAX_COLUMNS = 256  # query vectors multiplied with a block at once
@@ -110,13 +111,27 @@ class ExactEngine:
 
     def _rank_range(self, groups: Sequence[PreparedQueries], kind: str, top_k: int, positions: range) -> list[TopK]:
         """Rank consecutive passages for groups of queries."""
+        if _few(groups[0], kind):
+            return [self._rank_few(groups[0], top_k, positions)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
         with self._workspace() as workspace:
-            for first, vectors, mask in self._blocks(positions, groups[0], workspace):
+            for segment, start, stop in self._blocks(positions, groups[0], kind):
+                vectors, mask = self._read(segment, start, stop, workspace)
                 if kind == "single_dense":
-                    vectors, mask = mean_vectors(vectors, mask)
+                    vectors, mask = mean_vectors(vectors, mask, workspace.take)
                 for group, kept in zip(groups, best, strict=True):
-                    kept.update(maxsim(vectors, mask, group, workspace.take), first)
+                    kept.update(maxsim(vectors, mask, group, workspace.take), segment.offset + start)
+        return best
+
+    def _rank_few(self, queries: PreparedQueries, top_k: int, positions: range) -> TopK:
+        """Rank consecutive passages for a few queries on a CPU by `multi_dense`."""
+        best = TopK(len(queries), top_k)
+        with self._workspace() as workspace:
+            for segment, start, stop in self._blocks(positions, queries, "multi_dense"):
+                products = segment.similarities(slice(start, stop), queries, workspace.take)
+                mask = self._mask(segment, start, stop)
+                scores = maxsim_of(products, mask, products.shape[1] // (stop - start), queries, workspace.take)
+                best.update(scores, segment.offset + start)
         return best
 
     def _workers(self) -> int:
@@ -144,10 +159,18 @@ class ExactEngine:
         step = self._step(self._segments[0], prepared)
         with self._workspace() as workspace:
             for part, found in zip(wanted.split(step), scores.split(step), strict=True):
-                vectors, mask = self._gather(part)
-                if kind == "single_dense":
-                    vectors, mask = mean_vectors(vectors, mask)
-                found.copy_(maxsim(vectors, mask, prepared, workspace.take)[:, 0])
+                held = list(self._locate(part))
+                mask = self._masks(held)
+                if _few(prepared, kind):  # as in a ranking, to the same last bit
+                    products = [segment.similarities(rows, prepared, workspace.take).clone() for segment, rows in held]
+                    joined = torch.cat(products, dim=1)
+                    made = maxsim_of(joined, mask, joined.shape[1] // len(part), prepared, workspace.take)
+                else:
+                    vectors = torch.cat([segment.rows(rows).to(self.device) for segment, rows in held])
+                    if kind == "single_dense":
+                        vectors, mask = mean_vectors(vectors, mask, workspace.take)
+                    made = maxsim(vectors, mask, prepared, workspace.take)
+                found.copy_(made[:, 0])
         return scores
 
     def _sparse_scores(self, query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
@@ -162,15 +185,12 @@ class ExactEngine:
         # an index of these alone adds up in the same order as that of all passages, to the same last bit
         return Postings.build(*join_rows(found), offset=0, terms=indices[values != 0]).scores(indices, values)
 
-    def _gather(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return vectors float32 [C, K_p, H] and their mask of the passages at rising positions."""
-        held = list(self._locate(wanted))
-        vectors = [segment.rows(rows).to(self.device) for segment, rows in held]
-        joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors)  # of one it would be a copy
+    def _masks(self, held: Sequence[tuple[Segment, torch.Tensor]]) -> torch.Tensor | None:
+        """Return which vectors of chosen rows exist, bool [C, K_p]; None where all do."""
         if all(segment.mask(0, 0) is None for segment, _ in held):
-            return joined, None
+            return None
         masks = ((existing(segment, 0, segment.length), rows) for segment, rows in held)
-        return joined, torch.cat([mask[rows.to(mask.device)].to(self.device) for mask, rows in masks])
+        return torch.cat([mask[rows.to(mask.device)].to(self.device) for mask, rows in masks])
 
     def _locate(self, positions: torch.Tensor) -> Iterator[tuple[Segment, torch.Tensor]]:
         """Yield each segment that holds some of the rising positions, and their rows there."""
@@ -183,34 +203,41 @@ class ExactEngine:
         """Return which segment each position lies in, int64."""
         return torch.searchsorted(self._offsets, positions, right=True) - 1
 
-    def _blocks(
-        self, positions: range, queries: PreparedQueries, workspace: Workspace
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Yield (first position, float32 [p, K_p, H] in reused memory, mask) of consecutive passages."""
+    def _blocks(self, positions: range, queries: PreparedQueries, kind: str) -> Iterator[tuple[Segment, int, int]]:
+        """Yield (segment, first row, row behind the last) of blocks of consecutive passages."""
         for segment in self._segments:
             begin, end = (
                 min(max(place - segment.offset, 0), segment.length) for place in (positions.start, positions.stop)
             )
-            step = self._step(segment, queries)
+            step = self._step(segment, queries, _few(queries, kind))
             for start in range(begin, end, step):
-                stop = min(start + step, end)
-                stored = segment.block(start, stop)
-                vectors = stored
-                if stored.dtype != torch.float32 or stored.device.type != self.device.type:
-                    vectors = workspace.take("vectors", tuple(stored.shape)).copy_(stored)
-                mask = segment.mask(start, stop)
-                yield segment.offset + start, vectors, None if mask is None else mask.to(self.device)
+                yield segment, start, min(start + step, end)
 
-    def _step(self, segment: Segment, queries: PreparedQueries) -> int:
-        """Return how many passages make a block."""
+    def _read(
+        self, segment: Segment, start: int, stop: int, workspace: Workspace
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a block's vectors, float32 [p, K_p, H] in reused memory, and their mask, on the device."""
+        vectors = segment.block(start, stop)
+        if vectors.dtype != torch.float32 or vectors.device.type != self.device.type:
+            vectors = workspace.take("vectors", tuple(vectors.shape)).copy_(vectors)
+        return vectors, self._mask(segment, start, stop)
+
+    def _mask(self, segment: Segment, start: int, stop: int) -> torch.Tensor | None:
+        """Return which of a block's vectors exist, bool [p, K_p] on the device; None where all do."""
+        mask = segment.mask(start, stop)
+        return None if mask is None else mask.to(self.device)
+
+    def _step(self, segment: Segment, queries: PreparedQueries, unread: bool = False) -> int:
+        """Return how many passages make a block; `unread` where no block of their vectors is made."""
         if self.block_size is not None or not segment.length:
             return self.block_size or 1
         _, num_vectors, width = segment.block(0, 1).shape
-        columns, budget, tile = len(queries.matrix), BLOCK_NUMBERS, ROW_TILE
-        if self.device.type == "cpu":
+        columns, budget, tile = len(queries.matrix), BLOCK_NUMBERS, rows_at_once(queries) or ROW_TILE
+        if unread:
+            budget, width = FEW_SIMILARITIES, columns
+        elif self.device.type == "cpu":
             each = CPU_FEW_BLOCK_NUMBERS if columns < CPU_FEW else CPU_BLOCK_NUMBERS
             budget = each * min(MOST_THREADS, torch.get_num_threads())
-            tile = rows_at_once(num_vectors, queries) or ROW_TILE
         return max(1, budget // max(1, tile * num_vectors * max(width, columns))) * tile
 
     @contextmanager
@@ -239,3 +266,8 @@ class ExactEngine:
         if self._postings is None:
             self._postings = build_postings(self._segments)
         return self._postings
+
+
+def _few(queries: PreparedQueries, kind: str) -> bool:
+    """Whether passages' similarities are computed without a block of their vectors."""
+    return kind == "multi_dense" and rows_at_once(queries) > 0

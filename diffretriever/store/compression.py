@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,10 @@ from ..files.durable import TEMPORARY, write_whole
 from ..files.fields import fill
 from ..files.install import install_hint
 from ..files.lines import read_object
+from ..model.scoring import Memory, PreparedQueries, check_width
 from ..progress import progress_bar
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry
-from .segments import existing
+from .segments import Rows, existing
 from .shard_file import DamagedShardError, ShardFile, write_shard
 from .store import Shard, Store, check_entry, check_tensors, entry_of, refuse_damaged
 
@@ -33,6 +35,60 @@ CODEBOOK_FILE = "codebook.safetensors"
 CENTROIDS = 256  # of each piece: a byte tells one
 TRAINING_VECTORS, ITERATIONS = 25_600, 15  # of the k-means: a hundred vectors a centroid
 ENCODE_ROWS = 4096
+LEAST_NORM = 1e-12  # a vector of zeros stays one
+SUMMED_CODES, TABLE_COLUMNS = 256 * 1024, 8  # looked up at once; of a table, whole registers
+
+
+class Codebook:
+    """The centroids of a store, which its shards share.
+
+    Args:
+        centroids: float32 [pieces, 256, H / pieces].
+    """
+
+    def __init__(self, centroids: torch.Tensor) -> None:
+        self.centroids = centroids
+        self._first = torch.arange(len(centroids), dtype=torch.int32) * CENTROIDS  # of each piece, of all in a row
+        self._products: WeakKeyDictionary[PreparedQueries, torch.Tensor] = WeakKeyDictionary()
+
+    def vectors(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the vectors that codes, uint8 [n, K, pieces], stand for, float32 [n, K, H], normalised again."""
+        pieces = F.embedding(codes.int() + self._first, self.centroids.flatten(0, 1))  # [n, K, pieces, H / pieces]
+        vectors = pieces.flatten(2)
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_(min=LEAST_NORM))
+
+    def similarities(self, codes: torch.Tensor, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
+        """Return the dot products of those vectors with a few queries' without making them, float32 [C, N].
+
+        A piece's product with a query is one of 256, which are looked up and added (Jégou et al. 2011, §III.A); so is
+        the square of its length.
+
+        Args:
+            codes: uint8 [N, pieces].
+            queries, memory: as for `Segment.similarities`.
+        """
+        check_width(queries.width, len(self._first) * self.centroids.shape[2])
+        table, columns = self._table(queries), len(queries.matrix)
+        out = memory("similarity", (columns, len(codes)))
+        step = max(1, SUMMED_CODES // len(self._first))
+        for start in range(0, len(codes), step):
+            part = codes[start : start + step]
+            numbers = memory("codes", tuple(part.shape)).view(torch.int32).copy_(part).add_(self._first)
+            sums = F.embedding_bag(numbers, table, mode="sum")
+            lengths = sums[:, columns].sqrt_().clamp_(min=LEAST_NORM)
+            torch.div(sums[:, :columns].T, lengths, out=out[:, start : start + step])
+        return out
+
+    def _table(self, queries: PreparedQueries) -> torch.Tensor:
+        """Return the centroids' products with the queries' C vectors and their squares, float32 [pieces·256, > C]."""
+        found = self._products.get(queries)
+        if found is None:
+            pieces, _, dimensions = self.centroids.shape
+            matrix = queries.matrix[:, : queries.width].reshape(-1, pieces, dimensions).permute(1, 2, 0)
+            squares = self.centroids.square().sum(dim=2, keepdim=True)
+            table = torch.cat([self.centroids @ matrix, squares], dim=2).flatten(0, 1)
+            found = self._products[queries] = F.pad(table, (0, -table.shape[1] % TABLE_COLUMNS))
+        return found
 
 
 class CompressedShard(Shard):
@@ -40,22 +96,23 @@ class CompressedShard(Shard):
 
     Args:
         file, offset, length, vocab_size: as for `Shard`.
-        codebook: float32 [pieces, 256, H / pieces].
+        codebook: of the store.
     """
 
-    def __init__(self, file: ShardFile, offset: int, length: int, vocab_size: int, codebook: torch.Tensor) -> None:
+    def __init__(self, file: ShardFile, offset: int, length: int, vocab_size: int, codebook: Codebook) -> None:
         super().__init__(file, offset, length, vocab_size)
-        self._table = codebook.reshape(-1, codebook.shape[2])
-        self._first = torch.arange(len(codebook), dtype=torch.int32) * CENTROIDS
+        self._codebook = codebook
 
     def block(self, start: int, stop: int) -> torch.Tensor:
         """See `Segment.block`; the vectors are normalised again."""
         return self._vectors(slice(start, stop))
 
-    def _vectors(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        codes = self.file.tensor("codes")[rows]  # uint8 [n, K, pieces]
-        pieces = F.embedding(codes.int() + self._first, self._table)  # [n, K, pieces, H / pieces]
-        return F.normalize(pieces.flatten(2), dim=-1)
+    def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
+        """See `Segment.similarities`."""
+        return self._codebook.similarities(self.file.tensor("codes")[rows].flatten(0, 1), queries, memory)
+
+    def _vectors(self, rows: Rows) -> torch.Tensor:
+        return self._codebook.vectors(self.file.tensor("codes")[rows])
 
 
 def open_store(folder: str | Path, *, verify: bool = False) -> Store:
@@ -76,7 +133,7 @@ def open_store(folder: str | Path, *, verify: bool = False) -> Store:
     file = folder / MANIFEST_FILE
     manifest = Manifest.of_fields(content, file)
     codebook = _open_codebook(folder, fill(ShardEntry, content.get("codebook"), f"{file}: codebook"), manifest)
-    pieces, _, _ = codebook.shape
+    pieces, _, _ = codebook.centroids.shape
     shards: list[Shard] = []
     for entry in manifest.shards:
         codes = {"codes": (torch.uint8, (entry.count, manifest.num_masks, pieces))}
@@ -87,8 +144,8 @@ def open_store(folder: str | Path, *, verify: bool = False) -> Store:
     return Store(folder, manifest, shards)
 
 
-def _open_codebook(folder: Path, entry: ShardEntry, manifest: Manifest) -> torch.Tensor:
-    """Return the centroids, float32 [pieces, 256, H / pieces]."""
+def _open_codebook(folder: Path, entry: ShardEntry, manifest: Manifest) -> Codebook:
+    """Return the centroids."""
     file = check_entry(folder, entry)
     file.verify()  # small, and every vector depends on it
     file.check({"codebook": (torch.float32, (None, CENTROIDS, None))})
@@ -99,7 +156,7 @@ def _open_codebook(folder: Path, entry: ShardEntry, manifest: Manifest) -> torch
             f"{file.path}: the codebook has {pieces} pieces of {dimensions} dimensions; vectors of "
             f"{manifest.hidden_size} dimensions are not made of them."
         )
-    return codebook
+    return Codebook(codebook)
 
 
 def compress(

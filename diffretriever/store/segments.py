@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..model.scoring import sparse_vectors_of, vectors_of
+from ..model.scoring import Memory, PreparedQueries, similarities, sparse_vectors_of, vectors_of
+
+Rows = slice | torch.Tensor  # consecutive texts, or any, int64 [n]
 
 
 class Segment(Protocol):
@@ -31,6 +33,18 @@ class Segment(Protocol):
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Vectors float32 [len(rows), K, H] of any rows."""
+
+    def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
+        """Dot products of the vectors, as they are stored, with those of a few queries on a CPU, float32 [C, n·K].
+
+        Args:
+            rows: which n texts.
+            queries: of which `rows_at_once` says that they are few.
+            memory: for the results, valid until that is used again.
+
+        Raises:
+            ValueError: the sides' dimensions differ.
+        """
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """Which of the vectors exist, bool [stop - start, K]; None where all do."""
@@ -65,6 +79,10 @@ class TensorSegment:
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Segment.rows`."""
         return self.vectors[rows.to(self.vectors.device)].float()
+
+    def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
+        """See `Segment.similarities`."""
+        return similarities(self.vectors[rows].flatten(0, 1), queries, memory)
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """See `Segment.mask`."""

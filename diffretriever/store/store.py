@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from ..files.inside import check_inside
+from ..model.scoring import Memory, PreparedQueries, similarities
 from .manifest import MANIFEST_FILE, Manifest, Settings, ShardEntry
 from .plan import SHARD_NAME, describe_unfinished
+from .segments import Rows
 from .shard_file import DamagedShardError, Layout, ShardFile, pack_strings, texts_digest, write_shard
 
 
@@ -131,10 +133,15 @@ class Shard:
         """See `Segment.rows`."""
         return self._vectors(rows)
 
-    def _vectors(self, rows: torch.Tensor | slice) -> torch.Tensor:
+    def _vectors(self, rows: Rows) -> torch.Tensor:
         """Return the vectors of some rows, float32 [n, K, H]."""
         vectors = self.repr_hidden[rows].float()
-        return vectors if self.repr_scale is None else vectors * self.repr_scale[rows][..., None]
+        return vectors if self.repr_scale is None else vectors.mul_(self.repr_scale[rows][..., None])
+
+    def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
+        """See `Segment.similarities`."""
+        found = similarities(self.repr_hidden[rows].flatten(0, 1), queries, memory)
+        return found if self.repr_scale is None else found.mul_(self.repr_scale[rows].flatten())
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """See `Segment.mask`."""

@@ -23,7 +23,7 @@ from diffretriever.search.modes import FUSED
 from diffretriever.search.sparse import Postings, build_postings
 from diffretriever.search.topk import TopK
 from diffretriever.search.workspace import Workspace
-from diffretriever.store.segments import TensorSegment, query_vectors
+from diffretriever.store.segments import Rows, TensorSegment, query_vectors
 from diffretriever.store.store import Shard, ShardContents, Store, write_store
 
 Side = dict[str, torch.Tensor]
@@ -179,24 +179,71 @@ def test_chosen_passages_have_the_scores_of_the_ranking(tmp_path: Path) -> None:
                 assert kind != "sparse_max" or torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_chosen_passages_have_one_query_s_scores_to_the_last_bit(tmp_path: Path, dtype: str, k: int) -> None:
+    """Wherever they lie in a shard, so that copies of a passage tie in a fusion."""
+    side = vectors(0, 150, k=4, width=40)
+    side["repr_hidden"][50:100] = side["repr_hidden"][:50]
+    engine = ExactEngine(make_store(tmp_path / "store", side, size=70, dtype=dtype))
+    query = query_vectors(vectors(1, 1, k=k, width=40))
+    positions, scores = engine.rank(query, "multi_dense", 150)
+    ranked = torch.empty(150).scatter_(0, positions[0], scores[0])
+    assert torch.equal(ranked[50:100], ranked[:50])
+    wanted = torch.tensor([0, 3, 53, 69, 70, 149])
+    assert torch.equal(engine.scores_at(query, "multi_dense", [wanted])[0], ranked[wanted])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_vectors_without_a_length_or_with_a_great_one_are_ranked_exactly(dtype: str) -> None:
+    held = vectors(0, 60, k=4, width=33)["repr_hidden"] * torch.logspace(-6, 4, 60)[:, None, None]
+    held[7] = 0.0
+    held = held.to(getattr(torch, dtype))
+    query = vectors(1, 1, k=4, width=33)["repr_hidden"]
+    expected = (query[0].double() @ held.double().transpose(1, 2)).amax(dim=2).mean(dim=1)
+    found = Searcher({"repr_hidden": held}).search({"repr_hidden": query}, "multi_dense", 60)
+    assert found.positions[0].tolist() == torch.sort(expected, descending=True, stable=True).indices.tolist()
+    assert torch.allclose(found.scores[0].double(), expected[found.positions[0]], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_told_or_ranked_as_it_is(bad: float) -> None:
+    held = vectors(0, 30, k=2, width=16)["repr_hidden"].half()
+    held[20, 1, 3] = bad
+    query = {"repr_hidden": torch.ones(1, 2, 16)}
+    if math.isnan(bad):
+        with pytest.raises(ValueError, match="position 20 is NaN"):
+            Searcher({"repr_hidden": held}).search(query, "multi_dense", 5)
+        return
+    found = Searcher({"repr_hidden": held}).search(query, "multi_dense", 30)
+    assert (found.positions[0, 0] == 20) == (bad > 0)  # of two vectors the better one counts
+    assert found.positions.shape == (1, 30)
+
+
 def test_few_chosen_passages_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ExactEngine(make_store(tmp_path / "store", vectors(0, 1000), size=10))
     queries = query_vectors(vectors(1, 1))
     engine.rank(queries, "sparse_max", 5)  # makes the index
     read: list[int] = []
-    rows, scores = Shard.rows, Postings.scores
+    rows, similarities, scores = Shard.rows, Shard.similarities, Postings.scores
 
     def noted_rows(self: Shard, wanted: torch.Tensor) -> torch.Tensor:
         read.append(len(wanted))
         return rows(self, wanted)
+
+    def noted_similarities(self: Shard, wanted: torch.Tensor, *others: Any) -> torch.Tensor:
+        read.append(len(wanted))
+        return similarities(self, wanted, *others)
 
     def noted_scores(self: Postings, *query: torch.Tensor) -> torch.Tensor:
         read.append(self.length)
         return scores(self, *query)
 
     monkeypatch.setattr(Shard, "rows", noted_rows)
+    monkeypatch.setattr(Shard, "similarities", noted_similarities)
     monkeypatch.setattr(Postings, "scores", noted_scores)
-    for kind, counts in (("multi_dense", [2, 1]), ("sparse_max", [3])):
+    for kind, counts in (("single_dense", [2, 1]), ("multi_dense", [2, 1]), ("sparse_max", [3])):
         engine.scores_at(queries, kind, [torch.tensor([11, 15, 777])])
         assert read == counts
         read.clear()
@@ -209,7 +256,14 @@ def test_a_fusion_reads_each_side_once(tmp_path: Path, monkeypatch: pytest.Monke
     query = vectors(1, 1, terms=2)
     searcher.search(query, "sparse_max", 5)  # makes the index
     read: dict[str, list[int]] = {"block": [], "rows": [], "scores": []}
-    block, rows, scores = Shard.block, Shard.rows, Postings.scores
+    block, rows, similarities, scores = Shard.block, Shard.rows, Shard.similarities, Postings.scores
+
+    def noted_similarities(self: Shard, wanted: Rows, *others: Any) -> torch.Tensor:
+        if isinstance(wanted, slice):
+            read["block"] += range(self.offset + wanted.start, self.offset + wanted.stop)
+        else:
+            read["rows"].append(len(wanted))
+        return similarities(self, wanted, *others)
 
     def noted_block(self: Shard, start: int, stop: int) -> torch.Tensor:
         if stop - start > 1:  # one is asked for its shape
@@ -226,6 +280,7 @@ def test_a_fusion_reads_each_side_once(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Shard, "block", noted_block)
     monkeypatch.setattr(Shard, "rows", noted_rows)
+    monkeypatch.setattr(Shard, "similarities", noted_similarities)
     monkeypatch.setattr(Postings, "scores", noted_scores)
     sides = searcher.rank_sides(query, mode, candidates=20)
     assert sorted(read["block"]) == list(range(4000))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffretriever.search import MODES, Searcher, compress, open_store
+from diffretriever.search import MODES, ExactEngine, Searcher, compress, open_store
 from diffretriever.store import compression as module
+from diffretriever.store.segments import query_vectors
 from diffretriever.store.store import Shard, ShardContents, Store, write_store
 
 WIDTH, K, SHARD = 16, 2, 250
@@ -82,6 +83,28 @@ def test_search_equals_search_over_the_decoded_vectors(small: Store, mode: str) 
     found = Searcher(small, block_size=64).search(queries(), mode, 10, candidates=30)
     expected = Searcher(decoded, ids=small.ids()).search(queries(), mode, 10, candidates=30)
     assert torch.allclose(found.scores, expected.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_one_query_is_ranked_without_making_the_vectors(small: Store, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    decoded = {"repr_hidden": torch.cat([shard.dense(0, len(shard)) for shard in small.shards()])}
+    query = {"repr_hidden": torch.nn.functional.normalize(torch.randn(1, k, decoded["repr_hidden"].shape[2]), dim=-1)}
+    expected = Searcher(decoded).search(query, "multi_dense", 500)
+    made: list[int] = []
+    make = module.Codebook.vectors
+
+    def noted(self: module.Codebook, codes: torch.Tensor) -> torch.Tensor:
+        made.append(len(codes))
+        return make(self, codes)
+
+    monkeypatch.setattr(module.Codebook, "vectors", noted)
+    found = Searcher(small, block_size=64).search(query, "multi_dense", 500)
+    assert set(made) <= {1}  # one is asked for its shape
+    assert torch.allclose(found.scores, expected.scores, atol=1e-6)
+    engine, wanted = ExactEngine(small), torch.tensor([0, 63, 64, 251, 499])
+    at = engine.scores_at(query_vectors(query), "multi_dense", [wanted])[0]
+    by_position = torch.empty(500).scatter_(0, found.positions[0], found.scores[0])
+    assert torch.equal(at, by_position[wanted])
 
 
 def test_the_ranking_is_nearly_the_uncompressed_one(store: Store, small: Store) -> None:
