@@ -3,16 +3,18 @@
 python benchmarks/approximate.py --store S --queries Q [--sizes 20000 100000] [--indexes plain scalar hnsw]
 
 Up to the store's size the passages are the store's own; where more are asked for, the others are copies of its passages
-whose vectors were moved at random (`--noise` 0.5: to a cosine of 0.89), so that they lie as real ones do. Memory holds
-them once, in float16; the engine reads its own from the disk, where they take four bytes a number.
+whose vectors were moved at random (`--noise` 0.5: to a cosine of 0.89), so that they lie as real ones do. They make a
+store of float16 vectors in `--folder`, which is taken as it is the next time: for a large one, name an index a run.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from hardware import CLOCKS, describe
 
 from diffretriever.cli.parser import Parser
 from diffretriever.search import QdrantEngine, Results, Searcher, open_store, upload
+from diffretriever.store.manifest import MANIFEST_FILE
+from diffretriever.store.store import ShardContents, Store, write_store
 
 INDEXES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -39,17 +43,28 @@ def dense(folder: Path, limit: int | None = None) -> torch.Tensor:
     return torch.cat([shard.dense(0, len(shard)).half() for shard in shards])[:limit]
 
 
-def passages(real: torch.Tensor, count: int, noise: float) -> torch.Tensor:
-    """Return so many passages, float16 [count, K, H]: the real ones, and more around them."""
+def passages(real: torch.Tensor, count: int, noise: float) -> Iterator[torch.Tensor]:
+    """Yield so many passages in blocks, float16 [n, K, H]: the real ones, then more around them."""
     generator = torch.Generator().manual_seed(0)
-    made = torch.empty(count, *real.shape[1:], dtype=torch.float16)
-    made[: len(real)] = real[:count]
+    yield from real[:count].half().split(BLOCK)
     for start in range(len(real), count, BLOCK):
-        part = min(BLOCK, count - start)
-        chosen = real[torch.randint(len(real), (part,), generator=generator)].float()
+        chosen = real[torch.randint(len(real), (min(BLOCK, count - start),), generator=generator)].float()
         moved = chosen + noise * torch.randn(chosen.shape, generator=generator) / chosen.shape[-1] ** 0.5
-        made[start : start + part] = F.normalize(moved, dim=-1).half()
-    return made
+        yield F.normalize(moved, dim=-1).half()
+
+
+def made_store(folder: Path, real: torch.Tensor, count: int, noise: float) -> Store:
+    """Return a store of so many passages, which is written unless the folder holds it already."""
+    if not (folder / MANIFEST_FILE).is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
+        ids, none = iter(range(count)), torch.zeros(BLOCK, 1)
+        blocks = passages(real, count, noise)
+        shards = (
+            ShardContents([str(next(ids)) for _ in block], block, none[: len(block)], none[: len(block)])
+            for block in blocks
+        )
+        write_store(folder, shards, {"dtype": "float16", "side": "passage"})
+    return open_store(folder)
 
 
 def measure(searcher: Searcher, queries: torch.Tensor, mode: str, options: argparse.Namespace) -> tuple[Results, float]:
@@ -68,19 +83,16 @@ def recall(exact: Results, found: Results) -> float:
     return sum(shares) / len(shares)
 
 
-def measure_index(
-    name: str, side: dict[str, torch.Tensor], queries: torch.Tensor, exact: dict[str, Results], options: Any
-) -> None:
+def measure_index(name: str, store: Store, queries: torch.Tensor, exact: dict[str, Results], options: Any) -> None:
     """Print what one index costs and finds."""
     import qdrant_edge
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         start = CLOCKS[options.clock]()
-        upload(side, folder, name, **INDEXES[name])
+        upload(store, folder, name, **INDEXES[name])
         took = CLOCKS[options.clock]() - start
         size = sum(512 * file.stat().st_blocks for file in Path(folder).rglob("*") if file.is_file())
-        count = len(side["repr_hidden"])
-        print(f"  {name}: made in {took:.0f} s, {size / count:.0f} bytes a passage on disk", flush=True)
+        print(f"  {name}: made in {took:.0f} s, {size / len(store):.0f} bytes a passage on disk", flush=True)
         again = qdrant_edge.QuantizationSearchParams(rescore=True, oversampling=2.0)
         asked: list[tuple[str, Any]] = [("as made", None)]
         if "hnsw" in name:
@@ -93,6 +105,19 @@ def measure_index(
                 shared = recall(exact[mode], results)
                 print(f"    {label:8s} {mode:12s} {1000 * one:8.2f} ms a query, recall@100 {shared:.4f}", flush=True)
             engine.close()
+
+
+def measure_size(count: int, real: torch.Tensor, queries: torch.Tensor, options: argparse.Namespace) -> None:
+    """Print what exact search and each index cost and find among so many passages."""
+    store = made_store(options.folder / f"{count}-passages", real, count, options.noise)
+    print(f"{count} passages, K_p {real.shape[1]}, H {real.shape[2]}; {len(queries)} queries, K_q {queries.shape[1]}")
+    exact: dict[str, Results] = {}
+    searcher = Searcher(store)
+    for mode in MODES:
+        exact[mode], one = measure(searcher, queries, mode, options)
+        print(f"  exact search {mode:12s} {1000 * one:8.2f} ms a query", flush=True)
+    for name in options.indexes:
+        measure_index(name, store, queries, exact, options)
 
 
 def main() -> None:
@@ -109,22 +134,14 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: the processors' time, all threads together"
     )
-    parser.add_argument("--folder", type=Path, help="where the collections are made (default: among temporary files)")
+    parser.add_argument("--folder", type=Path, help="where store and collections are made (default: temporary)")
     options = parser.parse_args()
     real, queries = dense(options.store), dense(options.queries, options.num_queries).float()
     print(f"{describe('cpu')}; {options.clock} time; {time.strftime('%Y-%m-%d')}")
-    for count in options.sizes:
-        side = {"repr_hidden": passages(real, count, options.noise)}
-        print(
-            f"{count} passages, K_p {real.shape[1]}, H {real.shape[2]}; {len(queries)} queries, K_q {queries.shape[1]}"
-        )
-        exact: dict[str, Results] = {}
-        searcher = Searcher(side)
-        for mode in MODES:
-            exact[mode], one = measure(searcher, queries, mode, options)
-            print(f"  exact search {mode:12s} {1000 * one:8.2f} ms a query", flush=True)
-        for name in options.indexes:
-            measure_index(name, side, queries, exact, options)
+    with tempfile.TemporaryDirectory() as temporary:
+        options.folder = options.folder or Path(temporary)
+        for count in options.sizes:
+            measure_size(count, real, queries, options)
 
 
 if __name__ == "__main__":

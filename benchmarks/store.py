@@ -4,12 +4,14 @@ python benchmarks/store.py speed --model checkpoints/diffretriever-llada-tiny-mu
 python benchmarks/store.py dtypes --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 --data BEIR_DIR --scratch DIR
 python benchmarks/store.py write [--tokens-per-second 40000]
 python benchmarks/store.py memory --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 [--sizes 100000 1000000]
+python benchmarks/store.py shards [--count 1000000]
 
 `speed` encodes the same passages with `encode_texts` and with `encode_store`, in turn and in one process, and prints
 the medians and their ratio. `dtypes` encodes once into float32 stores (kept in the scratch folder), converts them, and
 compares each dtype's MaxSim ranking with float32's. `write` times the writing of shards of some widths, and says what
 share of the encoding it would be. `memory` makes stores of some sizes, each in a process of its own, with tokens and
-vectors out of a hat, and prints the peak of its memory.
+vectors out of a hat, and prints the peak of its memory. `shards` does what so many shards cost when a store is begun,
+ended and opened, with made-up entries, and prints processor seconds and the peak of memory.
 """
 
 from __future__ import annotations
@@ -40,8 +42,12 @@ from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.data.corpus import read_corpus  # noqa: E402
 from diffretriever.data.qrels import read_qrels  # noqa: E402
 from diffretriever.encode.encode_store import encode_store  # noqa: E402
-from diffretriever.store.manifest import STORE_DTYPES  # noqa: E402
+from diffretriever.store.manifest import MANIFEST_FILE, STORE_DTYPES, Manifest, ShardEntry  # noqa: E402
+from diffretriever.store.plan import PLAN_FILE, SHARD_NAME, Plan, Survey  # noqa: E402
+from diffretriever.store.shard_file import ShardFile  # noqa: E402
 from diffretriever.store.store import Shard, ShardContents, Store, write_store  # noqa: E402
+
+SHARD = 4096  # texts: the default of `diffretriever encode`
 
 
 def main() -> None:
@@ -69,12 +75,15 @@ def main() -> None:
     memory = measurements.add_parser("memory")
     memory.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000], help="passages")
     memory.set_defaults(run=measure_memory)
+    shards = measurements.add_parser("shards")
+    shards.add_argument("--count", type=int, default=1_000_000)
+    shards.set_defaults(run=measure_shards)
     for measurement in (speed, dtypes, memory):
         measurement.add_argument("--model", required=True)
         measurement.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    if options.run is measure_writing:
-        measure_writing(options)
+    if "model" not in options:
+        options.run(options)
         return
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True).to(options.device)
     print(f"{describe(options.device)}; {options.model}, {model.dtype}")
@@ -175,6 +184,34 @@ def out_of_a_hat(shape: tuple[int, int], prepared: Any, batches: Any, sparse_top
         vectors = F.normalize(torch.rand(len(rows), *shape), dim=-1)
         indices = torch.randint(1, 100, (len(rows), sparse_top_k))
         yield rows, {"repr_hidden": vectors, "sparse_indices": indices, "sparse_values": torch.rand(indices.shape)}
+
+
+def measure_shards(options: argparse.Namespace) -> None:
+    """Print what plan, manifest and headers of so many shards cost, one step after the other in this process."""
+    digests = tuple(f"{number:064x}" for number in range(options.count))
+    entries = (
+        ShardEntry(SHARD_NAME.format(number), number * SHARD, SHARD, 10**8, digest, digest)
+        for number, digest in enumerate(digests)
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        small = ShardContents(["id"], torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1), ["text"])
+        write_store(folder / "one", [small], {"options": {"shard_size": SHARD}})
+        settings, one = Store.open(folder / "one").manifest.settings, folder / "one" / SHARD_NAME.format(0)
+        steps: dict[str, Callable[[], Any]] = {
+            "plan written": lambda: Plan(settings, Survey(SHARD * options.count, digests), SHARD).write(folder),
+            "plan read": lambda: Plan.read(folder),
+            "manifest written": lambda: Manifest.of(settings, entries).write(folder),
+            "manifest read": lambda: Manifest.read(folder),
+            "headers read": lambda: [ShardFile(one) for _ in range(options.count)],
+        }
+        print(f"{describe('cpu')}; {options.count} shards, processor seconds; {peak_resident():.2f} GB before")
+        for name, step in steps.items():
+            begun = time.process_time()
+            step()
+            print(f"{name:>16}: {time.process_time() - begun:6.1f} s, {peak_resident():.2f} GB at the peak", flush=True)
+        sizes = {name: (folder / name).stat().st_size / 1e6 for name in (PLAN_FILE, MANIFEST_FILE)}
+        print(", ".join(f"{name} {size:.0f} MB" for name, size in sizes.items()))
 
 
 def compare_dtypes(model: Any, options: argparse.Namespace) -> None:

@@ -182,17 +182,21 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parse_object(line, f"{path}, line {number}")
 
 
-def read_object(path: str | Path) -> dict[str, Any]:
+def read_object(path: str | Path, largest: int = MAX_LINE) -> dict[str, Any]:
     """Return the JSON object that a file holds.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no JSON object in UTF-8, larger than 256 MiB, or nested more than 100 levels deep.
+        ValueError: it is no JSON object in UTF-8, larger than that, or nested more than 100 levels deep.
     """
     with Path(path).open("rb") as stream:
-        content = stream.read(MAX_LINE + 1)
-    if len(content) > MAX_LINE:
-        raise ValueError(f"{path}: larger than {MAX_LINE:,} bytes, which no JSON file read here is.")
+        content = stream.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"{path}: larger than {largest:,} bytes, which no such file is.")
     record = parse_object(content, str(path))
     level: list[Any] = [record]
     for _ in range(MAX_DEPTH):

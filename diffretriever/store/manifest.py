@@ -17,6 +17,7 @@ from .differences import SHA256, differing_fields
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "diffretriever store 1"
+LARGEST = 1 << 29  # bytes of a manifest or plan: 512 MiB, of `plan.MAX_SHARDS` shards
 STORE_DTYPES = ("float16", "bfloat16", "float32", "int8")
 # Recorded, but free to differ between the runs that make one store: they do not change what the vectors mean.
 RECORDED_ONLY = ("model", "library_versions", "options.tokens_per_batch", "options.chosen")
@@ -220,7 +221,7 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not JSON, of another format, or altered.
     """
-    whole = read_object(file)
+    whole = read_object(file, LARGEST)
     found = whole.get("format")
     if found != FORMAT:
         raise ValueError(f"{file}: the format is {found!r:.80}; this version reads {FORMAT!r}.")

@@ -21,7 +21,7 @@ from .shard_file import DamagedShardError, ShardFile, texts_digest
 PLAN_FILE = "plan.json"
 CLAIMS_FOLDER = "claims"
 SHARD_NAME = "shard-{:06d}.safetensors"
-MAX_SHARDS = 900_000  # whose manifest is a JSON file of 256 MB, the largest that is read
+MAX_SHARDS = 1_800_000  # whose manifest is just below `manifest.LARGEST`
 Text = Passage | Query
 
 

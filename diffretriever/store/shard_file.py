@@ -184,11 +184,18 @@ class ShardFile:
 
         Raises:
             DamagedShardError: the shard has no such tensor.
+            OSError: the file cannot be mapped.
         """
         if name not in self._places:
             raise DamagedShardError(f"{self.path}: the shard has no tensor {name!r}.")
-        if self._mapped is None:  # private: a change in memory would never reach the file
-            self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+        if self._mapped is None:
+            try:  # private: a change in memory would never reach the file
+                self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise OSError(
+                    f"{self.path}: the file cannot be mapped ({error}). Linux lets a process map 65,530 files unless "
+                    "vm.max_map_count is raised: raise it, or make the store with a larger --shard-size."
+                ) from error
         dtype, shape, start, end = self._places[name]
         return self._mapped[self._start + start : self._start + end].view(dtype).view(shape)
 

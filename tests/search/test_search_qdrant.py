@@ -448,6 +448,27 @@ def test_a_disk_that_is_nearly_full_is_said_before_it_ends_the_process(
     assert upload(vectors(0, 5, 2), location, "passages") == 5
 
 
+def test_what_is_uploaded_leaves_the_engines_log(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would else be as long as the collection is large, until the upload ends; flushing empties it."""
+    create, flushed = qdrant_edge.EdgeShard.create, []
+
+    class Shard:
+        def __init__(self, *arguments: Any) -> None:
+            self.shard = create(*arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.shard, name)
+
+        def flush(self) -> None:
+            self.shard.flush()
+            flushed.append(self.shard.count(qdrant_edge.CountRequest(exact=True)))
+
+    monkeypatch.setattr(qdrant_edge, "EdgeShard", SimpleNamespace(create=Shard))
+    monkeypatch.setattr(in_a_folder, "LOGGED", 9 * WIDTH * 3)  # numbers of some 9 passages
+    upload(vectors(0, 20, 2), location, "passages", batch_size=5)
+    assert flushed == [10, 20, 20]
+
+
 def upload_slowly(location: str, begun: Any) -> None:
     """Upload without end in another process."""
     add = in_a_folder.EdgeCollection.add

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from store_helpers import folder_bytes
 
+from diffretriever.store.manifest import LARGEST, ShardEntry
+from diffretriever.store.plan import MAX_SHARDS, SHARD_NAME
 from diffretriever.store.shard_file import DamagedShardError, ShardFile, write_shard
 from diffretriever.store.store import ShardContents, Store, damaged_shards, write_store
 
@@ -215,6 +218,26 @@ def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
     manifest.write_text(text[:-20])
     with pytest.raises(ValueError, match="not valid JSON"):
         Store.open(tmp_path / "s")
+
+
+def test_a_manifest_names_as_many_shards_as_it_may_be_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = ShardEntry(SHARD_NAME.format(MAX_SHARDS), 10**12, 10**6, 10**10, "0" * 64, "0" * 64)
+    one, two = (len(json.dumps({"shards": [asdict(entry)] * count}, indent=1)) for count in (1, 2))
+    assert 10**6 <= MAX_SHARDS <= (LARGEST - 2**20) // (two - one)
+    write_store(tmp_path / "s", two_shards(), {})
+    monkeypatch.setattr("diffretriever.store.manifest.LARGEST", 500)
+    with pytest.raises(ValueError, match=r"manifest\.json: larger than 500 bytes, which no such file is\."):
+        Store.open(tmp_path / "s")
+
+
+def test_more_shards_than_the_system_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap 4096 bytes from file: Cannot allocate memory (12)")
+
+    store = write_store(tmp_path / "s", two_shards(), {})
+    monkeypatch.setattr(torch, "from_file", refused)
+    with pytest.raises(OSError, match=r"shard-000000\.safetensors: .*\(12\)\)\. Linux lets .* vm\.max_map_count"):
+        store.ids()
 
 
 def test_contents_that_do_not_go_together(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ SCANNED = 10_000  # kilobytes of vectors below which it reads them all, graph or
 OVERSAMPLING = {"scalar": 2.0, "binary": 4.0}  # candidates by quantised vectors for each result, scored again in full
 FULL_WORDS = ("No space left", "os error 28", "StorageFull", "File too large", "FileTooLarge", "QuotaExceeded")
 ROOM = 256 << 20  # bytes: the engine's log and the first pages of its files
+LOGGED = 100_000_000  # numbers put in between two flushes, each of which empties the engine's log: 400 MB
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class EdgeCollection:
         self.edge: Any = qdrant_edge
         self.place, self.name = str(folder), name
         self._folder, self._own = folder, folder / name
-        self._params, self._shard, self._written = search_params, None, False
+        self._params, self._shard, self._logged = search_params, None, 0
         refuse_foreign(folder)
 
     def close(self) -> None:
@@ -86,7 +87,7 @@ class EdgeCollection:
         shard, self._shard = self._shard, None
         if shard is not None:
             try:
-                if self._written:
+                if self._logged:
                     self._told(shard.flush)
             finally:
                 self._told(shard.close)
@@ -178,16 +179,21 @@ class EdgeCollection:
         for point in points:
             vectors = {name: self._vector(vector) for name, vector in point.vectors.items()}
             made.append(self.edge.Point(point.number, vectors, dict(point.payload)))
-        self._written = True
+        self._logged += len(points) + numbers
         self._told(self._opened().update, self.edge.UpdateOperation.upsert_points(made))
+        if self._logged >= LOGGED:
+            self._flush()
 
     def complete(self) -> None:
         """See `Collection`: build the graph, or quantise, where that was chosen."""
         shard = self._opened()
         remove_folder(self._own / ENGINE / "temp_segments")  # of a process that was killed while it built
         self._told(shard.optimize)
-        self._told(shard.flush)
-        self._written = False
+        self._flush()
+
+    def _flush(self) -> None:
+        self._told(self._opened().flush)
+        self._logged = 0
 
     def count(self) -> int:
         """See `Collection`."""
