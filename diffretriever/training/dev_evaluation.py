@@ -30,5 +30,6 @@ class DevEvaluation(TrainerCallback):
         if due and world()[0] == 0:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model).retriever
             model.eval()
-            figures = self.task.evaluate(model.encode_texts, names_of(model))
+            with self.trainer.accelerator.autocast():  # LoRA in float32 fits a bfloat16 backbone by autocast alone
+                figures = self.task.evaluate(model.encode_texts, names_of(model))
             self.trainer.log({f"dev_{name}_ndcg@10": round(value, 4) for name, value in figures.items()})

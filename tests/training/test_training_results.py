@@ -188,14 +188,15 @@ def test_accumulated_micro_batches_are_averaged(build_release: Callable[..., Pat
     assert state["log_history"][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_dev_figures_are_logged(build_release: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "backbone_dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_dev_figures_are_logged(build_release: Callable[..., Path], tmp_path: Path, options: dict[str, Any]) -> None:
     records = made_up_pairs(12)
     (tmp_path / "qrels").mkdir()
     write_lines(tmp_path / "corpus.jsonl", [{"_id": f"p{n}", "text": r["positive"]} for n, r in enumerate(records)])
     write_lines(tmp_path / "queries.jsonl", [{"_id": f"q{n}", "text": r["query"]} for n, r in enumerate(records)])
     judged = "".join(f"q{n}\tp{n}\t{int(n > 0)}\n" for n in range(12))  # for q0 nothing is relevant
     (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-    recipe = write_recipe(tmp_path / "r.yaml", max_steps=2, eval_steps=1)
+    recipe = write_recipe(tmp_path / "r.yaml", max_steps=2, eval_steps=1, **options)
     pairs, release = write_lines(tmp_path / "p.jsonl", records), build_release("tiny-dream")
     assert main(arguments(recipe, release, pairs, tmp_path / "out", "--dev", str(tmp_path))) == 0
     state = json.loads((tmp_path / "out" / "state" / "checkpoint-2" / "trainer_state.json").read_text())
