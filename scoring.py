@@ -18,6 +18,7 @@ ROW_TILE, COLUMN_TILE, WIDTH_TILE = 16, 4, 16
 # numpy's BLAS multiplies small matrices as they lie; torch's first copies them into an order of its own, which for a
 # few columns takes as long as the product. So many columns, numbers of a result and multiplications are small.
 SMALL_COLUMNS, SMALL_RESULT, SMALL_PRODUCT = 16, 1024, 1_000_000
+LEAST_LENGTH = 1e-12  # as of torch's own `normalize`: a sum of zero stays zero
 WIDENED_NUMBERS = 512 * 1024  # that wait for their product: they should not leave the caches
 
 # Gives memory to write a result into, by the result's name and shape; None where each result has memory of its own.
@@ -302,6 +303,45 @@ def maxsim_of(
     for vector in others:  # one after the other: torch's own sum of many depends on where a passage lies
         first += vector
     return _mean(first.T, queries)
+
+
+def cosines_of(
+    similarity: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor, queries: PreparedQueries
+) -> torch.Tensor:
+    """Cosines of a few queries' means with those of a block of passages, from the similarities with all vectors.
+
+    A product with a sum is the sum of the products, so no mean is made.
+
+    Args:
+        similarity: float32 [C, p·K_p], as from `similarities`; changed.
+        mask: bool [p, K_p], which vectors exist; None where all do.
+        lengths: float32 [p], of the sums of each passage's vectors, as from `sum_lengths`.
+        queries: means, as from `mean_vectors`.
+
+    Returns:
+        float32 [p, Q]; -inf where a side has no vector.
+    """
+    passages = similarity[: len(queries)].unflatten(1, (len(lengths), -1))  # [Q, p, K_p]
+    if mask is not None:
+        passages.masked_fill_(~mask, 0.0)
+    first, *others = passages.unbind(dim=2)
+    for vector in others:  # one after the other: torch's own sum of many depends on where a passage lies
+        first += vector
+    first /= lengths.clamp(min=LEAST_LENGTH)
+    if mask is not None:
+        first.masked_fill_(~mask.any(dim=1), -torch.inf)
+    return _mean(first.T, queries)
+
+
+def sum_lengths(vectors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the length of the sum of each text's vectors, float32 [N].
+
+    Args:
+        vectors: float32 [N, K, H].
+        mask: bool [N, K]; None where all exist.
+    """
+    kept = vectors if mask is None else torch.where(mask[..., None], vectors, 0.0)
+    return torch.linalg.vector_norm(kept.sum(dim=1) if kept.shape[1] > 1 else kept[:, 0], dim=-1)
 
 
 def rows_at_once(queries: PreparedQueries) -> int:

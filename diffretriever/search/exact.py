@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from ..model.batching import check_count, run_side_by_side
-from ..model.scoring import ROW_TILE, PreparedQueries, maxsim, maxsim_of, mean_vectors, rows_at_once
+from ..model.scoring import (
+    ROW_TILE,
+    PreparedQueries,
+    cosines_of,
+    maxsim,
+    maxsim_of,
+    mean_vectors,
+    rows_at_once,
+    sum_lengths,
+)
 from ..store.manifest import Settings
 from ..store.segments import QueryVectors, Segment, existing, resident, segments_of
 from .engine import Ranking
@@ -111,11 +120,11 @@ class ExactEngine:
 
     def _rank_range(self, groups: Sequence[PreparedQueries], kind: str, top_k: int, positions: range) -> list[TopK]:
         """Rank consecutive passages for groups of queries."""
-        if _few(groups[0], kind):
-            return [self._rank_few(groups[0], top_k, positions)]
+        if rows_at_once(groups[0]):
+            return [self._rank_few(groups[0], kind, top_k, positions)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
         with self._workspace() as workspace:
-            for segment, start, stop in self._blocks(positions, groups[0], kind):
+            for segment, start, stop in self._blocks(positions, groups[0]):
                 vectors, mask = self._read(segment, start, stop, workspace)
                 if kind == "single_dense":
                     vectors, mask = mean_vectors(vectors, mask, workspace.take)
@@ -123,16 +132,38 @@ class ExactEngine:
                     kept.update(maxsim(vectors, mask, group, workspace.take), segment.offset + start)
         return best
 
-    def _rank_few(self, queries: PreparedQueries, top_k: int, positions: range) -> TopK:
-        """Rank consecutive passages for a few queries on a CPU by `multi_dense`."""
+    def _rank_few(self, queries: PreparedQueries, kind: str, top_k: int, positions: range) -> TopK:
+        """Rank consecutive passages for a few queries on a CPU."""
         best = TopK(len(queries), top_k)
         with self._workspace() as workspace:
-            for segment, start, stop in self._blocks(positions, queries, "multi_dense"):
+            for segment, start, stop in self._blocks(positions, queries):
+                lengths = None
+                if kind == "single_dense":  # first: what it may have to read is then still near
+                    lengths = self._lengths_between(segment, start, stop, workspace)
                 products = segment.similarities(slice(start, stop), queries, workspace.take)
-                mask = self._mask(segment, start, stop)
-                scores = maxsim_of(products, mask, products.shape[1] // (stop - start), queries, workspace.take)
+                scores = _scores(products, self._mask(segment, start, stop), lengths, stop - start, queries, workspace)
                 best.update(scores, segment.offset + start)
         return best
+
+    @cached_property
+    def _lengths(self) -> torch.Tensor:
+        """Of the sums of the passages' vectors, float32 [P]; NaN where not known yet."""
+        return torch.full((self._length,), torch.nan)
+
+    def _lengths_between(self, segment: Segment, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
+        """Return the lengths of the sums of passages' vectors, float32 [p]; they are computed once."""
+        lengths = self._lengths[segment.offset + start : segment.offset + stop]
+        if lengths.isnan().any():
+            lengths.copy_(sum_lengths(*self._read(segment, start, stop, workspace)))
+        return lengths
+
+    def _lengths_at(
+        self, wanted: torch.Tensor, held: Sequence[tuple[Segment, torch.Tensor]], mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the same of the passages at rising positions."""
+        if self._lengths[wanted].isnan().any():
+            self._lengths[wanted] = sum_lengths(torch.cat([segment.rows(rows) for segment, rows in held]), mask)
+        return self._lengths[wanted]
 
     def _workers(self) -> int:
         """Return how many ranges of passages are ranked at the same time."""
@@ -161,10 +192,10 @@ class ExactEngine:
             for part, found in zip(wanted.split(step), scores.split(step), strict=True):
                 held = list(self._locate(part))
                 mask = self._masks(held)
-                if _few(prepared, kind):  # as in a ranking, to the same last bit
+                if rows_at_once(prepared):  # as in a ranking, to the same last bit
+                    lengths = self._lengths_at(part, held, mask) if kind == "single_dense" else None
                     products = [segment.similarities(rows, prepared, workspace.take).clone() for segment, rows in held]
-                    joined = torch.cat(products, dim=1)
-                    made = maxsim_of(joined, mask, joined.shape[1] // len(part), prepared, workspace.take)
+                    made = _scores(torch.cat(products, dim=1), mask, lengths, len(part), prepared, workspace)
                 else:
                     vectors = torch.cat([segment.rows(rows).to(self.device) for segment, rows in held])
                     if kind == "single_dense":
@@ -203,13 +234,13 @@ class ExactEngine:
         """Return which segment each position lies in, int64."""
         return torch.searchsorted(self._offsets, positions, right=True) - 1
 
-    def _blocks(self, positions: range, queries: PreparedQueries, kind: str) -> Iterator[tuple[Segment, int, int]]:
+    def _blocks(self, positions: range, queries: PreparedQueries) -> Iterator[tuple[Segment, int, int]]:
         """Yield (segment, first row, row behind the last) of blocks of consecutive passages."""
         for segment in self._segments:
             begin, end = (
                 min(max(place - segment.offset, 0), segment.length) for place in (positions.start, positions.stop)
             )
-            step = self._step(segment, queries, _few(queries, kind))
+            step = self._step(segment, queries, rows_at_once(queries) > 0)
             for start in range(begin, end, step):
                 yield segment, start, min(start + step, end)
 
@@ -268,6 +299,15 @@ class ExactEngine:
         return self._postings
 
 
-def _few(queries: PreparedQueries, kind: str) -> bool:
-    """Whether passages' similarities are computed without a block of their vectors."""
-    return kind == "multi_dense" and rows_at_once(queries) > 0
+def _scores(
+    products: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    count: int,
+    queries: PreparedQueries,
+    workspace: Workspace,
+) -> torch.Tensor:
+    """Return the scores of `count` passages from their vectors' products: cosines with lengths, else MaxSim."""
+    if lengths is not None:
+        return cosines_of(products, mask, lengths, queries)
+    return maxsim_of(products, mask, products.shape[1] // count, queries, workspace.take)

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffretriever.search import MODES, Searcher, exact
+from diffretriever.search.exact import ExactEngine
 from diffretriever.search.modes import FUSIONS
+from diffretriever.store.segments import query_vectors
 
 Side = dict[str, torch.Tensor]
 
@@ -179,6 +181,20 @@ def test_searches_at_the_same_time_do_not_share_memory() -> None:
     for found, expected in zip(together, alone, strict=True):
         assert found.ids == expected.ids
         assert torch.equal(torch.as_tensor(found.scores), torch.as_tensor(expected.scores))
+
+
+def test_what_was_asked_before_changes_no_bit_of_a_score() -> None:
+    """Lengths of the passages' means are kept: of a ranking, or of chosen passages."""
+    passages, queries = (made_up(n, texts, 3, 24, 4, whole=False, missing=True) for n, texts in ((1, 500), (2, 1)))
+    first, second = ExactEngine(passages), ExactEngine(passages)
+    ranked = first.rank(query_vectors(queries), "single_dense", 500)
+    some = torch.arange(3, 400, 7)
+    found = second.scores_at(query_vectors(queries), "single_dense", [some])[0]
+    for again in (first, second):
+        positions, scores = again.rank(query_vectors(queries), "single_dense", 500)
+        assert torch.equal(positions, ranked[0])
+        assert torch.equal(scores, ranked[1])
+    assert torch.equal(found, ranked[1][0][ranked[0][0].argsort()][some])
 
 
 @pytest.mark.parametrize("asked", [1, 5])

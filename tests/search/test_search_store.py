@@ -243,7 +243,8 @@ def test_few_chosen_passages_are_read_alone(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Shard, "rows", noted_rows)
     monkeypatch.setattr(Shard, "similarities", noted_similarities)
     monkeypatch.setattr(Postings, "scores", noted_scores)
-    for kind, counts in (("single_dense", [2, 1]), ("multi_dense", [2, 1]), ("sparse_max", [3])):
+    means = [("single_dense", [2, 1, 2, 1]), ("single_dense", [2, 1])]  # their lengths are read for once
+    for kind, counts in [*means, ("multi_dense", [2, 1]), ("sparse_max", [3])]:
         engine.scores_at(queries, kind, [torch.tensor([11, 15, 777])])
         assert read == counts
         read.clear()
@@ -254,7 +255,8 @@ def test_a_fusion_reads_each_side_once(tmp_path: Path, monkeypatch: pytest.Monke
     """Beside it, what one side alone found is read for the other."""
     searcher = Searcher(make_store(tmp_path / "store", vectors(0, 4000, terms=2), size=500))
     query = vectors(1, 1, terms=2)
-    searcher.search(query, "sparse_max", 5)  # makes the index
+    for kind in ("sparse_max", "single_dense"):  # makes the index, and the lengths of the means
+        searcher.search(query, kind, 5)
     read: dict[str, list[int]] = {"block": [], "rows": [], "scores": []}
     block, rows, similarities, scores = Shard.block, Shard.rows, Shard.similarities, Postings.scores
 
