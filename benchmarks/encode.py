@@ -15,8 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from hardware import arithmetic_unit, describe  # noqa: E402
+from hardware import CLOCKS, arithmetic_unit, describe  # noqa: E402
 from random_backbone import TOKENIZER, Shape, write_backbone  # noqa: E402
 from transformers import AutoModel  # noqa: E402
 
 from diffretriever.cli.parser import Parser  # noqa: E402
 from diffretriever.publishing import build as building  # noqa: E402
 
+WORDS = "the retrieval of light from water systems index sun energy with documents and of passages moving".split()
 # Two shapes of 92M parameters with LLaDA's own vocabulary. "narrow" is LLaDA-8B with every width divided by 16; "wide"
 # puts the same weights into fewer, larger matrices.
 SHAPES = {"narrow": Shape(32, 256, 768, 4), "wide": Shape(8, 256, 4096, 4)}
@@ -40,9 +41,8 @@ SHAPES = {"narrow": Shape(32, 256, 768, 4), "wide": Shape(8, 256, 4096, 4)}
 def mixed_texts(count: int) -> list[str]:
     """Return passages of mixed lengths: most short, some cut at the maximum, as in MS MARCO."""
     numbers = random.Random(0)
-    words = "the retrieval of light from water systems index sun energy with documents and of passages moving".split()
     lengths = [min(120, max(4, round(numbers.lognormvariate(3.4, 0.6)))) for _ in range(count)]
-    return [" ".join(numbers.choices(words, k=length)) for length in lengths]
+    return [" ".join(numbers.choices(WORDS, k=length)) for length in lengths]
 
 
 @torch.no_grad()
@@ -73,25 +73,28 @@ def our_way(model: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return out.repr_hidden, out.sparse_values
 
 
-def matmul_rate(dtype: torch.dtype, device: str, least_seconds: float, size: int = 2048) -> float:
+def matmul_rate(dtype: torch.dtype, device: str, least_seconds: float, size: int = 2048, clock: str = "wall") -> float:
     """Return the FLOP/s that square matrix products keep up for a while."""
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     took, count = 0.0, 0
     while not took or took < least_seconds:
-        took += seconds(lambda: left @ right, device)
+        took += seconds(lambda: left @ right, device, clock)
         count += 1
     return count * 2 * size**3 / took
 
 
-def seconds(work: Callable[[], Any], device: str) -> float:
-    """Time one call."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def seconds(work: Callable[[], Any], device: str, clock: str = "wall") -> float:
+    """Time one call by one of `hardware.CLOCKS`."""
+    start = now(device, clock)
     work()
+    return now(device, clock) - start
+
+
+def now(device: str, clock: str) -> float:
+    """Return the time in seconds when the device has done all that it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return CLOCKS[clock]()
 
 
 def needed_flops(model: Any, texts: list[str], is_query: bool = False) -> float:
@@ -143,6 +146,9 @@ def main() -> None:
     told = "default: both on a CPU, bfloat16 on a GPU"
     parser.add_argument("--model-dtype", choices=("float32", "bfloat16"), nargs="+", help=told)
     parser.add_argument("--shape", choices=SHAPES, default="narrow", help="of the random model")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: one thread of a machine shared with others"
+    )
     parser.add_argument("--only", choices=("plain", "ours"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -176,15 +182,15 @@ def report(
     peaks = []
     for _ in range(options.rounds):  # in turn, so that a machine that slows down slows all of them
         for name, way in ways.items():
-            times[name].append(seconds(way, device))
-        peaks.append(matmul_rate(model.dtype, device, times["ours"][-1] / 2))
+            times[name].append(seconds(way, device, options.clock))
+        peaks.append(matmul_rate(model.dtype, device, times["ours"][-1] / 2, clock=options.clock))
     middle = {name: statistics.median(values) for name, values in times.items()}
     needed = needed_flops(model, texts)
     share = statistics.median(needed / took / peak for took, peak in zip(times["ours"], peaks, strict=True))
     speed = statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True))
     count = sum(weight.numel() for weight in model.parameters())
     unit = arithmetic_unit(model.dtype, device)
-    print(f"{describe(device)}; {count / 1e6:.1f}M parameters, {dtype}{unit and f' on {unit}'}")
+    print(f"{describe(device)}; {options.clock} time; {count / 1e6:.1f}M parameters, {dtype}{unit and f' on {unit}'}")
     print(f"{len(texts)} passages, {tokens} tokens (mean {tokens / len(texts):.0f}); {options.rounds} rounds, medians")
     print(f"least cosine of the two ways' dense vectors: {cosine:.6f}")
     memory = {}
@@ -203,20 +209,45 @@ def report(
     return rate
 
 
-@torch.no_grad()
+def timed_within(place: Any, name: str, took: dict[str, float], options: argparse.Namespace) -> None:
+    """Have a method note how long its last call took, under its name."""
+    method = getattr(place, name)
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        start = now(options.device, options.clock)
+        result = method(*arguments, **named)
+        took[name] = now(options.device, options.clock) - start
+        return result
+
+    setattr(place, name, noted)
+
+
 def report_one_query(model: Any, options: argparse.Namespace, peak: float) -> None:
-    """Time one query after the other, and its layers alone, in turn."""
-    query, device = ["how does light move from water systems to the sun"], options.device
-    ids = model.tokenize(query, True)[0].to(device)
-    positions = model.texts.mask_positions(ids.cpu(), True).to(device)
-    whole, layers = [], []
+    """Time one query after the other, and within each what the layers take, and what the host does around them."""
+    numbers, took = random.Random(1), dict[str, float]()
+    for place, name in ((model, "states_at"), (model, "encode_prepared"), (model.texts, "prepare")):
+        timed_within(place, name, took, options)
+    times: dict[str, list[float]] = {}
     for _ in range(options.queries + 3):
-        whole.append(seconds(lambda: model.encode_texts(query, True, compute_sparse=False), device))
-        layers.append(seconds(lambda: model(ids, mask_positions=positions), device))
-    took, alone = (1000 * statistics.median(times[3:]) for times in (whole, layers))  # the first ones warm up
+        query = [" ".join(numbers.choices(WORDS, k=10))]  # another one each time: nothing is remembered
+        for way, compute_sparse in (("dense", False), ("both", True)):
+            encode = partial(model.encode_texts, query, True, compute_sparse=compute_sparse)
+            whole = seconds(encode, options.device, options.clock)
+            parts = {"all": whole, "layers": took["states_at"], "tokeniser and prompt": took["prepare"]}
+            parts["packing, norms, checks"] = took["encode_prepared"] - took["states_at"]
+            parts["batches, threads, order"] = whole - took["encode_prepared"] - took["prepare"]
+            for name, value in parts.items():
+                times.setdefault(f"{way} {name}", []).append(1000 * value)
+    middle = {name: statistics.median(values[3:]) for name, values in times.items()}  # the first ones warm up
+    whole, more = middle.pop("dense all"), middle["both all"]
     limit = 1000 * needed_flops(model, query, is_query=True) / peak
-    rest = f"{took - alone:.2f} ms ({(took - alone) / took:.0%}) for tokeniser, checks and all else"
-    print(f"one query of {ids.shape[1]} tokens: {took:.1f} ms, {rest}; at the matmul peak {limit:.1f} ms\n")
+    length = len(model.texts.tokenize(query, True)[0])
+    print(f"one query of {length} tokens, dense: {whole:.2f} ms; at the matmul peak {limit:.2f} ms")
+    for name, value in middle.items():
+        if name.startswith("dense"):
+            print(f"  {name.removeprefix('dense '):<26} {value:7.2f} ms  {value / whole:4.0%}")
+    content = middle["both tokeniser and prompt"] - middle["dense tokeniser and prompt"]
+    print(f"  its sparse vector as well: {more - whole:.2f} ms more, of which its content words {content:.2f} ms\n")
 
 
 if __name__ == "__main__":

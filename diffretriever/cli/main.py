@@ -54,8 +54,6 @@ COMMANDS = (
     publish,
 )
 
-TRAINING = ("train", "pretrain")  # whose threads meet at every operation
-
 
 def build_parser() -> Parser:
     """Return the parser with every sub-command."""
@@ -80,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status; see `exit_status`.
     """
     replace_what_cannot_be_shown()  # before the parser, which may print a help
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] and words[0] in TRAINING:
-        wait_asleep()  # as well: it may look for a device
+    wait_asleep()  # as well: it may look for a device
     options = build_parser().parse_args(arguments)
     return run(options, f"diffretriever {options.command}")
 

@@ -1,4 +1,4 @@
-"""How many CPU threads training takes, and how they wait for each other."""
+"""How many CPU threads training takes, and how those of all commands wait for each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let OpenMP's threads sleep while they wait for each other, if torch, which reads it once, is not there yet.
 
     They spin by default. Where others use the machine, a thread that is awaited may not be running, and those that
-    spin take its place: on two busy cores a training step took six times as long with two threads as with one.
+    spin take its place: on two busy cores a training step took six times as long with two threads as with one, and a
+    question ten times.
     """
     if "torch" not in sys.modules:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
