@@ -410,16 +410,33 @@ def test_damaged_files_of_the_engine(location: str, name: str) -> None:
         QdrantEngine(location, "passages")
 
 
-def test_a_folder_that_cannot_be_written(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "error", "told"),
+    [
+        (
+            "failed to open WAL passages/wal: Permission denied (os error 13)",
+            PermissionError,
+            "the engine must be able to write in its folder, to search, too",
+        ),
+        (
+            "Service runtime error: Not enough space available for optimization, needed: 18.46 GiB, available: 17 GiB",
+            EngineAwayError,
+            r"needed: 18\.46 GiB, available: 17 GiB\)\. Make room and run the same command again",
+        ),
+    ],
+)
+def test_what_the_engine_cannot_do_here(
+    location: str, monkeypatch: pytest.MonkeyPatch, words: str, error: type[Exception], told: str
+) -> None:
     upload(vectors(0, 5, 2), location, "passages")
 
     class Refused:
         @staticmethod
         def load(path: str) -> None:
-            raise Exception(f"failed to open WAL {path}/wal: Permission denied (os error 13)")
+            raise Exception(words)
 
     monkeypatch.setattr(qdrant_edge, "EdgeShard", Refused)
-    with pytest.raises(PermissionError, match="the engine must be able to write in its folder, to search, too"):
+    with pytest.raises(error, match=told):
         QdrantEngine(location, "passages")
 
 

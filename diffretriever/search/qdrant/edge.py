@@ -34,7 +34,15 @@ QUERIES_AT_ONCE = 16
 ALWAYS, NEVER = 1, 0  # kilobytes of vectors from which the engine builds its index; 0: never
 SCANNED = 10_000  # kilobytes of vectors below which it reads them all, graph or not; Qdrant's own default
 OVERSAMPLING = {"scalar": 2.0, "binary": 4.0}  # candidates by quantised vectors for each result, scored again in full
-FULL_WORDS = ("No space left", "os error 28", "StorageFull", "File too large", "FileTooLarge", "QuotaExceeded")
+FULL_WORDS = (
+    "No space left",
+    "Not enough space",
+    "os error 28",
+    "StorageFull",
+    "File too large",
+    "FileTooLarge",
+    "QuotaExceeded",
+)
 ROOM = 256 << 20  # bytes: the engine's log and the first pages of its files
 LOGGED = 100_000_000  # numbers put in between two flushes, each of which empties the engine's log: 400 MB
 
