@@ -154,7 +154,9 @@ class ExactEngine:
         """Return the lengths of the sums of passages' vectors, float32 [p]; they are computed once."""
         lengths = self._lengths[segment.offset + start : segment.offset + stop]
         if lengths.isnan().any():
-            lengths.copy_(sum_lengths(*self._read(segment, start, stop, workspace)))
+            step = max(1, CPU_FEW_BLOCK_NUMBERS // segment.block(0, 1).numel())  # fewer than are ranked at once
+            for first, part in zip(range(start, stop, step), lengths.split(step), strict=True):
+                part.copy_(sum_lengths(*self._read(segment, first, min(first + step, stop), workspace)))
         return lengths
 
     def _lengths_at(

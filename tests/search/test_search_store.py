@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from diffretriever.cli.display import text_width, wrap
 from diffretriever.model import scoring
-from diffretriever.search import MODES, ExactEngine, Searcher, topk
+from diffretriever.model.scoring import score
+from diffretriever.search import MODES, ExactEngine, Searcher, exact, topk
 from diffretriever.search import searcher as searcher_module
 from diffretriever.search import sparse as sparse_module
 from diffretriever.search.modes import FUSED
@@ -248,6 +249,23 @@ def test_few_chosen_passages_are_read_alone(tmp_path: Path, monkeypatch: pytest.
         engine.scores_at(queries, kind, [torch.tensor([11, 15, 777])])
         assert read == counts
         read.clear()
+
+
+def test_lengths_of_wide_vectors_are_read_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is ranked at once would be a gigabyte of a large model's."""
+    monkeypatch.setattr(exact, "CPU_FEW_BLOCK_NUMBERS", 600)
+    side, query, read = vectors(0, 500), vectors(1, 1), []
+    expected = score(query, side, "single_dense")[0].sort(descending=True)
+    block = TensorSegment.block
+
+    def noted(self: TensorSegment, start: int, stop: int) -> torch.Tensor:
+        read.append(stop - start)
+        return block(self, start, stop)
+
+    monkeypatch.setattr(TensorSegment, "block", noted)
+    found = Searcher(side).search(query, "single_dense", 500)
+    assert max(read) == 10  # of 3 vectors of 20 dimensions
+    assert torch.allclose(found.scores[0], expected.values, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", sorted(FUSED))
