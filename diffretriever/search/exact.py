@@ -66,7 +66,8 @@ class ExactEngine:
         self._offsets = torch.tensor([segment.offset for segment in self._segments])
         self.settings: Settings | None = None if isinstance(passages, Mapping) else passages.manifest
         if in_memory:
-            self._segments = [resident(segment, self.device) for segment in self._segments]
+            on_cpu = self.device.type == "cpu"
+            self._segments = [part.in_memory() if on_cpu else resident(part, self.device) for part in self._segments]
         self._length = sum(segment.length for segment in self._segments)
         if self._length >= MAX_POSITIONS:
             raise ValueError(f"one searcher holds at most {MAX_POSITIONS - 1} passages, got {self._length}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,9 @@ class Segment(Protocol):
             ValueError: the sides' dimensions differ.
         """
 
+    def in_memory(self) -> Segment:
+        """The same texts with their vectors in memory, in the form in which they are stored."""
+
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """Which of the vectors exist, bool [stop - start, K]; None where all do."""
 
@@ -83,6 +86,10 @@ class TensorSegment:
     def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
         """See `Segment.similarities`."""
         return similarities(self.vectors[rows].flatten(0, 1), queries, memory)
+
+    def in_memory(self) -> TensorSegment:
+        """See `Segment.in_memory`."""
+        return replace(self, vectors=self.vectors.to("cpu", copy=True))
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """See `Segment.mask`."""
@@ -133,7 +140,7 @@ def _distinct(ids: Sequence[str], count: int) -> list[str]:
 
 
 def resident(segment: Segment, device: torch.device) -> TensorSegment:
-    """Return the segment with its vectors in the device's memory, in their stored floating dtype."""
+    """Return the segment with its vectors in an accelerator's memory, in the dtype of its blocks."""
     vectors = segment.block(0, segment.length).to(device, copy=True)
     mask = segment.mask(0, segment.length)
     mask = None if mask is None else mask.to(device)

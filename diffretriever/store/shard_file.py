@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,13 @@ class ShardFile:
         if self.size != expected:
             raise DamagedShardError(f"{path}: the shard has {self.size} bytes; its header says {expected}.")
         self._mapped: torch.Tensor | None = None
+        self._held: dict[str, torch.Tensor] = {}
+
+    def holding(self, names: Iterable[str]) -> ShardFile:
+        """Return the same file with the tensors of these names, where it has them, in memory."""
+        other = copy(self)
+        other._held = {name: self.tensor(name).clone() for name in names if name in self}
+        return other
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -188,6 +196,8 @@ class ShardFile:
         """
         if name not in self._places:
             raise DamagedShardError(f"{self.path}: the shard has no tensor {name!r}.")
+        if name in self._held:
+            return self._held[name]
         if self._mapped is None:
             try:  # private: a change in memory would never reach the file
                 self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)

@@ -6,6 +6,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +143,12 @@ class Shard:
         """See `Segment.similarities`."""
         found = similarities(self.repr_hidden[rows].flatten(0, 1), queries, memory)
         return found if self.repr_scale is None else found.mul_(self.repr_scale[rows].flatten())
+
+    def in_memory(self) -> Shard:
+        """See `Segment.in_memory`."""
+        held = copy(self)
+        held.file = self.file.holding(("repr_hidden", "repr_scale", "repr_mask", "codes"))
+        return held
 
     def mask(self, start: int, stop: int) -> torch.Tensor | None:
         """See `Segment.mask`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,11 @@ def test_search_equals_search_over_the_decoded_vectors(small: Store, mode: str) 
     assert torch.allclose(found.scores, expected.scores, atol=1e-6)
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("k", [1, 4, 16])
-def test_one_query_is_ranked_without_making_the_vectors(small: Store, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+def test_one_query_is_ranked_without_making_the_vectors(
+    small: Store, monkeypatch: pytest.MonkeyPatch, k: int, in_memory: bool
+) -> None:
     decoded = {"repr_hidden": torch.cat([shard.dense(0, len(shard)) for shard in small.shards()])}
     query = {"repr_hidden": torch.nn.functional.normalize(torch.randn(1, k, decoded["repr_hidden"].shape[2]), dim=-1)}
     expected = Searcher(decoded).search(query, "multi_dense", 500)
@@ -98,13 +102,27 @@ def test_one_query_is_ranked_without_making_the_vectors(small: Store, monkeypatc
         return make(self, codes)
 
     monkeypatch.setattr(module.Codebook, "vectors", noted)
-    found = Searcher(small, block_size=64).search(query, "multi_dense", 500)
+    found = Searcher(small, block_size=64, in_memory=in_memory).search(query, "multi_dense", 500)
     assert set(made) <= {1}  # one is asked for its shape
     assert torch.allclose(found.scores, expected.scores, atol=1e-6)
     engine, wanted = ExactEngine(small), torch.tensor([0, 63, 64, 251, 499])
     at = engine.scores_at(query_vectors(query), "multi_dense", [wanted])[0]
     by_position = torch.empty(500).scatter_(0, found.positions[0], found.scores[0])
     assert torch.equal(at, by_position[wanted])
+
+
+def test_a_search_in_memory_reads_no_codes_from_the_file(small: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(small.folder, folder)
+    asked, expected = queries(), Searcher(small).search(queries(), "multi_dense", 10)
+    searchers = [Searcher(open_store(folder), in_memory=in_memory) for in_memory in (True, False)]
+    for shard in small.shards():
+        path = folder / shard.file.path.name
+        with path.open("r+b") as stream:  # zeros in the place of all vectors
+            stream.seek(path.read_bytes().index(shard.file.tensor("codes").numpy().tobytes()))
+            stream.write(bytes(shard.file.tensor("codes").nbytes))
+    assert torch.equal(searchers[0].search(asked, "multi_dense", 10).scores, expected.scores)
+    assert not torch.equal(searchers[1].search(asked, "multi_dense", 10).scores, expected.scores)
 
 
 def test_the_ranking_is_nearly_the_uncompressed_one(store: Store, small: Store) -> None:
