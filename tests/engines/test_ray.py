@@ -56,12 +56,9 @@ def ray() -> Iterator[Any]:
     module.shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.once
-def test_the_store_is_that_of_one_process(
-    ray: Any, build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.fixture
+def asked(build_release: Callable[..., Path], tmp_path: Path) -> list[str]:
+    """A command over 23 texts in three files of tmp_path/corpus; tmp_path/one has the store that one process made."""
     texts = made_up_texts(23)
     (tmp_path / "corpus").mkdir()
     for number, (first, end) in enumerate([(0, 9), (9, 10), (10, 23)]):
@@ -69,13 +66,24 @@ def test_the_store_is_that_of_one_process(
     release = build_release("tiny-llada", "llada-q4p4")
     given = ["encode", "--model", str(release), "--input", str(tmp_path / "corpus"), "--shard-size", "4", "--quiet"]
     assert main([*given, "--output", str(tmp_path / "one")]) == 0
-    whole = folder_bytes(tmp_path / "one")
-    folder = tmp_path / "ray"
-    given += ["--engine", "ray", "--actors", "1", "--output", str(folder)]
-    assert main(given) == 0
-    assert folder_bytes(folder) == whole
-    assert sorted(name for name in whole if name.startswith("shard")) == SHARDS
+    return [*given, "--engine", "ray", "--actors", "1", "--output"]
 
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_the_store_is_that_of_one_process(ray: Any, asked: list[str], tmp_path: Path) -> None:
+    before, whole = signal.getsignal(signal.SIGTERM), folder_bytes(tmp_path / "one")
+    assert main([*asked, str(tmp_path / "ray")]) == 0
+    assert folder_bytes(tmp_path / "ray") == whole
+    assert sorted(name for name in whole if name.startswith("shard")) == SHARDS
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_what_is_there_is_kept(ray: Any, asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "one"
+    whole, given = folder_bytes(folder), [*asked, str(folder)]
     capsys.readouterr()  # a damaged shard and a lost one are made again, the others kept
     damaged, lost = folder / SHARDS[1], folder / SHARDS[5]
     damaged.write_bytes(whole[SHARDS[1]][:-1] + bytes([whole[SHARDS[1]][-1] ^ 4]))
@@ -97,10 +105,9 @@ def test_the_store_is_that_of_one_process(
     write_jsonl(tmp_path / "corpus" / "part1.jsonl", [("other", "text")])
     assert main(given) == 2
     assert "of another corpus: it has 23 texts" in capsys.readouterr().err.splitlines()[-1]
-    write_jsonl(tmp_path / "corpus" / "part1.jsonl", [texts[0]])
-    assert main([*given[:-1], str(tmp_path / "twice")]) == 2
+    write_jsonl(tmp_path / "corpus" / "part1.jsonl", made_up_texts(1))
+    assert main([*asked, str(tmp_path / "twice")]) == 2
     assert "ids occur twice, counted from 1: 'id 0 é' (texts 1 and 10)" in capsys.readouterr().err.splitlines()[-1]
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.once
