@@ -50,7 +50,7 @@ def test_each_part_reads_its_own_shards_as_one_reading_does(parts: Parts, sizes:
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """A small cluster of this machine, with room for one actor."""
-    module = pytest.importorskip("ray", reason="Ray has an environment of its own: .ci/ray")
+    module = pytest.importorskip("ray", reason="Ray has an environment of its own: .ci/engine ray")
     module.init(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
     yield module
     module.shutdown()

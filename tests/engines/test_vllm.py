@@ -20,7 +20,7 @@ from checkpoint_folders import ROOT
 from started_server import free_port, started
 from transformers import AutoModel
 
-pytest.importorskip("vllm", reason="vLLM has an environment of its own: .ci/vllm")
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: .ci/engine vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 from diffretriever.serving.plain_model import export_plain  # noqa: E402
