@@ -23,7 +23,7 @@ from ..files.durable import TEMPORARY, write_whole
 from ..files.fields import fill
 from ..files.install import install_hint
 from ..files.lines import read_object
-from ..model.scoring import Memory, PreparedQueries, check_width
+from ..model.scoring import LEAST_LENGTH, Memory, PreparedQueries, check_width
 from ..progress import progress_bar
 from .manifest import MANIFEST_FILE, Manifest, ShardEntry
 from .segments import Rows, existing
@@ -35,7 +35,6 @@ CODEBOOK_FILE = "codebook.safetensors"
 CENTROIDS = 256  # of each piece: a byte tells one
 TRAINING_VECTORS, ITERATIONS = 25_600, 15  # of the k-means: a hundred vectors a centroid
 ENCODE_ROWS = 4096
-LEAST_NORM = 1e-12  # a vector of zeros stays one
 SUMMED_CODES, TABLE_COLUMNS = 256 * 1024, 8  # looked up at once; of a table, whole registers
 
 
@@ -55,7 +54,7 @@ class Codebook:
         """Return the vectors that codes, uint8 [n, K, pieces], stand for, float32 [n, K, H], normalised again."""
         pieces = F.embedding(codes.int() + self._first, self.centroids.flatten(0, 1))  # [n, K, pieces, H / pieces]
         vectors = pieces.flatten(2)
-        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_(min=LEAST_NORM))
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_(min=LEAST_LENGTH))
 
     def similarities(self, codes: torch.Tensor, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
         """Return the dot products of those vectors with a few queries' without making them, float32 [C, N].
@@ -75,7 +74,7 @@ class Codebook:
             part = codes[start : start + step]
             numbers = memory("codes", tuple(part.shape)).view(torch.int32).copy_(part).add_(self._first)
             sums = F.embedding_bag(numbers, table, mode="sum")
-            lengths = sums[:, columns].sqrt_().clamp_(min=LEAST_NORM)
+            lengths = sums[:, columns].sqrt_().clamp_(min=LEAST_LENGTH)
             torch.div(sums[:, :columns].T, lengths, out=out[:, start : start + step])
         return out
 

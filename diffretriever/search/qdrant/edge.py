@@ -272,10 +272,8 @@ class EdgeCollection:
         """Call the engine; what it raises is told in our words."""
         try:
             return work(*arguments, **options)
-        except Exception as error:
-            raise self._error(error, opening) from error
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":
+        except BaseException as error:  # what is written in Rust panics, too
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise self._error(error, opening) from error
 
