@@ -3,13 +3,15 @@
 python benchmarks/store.py speed --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 --input corpus.jsonl
 python benchmarks/store.py dtypes --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 --data BEIR_DIR --scratch DIR
 python benchmarks/store.py write [--tokens-per-second 40000]
+python benchmarks/store.py beside --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 [--tokens-per-second 40000]
 python benchmarks/store.py memory --model checkpoints/diffretriever-llada-tiny-multi-q4-p4 [--sizes 100000 1000000]
 python benchmarks/store.py shards [--count 1000000]
 
 `speed` encodes the same passages with `encode_texts` and with `encode_store`, in turn and in one process, and prints
 the medians and their ratio. `dtypes` encodes once into float32 stores (kept in the scratch folder), converts them, and
 compares each dtype's MaxSim ranking with float32's. `write` times the writing of shards of some widths, and says what
-share of the encoding it would be. `memory` makes stores of some sizes, each in a process of its own, with tokens and
+share of the encoding it would be. `beside` has `encode_store` write such shards beside a model that takes as long as a
+GPU of that speed would, by the clock and without a processor, and says how much longer the encoding takes. `memory` makes stores of some sizes, each in a process of its own, with tokens and
 vectors out of a hat, and prints the peak of its memory. `shards` does what so many shards cost when a store is begun,
 ended and opened, with made-up entries, and prints processor seconds and the peak of memory.
 """
@@ -48,6 +50,7 @@ from diffretriever.store.shard_file import ShardFile  # noqa: E402
 from diffretriever.store.store import Shard, ShardContents, Store, write_store  # noqa: E402
 
 SHARD = 4096  # texts: the default of `diffretriever encode`
+WIDTHS = ((4, 192), (4, 576), (4, 4096), (16, 4096))  # K, H
 
 
 def main() -> None:
@@ -67,18 +70,24 @@ def main() -> None:
     dtypes.set_defaults(run=compare_dtypes)
     write = measurements.add_parser("write")
     write.add_argument("--tokens-per-second", type=float, nargs="+", default=[1000.0, 40000.0])
-    write.add_argument("--tokens", type=int, default=130, help="of a passage, prompt and masks included")
     write.add_argument("--num-passages", type=int, default=2048, help="in a shard")
     write.add_argument("--rounds", type=int, default=5)
-    write.add_argument("--scratch", type=Path, help="where the shards are written (default: among temporary files)")
     write.set_defaults(run=measure_writing)
+    beside = measurements.add_parser("beside")
+    beside.add_argument("--tokens-per-second", type=float, default=40000.0)
+    beside.add_argument("--num-passages", type=int, default=1024, help="in a shard")
+    beside.add_argument("--rounds", type=int, default=3)
+    beside.set_defaults(run=measure_beside)
+    for measurement in (write, beside):
+        measurement.add_argument("--tokens", type=int, default=130, help="of a passage, prompt and masks included")
+        measurement.add_argument("--scratch", type=Path, help="where shards are written (default: a temporary folder)")
     memory = measurements.add_parser("memory")
     memory.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000], help="passages")
     memory.set_defaults(run=measure_memory)
     shards = measurements.add_parser("shards")
     shards.add_argument("--count", type=int, default=1_000_000)
     shards.set_defaults(run=measure_shards)
-    for measurement in (speed, dtypes, memory):
+    for measurement in (speed, dtypes, beside, memory):
         measurement.add_argument("--model", required=True)
         measurement.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -131,7 +140,7 @@ def measure_writing(options: argparse.Namespace) -> None:
     """Print what a passage's writing takes, of a processor and by the clock, beside its encoding."""
     print(describe("cpu"))
     count = options.num_passages
-    for masks, width in ((4, 192), (4, 576), (4, 4096), (16, 4096)):
+    for masks, width in WIDTHS:
         vectors = F.normalize(torch.randn(count, masks, width), dim=-1)
         sparse = torch.randint(1, 30_000, (count, 128)), torch.rand(count, 128)
         contents = ShardContents(list(map(str, range(count))), vectors, *sparse, ["x" * 400] * count)
@@ -151,6 +160,54 @@ def measure_writing(options: argparse.Namespace) -> None:
         )
 
 
+def measure_beside(model: Any, options: argparse.Namespace) -> None:
+    """Print how much longer a corpus takes whose vectors come at a GPU's pace, where they are written meanwhile.
+
+    Of six shards instead of two, so that neither the start counts nor the last shard, which nothing is encoded beside.
+    """
+    (one,) = model.texts.prepare(["an audio player"], False, True)
+    model.texts.prepare = partial(as_if_each, one)
+    shards, pace = (2, 6), options.tokens / options.tokens_per_second
+    for masks, width in WIDTHS:
+        model.config.num_passage_masks, model.config.backbone_config.hidden_size = masks, width
+        model.encode_batches = partial(at_a_pace, (masks, width), pace)
+        longer = []
+        for _ in range(options.rounds):
+            taken = []
+            for count in shards:
+                with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+                    source = made_up_corpus(Path(scratch) / "corpus.tsv", count * options.num_passages)
+                    begun = time.perf_counter()
+                    encode_store(model, source, Path(scratch) / "store", shard_size=options.num_passages)
+                    taken.append(time.perf_counter() - begun)
+            encoding = (shards[1] - shards[0]) * options.num_passages * pace
+            longer.append((taken[1] - taken[0]) / encoding - 1)
+        spread = f"{statistics.median(longer):.1%} longer ({min(longer):.1%} … {max(longer):.1%})"
+        print(f"K {masks:2d}, H {width:4d}, float16: {spread} at {options.tokens_per_second:g} tokens/s", flush=True)
+
+
+def at_a_pace(
+    shape: tuple[int, int], pace: float, prepared: Any, batches: Any, sparse_top_k: int, **_: Any
+) -> Iterator[Any]:
+    """Yield what a model on a GPU would, `pace` seconds a text, with the same vectors of a shape [K, H] for each batch."""
+    longest = max(map(len, batches))
+    vectors = F.normalize(torch.rand(longest, *shape), dim=-1)
+    indices, values = torch.arange(1, sparse_top_k + 1).expand(longest, -1), torch.rand(longest, sparse_top_k)
+    ready = time.perf_counter()
+    for rows in batches:
+        ready += pace * len(rows)  # the GPU goes on, whatever the host does
+        time.sleep(max(0.0, ready - time.perf_counter()))
+        count = len(rows)
+        yield rows, {"repr_hidden": vectors[:count], "sparse_indices": indices[:count], "sparse_values": values[:count]}
+
+
+def made_up_corpus(file: Path, size: int) -> Path:
+    """Write a corpus of so many passages; returns the file."""
+    with file.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{number}\taudio player {number}\n" for number in range(size))
+    return file
+
+
 def measure_memory(model: Any, options: argparse.Namespace) -> None:
     """Print the peak memory of encoding corpora of some sizes; more than one are measured in processes of their own."""
     for size in options.sizes:
@@ -165,9 +222,7 @@ def measure_memory(model: Any, options: argparse.Namespace) -> None:
         (one,) = model.texts.prepare(["an audio player"], False, True)
         model.texts.prepare = partial(as_if_each, one)
         with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch) / "corpus.tsv"
-            with source.open("w", encoding="utf-8") as file:
-                file.writelines(f"{number}\taudio player {number}\n" for number in range(size))
+            source = made_up_corpus(Path(scratch) / "corpus.tsv", size)
             begun = time.perf_counter()
             store = encode_store(model, source, Path(scratch) / "store")
             print(f"{len(store)} passages: {peak_resident():.2f} GB at the peak, {time.perf_counter() - begun:.0f} s")

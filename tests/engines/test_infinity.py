@@ -19,7 +19,7 @@ from checkpoint_folders import ROOT, edit_json
 from started_server import free_port, started
 from transformers import AutoModel
 
-pytest.importorskip("infinity_emb", reason="Infinity has an environment of its own in .ci/run")
+pytest.importorskip("infinity_emb", reason="Infinity has an environment of its own: .ci/engine infinity")
 pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 RELEASE = ROOT / "checkpoints" / "diffretriever-dream-tiny-multi-q4-p16"  # K_q is not K_p
