@@ -11,9 +11,10 @@ python benchmarks/store.py shards [--count 1000000]
 the medians and their ratio. `dtypes` encodes once into float32 stores (kept in the scratch folder), converts them, and
 compares each dtype's MaxSim ranking with float32's. `write` times the writing of shards of some widths, and says what
 share of the encoding it would be. `beside` has `encode_store` write such shards beside a model that takes as long as a
-GPU of that speed would, by the clock and without a processor, and says how much longer the encoding takes. `memory` makes stores of some sizes, each in a process of its own, with tokens and
-vectors out of a hat, and prints the peak of its memory. `shards` does what so many shards cost when a store is begun,
-ended and opened, with made-up entries, and prints processor seconds and the peak of memory.
+GPU of that speed would, by the clock and without a processor, and says how much longer the encoding takes. `memory`
+makes stores of some sizes, each in a process of its own, with tokens and vectors out of a hat, and prints the peak of
+its memory. `shards` does what so many shards cost when a store is begun, ended and opened, with made-up entries, and
+prints processor seconds and the peak of memory.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def measure_beside(model: Any, options: argparse.Namespace) -> None:
 def at_a_pace(
     shape: tuple[int, int], pace: float, prepared: Any, batches: Any, sparse_top_k: int, **_: Any
 ) -> Iterator[Any]:
-    """Yield what a model on a GPU would, `pace` seconds a text, with the same vectors of a shape [K, H] for each batch."""
+    """Yield what a model on a GPU would, `pace` seconds a text; each batch has the same vectors of a shape [K, H]."""
     longest = max(map(len, batches))
     vectors = F.normalize(torch.rand(longest, *shape), dim=-1)
     indices, values = torch.arange(1, sparse_top_k + 1).expand(longest, -1), torch.rand(longest, sparse_top_k)
