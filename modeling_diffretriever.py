@@ -76,7 +76,7 @@ HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
 
 
 class DiffRetriever(BidirectionalLayers, PreTrainedModel):
-    """A LLaDA or Dream backbone with its adapter, read at K [MASK] tokens after a retrieval prompt.
+    """A backbone with its adapter, read at K [MASK] tokens after a retrieval prompt.
 
     Load it with `AutoModel.from_pretrained(repo_or_dir, trust_remote_code=True)`.
 

@@ -39,7 +39,9 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
     parser.add_argument("--adapter", help="a LoRA adapter of the method, folder or Hub id, in place of the model's own")
     parser.add_argument("--revision", help="of the release on the Hub")
     parser.add_argument(
-        "--model-dtype", choices=DTYPES, help="to run the model in (default: bfloat16 on a GPU, float32 on a CPU)"
+        "--model-dtype",
+        choices=DTYPES,
+        help="to run the model in (default: bfloat16 on a GPU and a CPU with AMX, else float32)",
     )
     parser.add_argument("--device", type=usable_device, help=where)
     add_trust_option(parser)

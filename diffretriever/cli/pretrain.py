@@ -13,7 +13,7 @@ from .threads import choose_threads
 
 def register(commands: Any) -> None:
     """Add the sub-command to the parser's `add_subparsers` object."""
-    what = "train a small backbone in LLaDA's or Dream's format from random weights"
+    what = "train a small backbone in LLaDA's or Dream's format from scratch"
     parser = add_command(commands, "pretrain", what, run_pretrain, again=RESUMED)
     add_recipe_option(parser, "pretraining")
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL files of {query, positive} lines")

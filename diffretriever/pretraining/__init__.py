@@ -1,1 +1,1 @@
-"""Small backbones in LLaDA's or Dream's format, from random weights."""
+"""Small backbones in LLaDA's or Dream's format, from scratch."""

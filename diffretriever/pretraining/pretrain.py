@@ -1,4 +1,4 @@
-"""`diffretriever pretrain`: a small backbone in LLaDA's or Dream's format from random weights.
+"""`diffretriever pretrain`: a small backbone in LLaDA's or Dream's format from scratch.
 
 First masked denoising (the backbone's own objective) on plain text, from weights that begin with the corpus's token
 statistics; then the retrieval prompt together with denoising: a small backbone does not follow a prompt it has never

@@ -86,7 +86,7 @@ def build(
     """Build a release folder; it appears whole or not at all.
 
     Args:
-        base: the backbone, a Hub id or folder in LLaDA's or Dream's own format.
+        base: the backbone, a Hub id or folder in the own format of LLaDA, Dream, Llama or Qwen2.
         out: the folder to make.
         adapter: a training run's output folder or Hub id; None builds the zero-shot model.
         name: the release's name; None takes the folder's.
