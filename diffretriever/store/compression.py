@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from ..files.durable import TEMPORARY, write_whole
+from ..files.durable import TEMPORARY, remove_temporaries, write_whole
 from ..files.fields import fill
 from ..files.install import install_hint
 from ..files.lines import read_object
@@ -43,17 +43,20 @@ class Codebook:
 
     Args:
         centroids: float32 [pieces, 256, H / pieces].
+        normalised: whether the model's vectors are, so that those of the centroids are to be normalised again.
     """
 
-    def __init__(self, centroids: torch.Tensor) -> None:
-        self.centroids = centroids
+    def __init__(self, centroids: torch.Tensor, normalised: bool) -> None:
+        self.centroids, self._normalised = centroids, normalised
         self._first = torch.arange(len(centroids), dtype=torch.int32) * CENTROIDS  # of each piece, of all in a row
         self._products: WeakKeyDictionary[PreparedQueries, torch.Tensor] = WeakKeyDictionary()
 
     def vectors(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the vectors that codes, uint8 [n, K, pieces], stand for, float32 [n, K, H], normalised again."""
+        """Return the vectors that codes, uint8 [n, K, pieces], stand for, float32 [n, K, H]."""
         pieces = F.embedding(codes.int() + self._first, self.centroids.flatten(0, 1))  # [n, K, pieces, H / pieces]
         vectors = pieces.flatten(2)
+        if not self._normalised:
+            return vectors
         return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_(min=LEAST_LENGTH))
 
     def similarities(self, codes: torch.Tensor, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
@@ -74,7 +77,7 @@ class Codebook:
             part = codes[start : start + step]
             numbers = memory("codes", tuple(part.shape)).view(torch.int32).copy_(part).add_(self._first)
             sums = F.embedding_bag(numbers, table, mode="sum")
-            lengths = sums[:, columns].sqrt_().clamp_(min=LEAST_LENGTH)
+            lengths = sums[:, columns].sqrt_().clamp_(min=LEAST_LENGTH) if self._normalised else sums.new_ones(())
             torch.div(sums[:, :columns].T, lengths, out=out[:, start : start + step])
         return out
 
@@ -103,7 +106,7 @@ class CompressedShard(Shard):
         self._codebook = codebook
 
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """See `Segment.block`; the vectors are normalised again."""
+        """See `Segment.block`."""
         return self._vectors(slice(start, stop))
 
     def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
@@ -155,7 +158,7 @@ def _open_codebook(folder: Path, entry: ShardEntry, manifest: Manifest) -> Codeb
             f"{file.path}: the codebook has {pieces} pieces of {dimensions} dimensions; vectors of "
             f"{manifest.hidden_size} dimensions are not made of them."
         )
-    return Codebook(codebook)
+    return Codebook(codebook, normalised=manifest.options.get("normalize", True))
 
 
 def compress(
@@ -194,6 +197,7 @@ def compress(
     if (output / MANIFEST_FILE).exists():
         return _finished(output, about)
     codebook_file = _codebook(store, output, about)
+    remove_temporaries(output)
     quantiser = _quantiser(codebook_file.tensor("codebook"))
     entries = []
     with progress_bar(len(store), "passage", "compress", show_progress_bar) as bar:

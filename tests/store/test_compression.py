@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffretriever.files.durable import temporary_name
 from diffretriever.search import MODES, ExactEngine, Searcher, compress, open_store
 from diffretriever.store import compression as module
 from diffretriever.store.segments import query_vectors
@@ -73,6 +74,17 @@ def test_each_vector_becomes_its_nearest_centroids(store: Store, small: Store) -
     nearest = torch.stack([codebook[piece, distances.argmin(-1)[..., piece]] for piece in range(len(codebook))], dim=2)
     expected = torch.nn.functional.normalize(nearest.flatten(2), dim=-1)
     assert torch.allclose(next(iter(small.shards())).dense(0, 30), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", [1, 20])  # as many as are ranked without making the vectors, and more
+def test_vectors_that_are_not_normalised_keep_their_lengths(tmp_path: Path, asked: int) -> None:
+    vectors = torch.linspace(0.1, 5.0, 500)[:, None, None] * clustered(0, 500, K)
+    contents = ShardContents([f"p{row}" for row in range(500)], vectors, torch.ones(500, 1).int(), torch.ones(500, 1))
+    store = write_store(tmp_path / "store", [contents], {"dtype": "float32", "options": {"normalize": False}})
+    query, small = {"repr_hidden": clustered(5, asked, 3)}, compress(store, tmp_path / "small")
+    full, found = (Searcher(which).search(query, "multi_dense", 500) for which in (store, small))
+    scores = [torch.zeros(asked, 500).scatter_(1, each.positions, each.scores) for each in (full, found)]
+    assert float((scores[0] - scores[1]).abs().max()) < 0.2 * float(scores[0].max())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -150,6 +162,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             compress(store, tmp_path / "again")
     with pytest.raises(ValueError, match="not finished; run the same `diffretriever compress` command again"):
         open_store(tmp_path / "again")
+    temporary_name(tmp_path / "again" / "shard-000001.safetensors").touch()  # as a killed process leaves one
     before = [path.stat().st_mtime_ns for path in written]
     compress(store, tmp_path / "again")
     assert [path.stat().st_mtime_ns for path in written] == before
