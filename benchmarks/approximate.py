@@ -4,7 +4,7 @@ python benchmarks/approximate.py --store S --queries Q [--sizes 20000 100000] [-
 
 Up to the store's size the passages are the store's own; where more are asked for, the others are copies of its passages
 whose vectors were moved at random (`--noise` 0.5: to a cosine of 0.89), so that they lie as real ones do. They make a
-store of float16 vectors in `--folder`, which is taken as it is the next time: for a large one, name an index a run.
+store of float16 vectors in `--scratch`, which is taken as it is the next time: for a large one, name an index a run.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def measure_index(name: str, store: Store, queries: torch.Tensor, exact: dict[st
     """Print what one index costs and finds."""
     import qdrant_edge
 
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         start = CLOCKS[options.clock]()
         upload(store, folder, name, **INDEXES[name])
         took = CLOCKS[options.clock]() - start
@@ -109,7 +109,7 @@ def measure_index(name: str, store: Store, queries: torch.Tensor, exact: dict[st
 
 def measure_size(count: int, real: torch.Tensor, queries: torch.Tensor, options: argparse.Namespace) -> None:
     """Print what exact search and each index cost and find among so many passages."""
-    store = made_store(options.folder / f"{count}-passages", real, count, options.noise)
+    store = made_store(options.scratch / f"{count}-passages", real, count, options.noise)
     print(f"{count} passages, K_p {real.shape[1]}, H {real.shape[2]}; {len(queries)} queries, K_q {queries.shape[1]}")
     exact: dict[str, Results] = {}
     searcher = Searcher(store)
@@ -134,12 +134,12 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: the processors' time, all threads together"
     )
-    parser.add_argument("--folder", type=Path, help="where store and collections are made (default: temporary)")
+    parser.add_argument("--scratch", type=Path, help="where store and collections are made (default: temporary)")
     options = parser.parse_args()
     real, queries = dense(options.store), dense(options.queries, options.num_queries).float()
     print(f"{describe('cpu')}; {options.clock} time; {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as temporary:
-        options.folder = options.folder or Path(temporary)
+        options.scratch = options.scratch or Path(temporary)
         for count in options.sizes:
             measure_size(count, real, queries, options)
 

@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--num-texts", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16, help="of the plain way")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--queries", type=int, default=50, help="timed one by one")
+    parser.add_argument("--num-queries", type=int, default=50, help="timed one by one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     told = "default: both on a CPU, bfloat16 on a GPU"
     parser.add_argument("--model-dtype", choices=("float32", "bfloat16"), nargs="+", help=told)
@@ -228,7 +228,7 @@ def report_one_query(model: Any, options: argparse.Namespace, peak: float) -> No
     for place, name in ((model, "states_at"), (model, "encode_prepared"), (model.texts, "prepare")):
         timed_within(place, name, took, options)
     times: dict[str, list[float]] = {}
-    for _ in range(options.queries + 3):
+    for _ in range(options.num_queries + 3):
         query = [" ".join(numbers.choices(WORDS, k=10))]  # another one each time: nothing is remembered
         for way, compute_sparse in (("dense", False), ("both", True)):
             encode = partial(model.encode_texts, query, True, compute_sparse=compute_sparse)

@@ -229,7 +229,7 @@ def in_turn(works: Sequence[Callable[[], Any]], options: argparse.Namespace) -> 
     while time.perf_counter() < settled:
         for work in works:
             seconds(work, options.device)
-    for _ in range(options.queries):
+    for _ in range(options.num_queries):
         for work, times in zip(works, taken, strict=True):
             times.append(1000 * seconds(work, options.device))
     return taken
@@ -388,7 +388,7 @@ def main() -> int:
     told = "masks of a text, most wanted first; other shapes than the first have that alone"
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 1, 16], metavar="K", help=told)
     parser.add_argument("--num-texts", type=int, default=2560, help="passages")
-    parser.add_argument("--queries", type=int, default=100, help="timed one by one")
+    parser.add_argument("--num-queries", type=int, default=100, help="timed one by one")
     parser.add_argument("--rounds", type=int, default=1, help="of each timing, after one that warms up")
     parser.add_argument("--seconds", type=float, default=480, help="after which nothing more is begun")
     parser.add_argument(
@@ -407,7 +407,7 @@ def main() -> int:
     if options.weights is None:
         options.weights = ["fp8", "int8"] if find_spec("torchao") is not None and options.device != "cpu" else []
     if options.tiny:
-        options.num_texts, options.queries = 8, 3
+        options.num_texts, options.num_queries = 8, 3
     account = Account(options, limits(options))
     print_limits(account.content)
     with tempfile.TemporaryDirectory() as scratch:

@@ -134,7 +134,7 @@ def measure(release: Path) -> None:
         own, pages = (sizes[name] - start[name] for name in ("RssAnon", "VmRSS"))
         shares = f"{own / weights:.2f} x the weights in own memory, {pages / weights:.2f} x with file pages"
         print(f"peak over the start, {when}: {shares} ({'at most' if own <= MOST * weights else 'ABOVE'} {MOST} x)")
-    one = argparse.Namespace(device="cpu", queries=QUERIES, clock="wall")
+    one = argparse.Namespace(device="cpu", num_queries=QUERIES, clock="wall")
     report_one_query(model, one, matmul_rate(model.dtype, "cpu", AT_PRODUCTS))
 
 

@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a release: folder or Hub id")
     parser.add_argument("--data", required=True, type=Path, help="a benchmark in BEIR's layout")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--passages", type=int, default=600, help="those judged and the first others")
+    parser.add_argument("--num-passages", type=int, default=600, help="those judged and the first others")
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=[kind for kind in KINDS if kind != "fp8"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    task = read_small_task(options.data, options.split, options.passages)
+    task = read_small_task(options.data, options.split, options.num_passages)
     texts = list(task.passages.values())
     plain = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=torch.float32).to(options.device)
     whole = plain.encode_texts(texts, False).repr_hidden

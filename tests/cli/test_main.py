@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from diffretriever import __version__
 from diffretriever.cli import publish
 from diffretriever.cli.arguments import find_recipe
 from diffretriever.cli.main import build_parser, main
-from diffretriever.cli.parser import Parser
+from diffretriever.cli.parser import OLD_NAMES, Parser
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +62,18 @@ def test_helps_of_groups_have_the_exit_statuses(capsys: pytest.CaptureFixture[st
         with pytest.raises(SystemExit):
             main([*words, "--help"])
         assert "Exit status: 0 done" in capsys.readouterr().out
+
+
+@pytest.mark.once
+def test_benchmarks_call_an_option_by_its_name_of_today() -> None:
+    """Of the old names only --queries has another meaning as well: a store of queries."""
+    found = []
+    for file in sorted((ROOT / "benchmarks").glob("*.py")):
+        for call in re.findall(r"add_argument\(\s*\"(--[^)]*)", file.read_text(encoding="utf-8")):
+            name = call.partition('"')[0]
+            if name in OLD_NAMES and not (name == "--queries" and "type=Path" in call):
+                found.append(f"{file.name}: {name}")
+    assert found == []
 
 
 @pytest.mark.slow

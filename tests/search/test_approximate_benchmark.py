@@ -31,7 +31,7 @@ def test_what_it_prints(
         write_store(tmp_path / name, [shard], {"dtype": "float32", "side": side})
     arguments = ["--store", "store", "--queries", "queries", "--sizes", "150", "--indexes", "plain", "scalar"]
     monkeypatch.chdir(tmp_path)
-    memory = ["--folder", "/dev/shm"] if os.path.isdir("/dev/shm") else []  # the engine forces much to the disk
+    memory = ["--scratch", "/dev/shm"] if os.path.isdir("/dev/shm") else []  # the engine forces much to the disk
     monkeypatch.setattr(sys, "argv", ["approximate.py", *arguments, "--num-queries", "3", "--rounds", "1", *memory])
     module.main()
     printed = capsys.readouterr().out
