@@ -35,6 +35,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], keep: bool = F
     Raises:
         OSError: the content could not be written; no file of this name has changed. A full disk is named as one.
     """
+    refuse_device(path)
     temporary, handle = create_locked(lambda: temporary_name(path))  # the lock says that its writer lives
     try:
         try:
@@ -73,6 +74,17 @@ def _write_all(handle: int, content: memoryview) -> None:
         content = content[os.write(handle, content[:BLOCK]) :]
 
 
+def refuse_device(path: Path) -> None:
+    """Refuse what a file would replace where it should be written into: a device, a pipe, a link such as /dev/stdout.
+
+    Raises:
+        FileExistsError: it is one.
+    """
+    link = os.readlink(path) if path.is_symlink() else ""
+    if path.exists() and not path.is_dir() and (link.startswith("/proc/") or not path.is_file()):
+        raise FileExistsError(f"{path}: is a device or a pipe, which a file would replace; give the name of a file.")
+
+
 def check_place(path: Path) -> None:
     """Make the folder of a file that is to be written later.
 
@@ -82,6 +94,7 @@ def check_place(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    refuse_device(path)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from diffretriever.files.durable import publish_folder, remove_temporaries, temporary_name, write_json, write_text
+from diffretriever.files.durable import (
+    check_place,
+    publish_folder,
+    remove_temporaries,
+    temporary_name,
+    write_json,
+    write_text,
+)
 from diffretriever.files.removal import remove_folder
 
 
@@ -18,6 +25,24 @@ def test_json_and_text_make_their_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "new" / "folder" / "values.json").read_text(encoding="utf-8")) == {"ä": [1]}
     write_text(tmp_path / "other" / "text.md", "ä †\n")
     assert (tmp_path / "other" / "text.md").read_bytes() == "ä †\n".encode()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    pipe, output, link = tmp_path / "pipe", tmp_path / "stdout", tmp_path / "link"
+    os.mkfifo(pipe)
+    output.symlink_to("/proc/self/fd/1")  # as /dev/stdout is, wherever that leads
+    link.symlink_to(pipe)
+    for place in (pipe, output, link):
+        for refused in (lambda: write_text(place, "text"), lambda: check_place(place)):  # noqa: B023
+            with pytest.raises(FileExistsError, match=f"{place}: is a device or a pipe"):
+                refused()
+    assert pipe.is_fifo()
+    assert [os.readlink(output), os.readlink(link)] == ["/proc/self/fd/1", str(pipe)]
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "file").write_text("old")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
