@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..search.modes import CANDIDATES, MODES
 from ..store.manifest import MANIFEST_FILE
-from .arguments import add_command, add_fusion_options, add_qdrant_options
+from .arguments import add_command, add_fusion_options, add_qdrant_options, count
 from .console import check_questions, json_line, read_questions
 from .display import result_lines
 from .exit_status import DONE
@@ -52,9 +52,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--run-file", type=Path, help="write a TREC run there (with --queries)")
     told = "scoring mode (default: the one that the release recommends; multi_dense without --model)"
     parser.add_argument("--mode", choices=MODES, help=told)
-    parser.add_argument("--top-k", type=int, default=10, help="passages a question (default: %(default)s)")
+    parser.add_argument("--top-k", type=count, default=10, help="passages a question (default: %(default)s)")
     parser.add_argument(
-        "--candidates", type=int, default=CANDIDATES, help="of each side, in the fusion modes (default: %(default)s)"
+        "--candidates", type=count, default=CANDIDATES, help="of each side, in the fusion modes (default: %(default)s)"
     )
     add_fusion_options(parser)
     parser.add_argument("--interactive", action="store_true", help="keep the model loaded; a question a line")
@@ -70,9 +70,11 @@ def run_search(options: argparse.Namespace) -> int:
         ValueError: options that do not go together, or a model that is not the store's.
     """
     from ..files.durable import check_place, write_text
+    from ..model.scoring import check_weight
 
     _as_flag(options)
     _check(options)
+    check_weight(options.fusion_weight)
     if options.json not in (None, STDOUT):
         check_place(Path(options.json))
     searcher = _searcher(options)
@@ -84,7 +86,7 @@ def run_search(options: argparse.Namespace) -> int:
         for question in _questions(options):
             answers.append(_answer(searcher, model, question, options))
     finally:
-        if options.json not in (None, STDOUT):
+        if answers and options.json not in (None, STDOUT):  # a first question that fails costs no earlier file
             write_text(Path(options.json), "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     return DONE
 

@@ -130,6 +130,30 @@ def test_json_goes_to_a_file_or_as_before_to_standard_output(
     assert run(*given, "web pages", "--json", tmp_path / "no" / "\0") == 2
 
 
+def test_a_search_that_fails_leaves_the_answers_of_an_earlier_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tmp_path / "found.jsonl"
+    given = ("search", "--model", RELEASE, "--store", folder / "store", "--json", found)
+    found.write_text("an earlier one's\n")
+    monkeypatch.setattr(Searcher, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*given, "web pages")
+    assert found.read_text() == "an earlier one's\n"
+
+
+def test_a_wrong_size_or_weight_is_told_before_the_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("search", "--model", tmp_path / "none", "--store", folder / "store", "web pages")
+    for name in ("--top-k", "--candidates"):
+        with pytest.raises(SystemExit, match="2"):
+            run(*given, name, 0)
+        assert f"argument {name}: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+    assert run(*given, "--fusion-weight", 2) == 2
+    assert "`fusion_weight` must lie between 0 and 1, got 2.0." in capsys.readouterr().err
+
+
 def test_the_release_recommends_the_mode(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It makes no other model: a store of the release that recommends nothing is searched as before."""
     assert run("search", "--model", RELEASE, "--store", folder / "store", "web pages", "--json", "-") == 0
