@@ -78,15 +78,18 @@ def _explainer(options: argparse.Namespace) -> Explainer:
     """Load the model, and encode the file with it or open the store."""
     from ..data.plain_text import read_text_or_corpus
     from ..search.explain import Explainer
-    from ..store.compression import open_store
+    from ..store.compression import CODEBOOK_FILE, open_store
     from ..store.manifest import MANIFEST_FILE
+    from ..store.plan import PLAN_FILE
 
-    if (options.passages / MANIFEST_FILE).is_file():
+    if any((options.passages / name).is_file() for name in (MANIFEST_FILE, PLAN_FILE, CODEBOOK_FILE)):  # or unfinished
         store = open_store(options.passages)
         model = load_model(options)
         check_encoder(model, store.manifest, str(options.passages))
         return Explainer(model, store)
     passages = list(read_text_or_corpus(options.passages))  # before the model: a wrong file is told at once
+    if not passages:
+        raise ValueError(f"{options.passages}: no texts; expected at least one.")
     model = load_model(options)
     ids, texts = [passage.id for passage in passages], [passage.text for passage in passages]
     if cut := sum(text.cut for text in model.texts.prepare(texts, is_query=False, content_filter=False)):

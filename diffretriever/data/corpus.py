@@ -58,19 +58,35 @@ def read_corpus(source: str | Path) -> Iterator[Passage]:
         yield Passage(_id_of(record, where), _text_of(record, where))
 
 
+def read_small_corpus(source: str | Path) -> Iterator[Passage]:
+    """Read a corpus that is to be held in memory, as this does with its ids.
+
+    Raises:
+        As `read_corpus`; also ValueError for an id that occurs twice.
+    """
+    for where, record in _each_once(source, "corpus"):
+        yield Passage(_id_of(record, where), _text_of(record, where))
+
+
 def read_queries(source: str | Path) -> Iterator[Query]:
     """Read queries in their order, from the same formats as a corpus (a folder's `queries` file).
 
     Raises:
         As `read_corpus`; also ValueError for an id that occurs twice.
     """
+    for where, record in _each_once(source, "queries"):
+        yield Query(_id_of(record, where), _text_of(record, where))
+
+
+def _each_once(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield records as `_records` does; refuse an id that occurs twice."""
     seen: dict[str, str] = {}
-    for where, record in _records(source, "queries"):
-        query = Query(_id_of(record, where), _text_of(record, where))
-        if query.id in seen:
-            raise ValueError(f"{where}: the id {query.id!r:.80} is already that of {seen[query.id]}; ids must differ.")
-        seen[query.id] = where
-        yield query
+    for where, record in _records(source, kind):
+        name = _id_of(record, where)
+        if name in seen:
+            raise ValueError(f"{where}: the id {name!r:.80} is already that of {seen[name]}; ids must differ.")
+        seen[name] = where
+        yield where, record
 
 
 def _records(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

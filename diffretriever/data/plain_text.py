@@ -7,11 +7,11 @@ from itertools import groupby
 from pathlib import Path
 
 from ..files.lines import read_lines
-from .corpus import Passage, format_of, read_corpus
+from .corpus import Passage, format_of, read_small_corpus
 
 
 def read_text_or_corpus(source: str | Path) -> Iterator[Passage]:
-    """Read the passages of a plain text file, or of whatever `read_corpus` reads.
+    """Read the passages of a plain text file, or of whatever `read_small_corpus` reads.
 
     Args:
         source: a file that is not called as one of a corpus is holds plain text, whatever its ending.
@@ -20,10 +20,10 @@ def read_text_or_corpus(source: str | Path) -> Iterator[Passage]:
         Passages in their order; a plain text's ids are `line N`, where each begins.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_corpus`; a text without a word, or not in UTF-8.
+        FileNotFoundError, ValueError: as `read_small_corpus`; a text without a word, or not in UTF-8.
     """
     path = Path(source)
-    yield from _read_plain_text(path) if path.is_file() and format_of(path.name) is None else read_corpus(source)
+    yield from _read_plain_text(path) if path.is_file() and format_of(path.name) is None else read_small_corpus(source)
 
 
 def _read_plain_text(path: Path) -> Iterator[Passage]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.benchmark import Benchmark, note_unknown_passages, read_benchmark
-from ..data.corpus import read_corpus
+from ..data.corpus import read_small_corpus
 from ..search.modes import SPARSE
 from ..search.searcher import Searcher
 from .metrics import evaluate_run, means, parse_metric
@@ -90,7 +90,7 @@ def read_small_task(folder: str | Path, split: str, limit: int | None = None) ->
         limit: keep the judged passages and the first others up to this number; None keeps all.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_benchmark` and `read_corpus`.
+        FileNotFoundError, ValueError: as `read_benchmark` and `read_small_corpus`.
         ImportError: a package for metrics is not installed.
     """
     parse_metric(METRIC)  # what is not installed is missed now, not when hours of training are done
@@ -98,7 +98,7 @@ def read_small_task(folder: str | Path, split: str, limit: int | None = None) ->
     judged = {passage for grades in benchmark.qrels.values() for passage in grades}
     passages: dict[str, str] = {}
     others: list[str] = []
-    for passage in read_corpus(folder):
+    for passage in read_small_corpus(folder):
         if passage.id not in judged:
             if len(others) == limit:
                 continue

@@ -106,22 +106,28 @@ class TensorSegment:
         return None if self.source is None else self.source.text(row)
 
 
-def segments_of(passages: Any, ids: Sequence[str] | None = None) -> list[Segment]:
+def segments_of(passages: Any, ids: Sequence[str] | None = None, name: str = "passages") -> list[Segment]:
     """Return the segments of a store, or of an `encode_texts` output.
 
     Args:
         passages: a store, or a mapping with `repr_hidden` [P, K, H] and perhaps `repr_mask` [P, K],
             `sparse_indices` and `sparse_values` [P, T].
         ids: the texts' ids, for an output of `encode_texts`; None numbers them.
+        name: "queries" or "passages", for messages.
 
     Raises:
-        ValueError: the mapping's tensors or the ids do not go together, or ids are given for a store.
+        ValueError: it is neither, the mapping's tensors or the ids do not go together, or ids are given for a store.
     """
     if not isinstance(passages, Mapping):
+        if not hasattr(passages, "shards"):
+            raise ValueError(
+                f"`{name}` must be a store or an output of encode_texts, got {type(passages).__name__}; open a store's "
+                "folder with open_store(folder)."
+            )
         if ids is not None:
             raise ValueError("a store knows its passages' ids; leave `ids` out.")
         return list(passages.shards())
-    vectors, mask, sparse = _tensors_of(passages, "passages")
+    vectors, mask, sparse = _tensors_of(passages, name)
     if ids is not None:
         ids = _distinct(ids, len(vectors))
     return [TensorSegment(vectors, mask, sparse, ids=ids)]
@@ -197,13 +203,13 @@ def query_vectors(queries: Any) -> QueryVectors:
     """Bring queries, an `encode_texts` output or a store of queries, into one form.
 
     Raises:
-        ValueError: fields are missing, do not go together, or are not finite.
+        ValueError: they are neither, or fields are missing, do not go together or are not finite.
     """
     if isinstance(queries, Mapping):
         vectors, mask, sparse = _tensors_of(queries, "queries")
         ids = None
     else:
-        vectors, mask, sparse = _read_all(segments_of(queries))
+        vectors, mask, sparse = _read_all(segments_of(queries, name="queries"))
         ids = queries.ids()
     dense = vectors.detach().float().cpu()
     mask = torch.ones(dense.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()

@@ -155,6 +155,10 @@ def test_a_store_is_asked_by_its_own_model_alone(
     [
         (["missing.txt", "x"], "missing.txt: no such file"),
         (["notes.txt", " "], "a question is empty"),
+        (["empty.jsonl", "x"], "empty.jsonl: no texts; expected at least one."),
+        (["twice.jsonl", "x"], "twice.jsonl, line 2: the id 'a' is already that of twice.jsonl, line 1"),
+        (["compressing", "x"], "compressing: not finished; run the same `diffretriever compress` command again"),
+        (["encoding", "x"], "encoding/plan.json: the format is None"),
         (["notes.txt", "x", "--web"], "questions are asked on the page"),
         (["notes.txt", "x", "--fusion-weight", "2"], "must lie between 0 and 1"),
         (["notes.txt", "x", "--method", "repllama"], "repllama has no sparse vectors"),
@@ -164,6 +168,11 @@ def test_what_does_not_go(
     notes: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(notes.parent)
+    Path("empty.jsonl").touch()
+    Path("twice.jsonl").write_text('{"id": "a", "text": "x"}\n' * 2)
+    for name, file in (("compressing", "codebook.safetensors"), ("encoding", "plan.json")):
+        (notes.parent / name).mkdir()
+        (notes.parent / name / file).write_text("{}")
     assert run(*arguments) == 2
     assert said in capsys.readouterr().err
 

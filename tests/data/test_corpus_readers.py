@@ -6,7 +6,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store_helpers import write_jsonl
 
-from diffretriever.data.corpus import Passage, Query, read_corpus, read_queries
+from diffretriever.data.corpus import Passage, Query, read_corpus, read_queries, read_small_corpus
 
 RECORDS: list[dict[str, Any]] = [
     {"_id": "doc 1", "title": "Tilt", "text": "The axis tilts\nby 23.4 degrees."},
@@ -193,10 +193,11 @@ def test_what_is_not_there_or_not_a_corpus(tmp_path: Path) -> None:
         list(read_corpus(tmp_path / "a.parquet"))
 
 
-def test_a_query_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "queries.jsonl", [("a", "x"), ("b", "y"), ("a", "z")])
+@pytest.mark.parametrize("read", [read_queries, read_small_corpus])
+def test_an_id_that_occurs_twice_is_refused(tmp_path: Path, read: Callable[[Path], Iterator[object]]) -> None:
+    file = write_jsonl(tmp_path / "texts.jsonl", [("a", "x"), ("b", "y"), ("a", "z")])
     with pytest.raises(ValueError, match=r"line 3: the id 'a' is already that of .*line 1"):
-        list(read_queries(file))
+        list(read(file))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".tsv", ".parquet"])

@@ -92,6 +92,13 @@ def test_a_corpus_of_another_benchmark(folder: Path) -> None:
         read_small_task(folder, "dev", 3)
 
 
+def test_an_id_that_occurs_twice_is_refused(folder: Path) -> None:
+    with (folder / "corpus.jsonl").open("a") as stream:
+        stream.write('{"_id": "p39", "text": "another"}\n')
+    with pytest.raises(ValueError, match=r"corpus.jsonl, line 42: the id 'p39' is already that of .*line 40"):
+        read_small_task(folder, "dev", 50)
+
+
 def test_judged_passages_stay_whatever_the_limit(folder: Path) -> None:
     judged = {"p0", "p1", "p2", "p3", "p4"}
     assert set(read_small_task(folder, "dev", 3).passages) == judged

@@ -422,6 +422,8 @@ def test_vectors_that_cannot_be_searched() -> None:
         Searcher(passages, ids=["a"])
     with pytest.raises(ValueError, match="must be a store, an output of encode_texts or an engine, got str"):
         Searcher("folder")
+    with pytest.raises(ValueError, match="`queries` must be a store or an output of encode_texts, got list"):
+        Searcher(passages).search(["which causes the seasons"])
     passages["repr_hidden"][4, 1, 0] = torch.nan
     with pytest.raises(ValueError, match="the passage at position 4 is NaN"):
         Searcher(passages, block_size=3).search(queries)
