@@ -112,7 +112,9 @@ def check_folder(folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; the store needs a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    others = [file.name for file in folder.iterdir() if not file.name.startswith(TEMPORARY)]
+    # claims alone are those of a run on Ray that has not written its plan yet, or was killed before
+    names = [file.name for file in folder.iterdir() if file.name != CLAIMS_FOLDER]
+    others = [name for name in names if not name.startswith(TEMPORARY)]
     known = (PLAN_FILE, MANIFEST_FILE)  # in this order, and asked last: another process may be beginning or ending here
     if others and not any((folder / name).exists() for name in known):
         raise ValueError(

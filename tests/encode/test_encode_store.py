@@ -226,6 +226,14 @@ def test_a_folder_with_something_else_in_it_is_refused(tiny: Any, corpus: Path, 
         encode(tiny, corpus, corpus)
 
 
+def test_a_claim_alone_is_what_a_killed_run_on_ray_leaves(tiny: Any, corpus: Path, tmp_path: Path) -> None:
+    """It claims the folder before it reads the corpus, and writes the plan after that."""
+    (tmp_path / "store" / "claims").mkdir(parents=True)
+    (tmp_path / "store" / "claims" / "finish").write_text("{}")
+    assert len(encode(tiny, corpus, tmp_path / "store")) > 0
+    assert not (tmp_path / "store" / "claims").exists()
+
+
 def test_duplicate_ids_and_an_empty_corpus(tiny: Any, tmp_path: Path) -> None:
     texts = [*made_up_texts(9), ("id 2 é日本日本", "again")]
     with pytest.raises(ValueError, match=r"ids occur twice, counted from 1: 'id 2 é日本日本' \(texts 3 and 10\)"):
