@@ -174,8 +174,8 @@ def _squeeze(text: str) -> str:
 
 
 def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | None) -> dict[str, Any]:
-    k_q, k_p = config.num_query_masks, config.num_passage_masks
-    single = k_q == k_p == 1
+    k_p = config.num_passage_masks
+    single = config.num_query_masks == k_p == 1
     base, on_hub = config.base_model_name_or_path, is_hub_id(config.base_model_name_or_path)
     paper = _paper_rows(facts.known_as)
     known = RELEASES.get(facts.known_as or "")
@@ -197,7 +197,7 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "demonstration": known is not None and known.is_local and config.fetched_backbone is None,
         "masks_phrase": masks_phrase(config),
         "vectors_phrase": "one dense vector" if single else "several dense vectors",
-        "k_q": k_q,
+        "k_q": _query_masks(config),
         "k_p": k_p,
         "steps": config.num_denoise_steps,
         "hidden_size": facts.hidden_size,
@@ -216,9 +216,14 @@ def masks_phrase(config: Any) -> str:
     budgets, k_p = config.budgets(is_query=True), config.num_passage_masks
     if budgets[-1] == k_p == 1:
         return "one `[MASK]` token"
-    k_q = budgets[0] if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
     chosen = "" if len(budgets) == 1 else ", by its length and entropy"
-    return f"{k_q} (query{chosen}) or {k_p} (passage) `[MASK]` tokens"
+    return f"{_query_masks(config)} (query{chosen}) or {k_p} (passage) `[MASK]` tokens"
+
+
+def _query_masks(config: Any) -> str:
+    """Return K_q, or from where to where it goes."""
+    budgets = config.budgets(is_query=True)
+    return str(budgets[0]) if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
 
 
 def _longest_input(config: Any) -> str:
@@ -412,6 +417,8 @@ def with_adaptive_budgets(card: str, repo_id: str, before: Any, after: Any) -> s
         after: its config with the table.
     """
     card = card.replace(masks_phrase(before), masks_phrase(after))
+    for words in ("| [MASK] tokens | K_q = {} for a query,", "| dense vectors | {} / "):
+        card = card.replace(words.format(_query_masks(before)), words.format(_query_masks(after)))
     single = after.num_query_masks == after.num_passage_masks == 1
     blocks = example_blocks(repo_id, single), example_blocks(repo_id, single, adaptive=True)
     for fixed, adaptive in zip(*blocks, strict=True):
