@@ -404,9 +404,6 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
         for part, tensor in merged.get_base_layer().state_dict().items():
             state[f"{name}.{part}"] = tensor.to(layer.get_base_layer().weight.dtype)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(adapted))}
-    head, embedding = own.get("lm_head.weight"), own.get("backbone.embed_tokens.weight")
-    if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
-        own["lm_head.weight"] = head.clone()  # a tied head; a file has no room for one tensor under two names
     return own | state
 
 

@@ -313,11 +313,16 @@ class DiffRetrieverConfig(PretrainedConfig):
         self._overrides = (*self.overrides, *names)
 
     def merged(self) -> DiffRetrieverConfig:
-        """Return the config of the same model where it lies by itself, its adapter in its weights."""
+        """Return the config of the same model where it lies by itself, its adapter in its weights.
+
+        Raises:
+            ValueError: a field was set that no release has: its config.json would not be read again.
+        """
         config = deepcopy(self)
         config.base_model_name_or_path = config.base_model_revision = config.adapter_name_or_path = None
         config.fetched_backbone = None
         config.merge_adapter, config.auto_map, config.architectures = None, AUTO_MAP, ["DiffRetriever"]
+        _read_fields(self.name_or_path or "this model", config.to_diff_dict())
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ from .checked_files import (
 )
 from .configuration_diffretriever import COUNTS, DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
 from .release_code import load_other, other_code
-from .saved_folder import copy_files, replacing, sentence_transformers_files
+from .saved_folder import all_of_it, copy_files, replacing, sentence_transformers_files, whole_state
 from .scoring import score
 from .sparse_head import content_columns, vectors_of
 from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id, name_mask_token
@@ -152,6 +152,8 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         hub = {name: value for name in HUB_OPTIONS if (value := kwargs.pop(name, None)) is not None}
         revision, config, _ = (kwargs.pop(name, None) for name in ("revision", "config", "adapter_kwargs"))
         want_report = kwargs.pop("output_loading_info", False)
+        if kwargs.pop("subfolder", None):
+            raise ValueError("`subfolder` is not read: a release lies at the top of its folder; pass that folder.")
         folder = resolve_folder(str(pretrained_model_name_or_path), None, revision, hub, RELEASE_FILES)
         if differing := other_code(folder):
             return load_other(folder, differing, trusted, given)
@@ -194,8 +196,8 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
-            ValueError: the weights cannot be merged (quantised or offloaded), or are to be pickled; or the folder holds
-                another model, which is not overwritten.
+            ValueError: the weights cannot be merged (quantised or offloaded), are to be pickled, or would not load
+                again; or the folder holds another model, which is not overwritten.
         """
         if getattr(self, "hf_quantizer", None) is not None or any(weight.is_meta for weight in self.parameters()):
             raise ValueError("Quantised or offloaded weights cannot be saved merged; load the model without.")
@@ -205,13 +207,15 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
             raise ValueError("save_pretrained writes model.safetensors; leave out variant and safe_serialization.")
         if not kwargs.get("is_main_process", True):  # the others' weights are the main process's
             return
-        kwargs["state_dict"] = kwargs.get("state_dict") or merged_state(self)
+        config = self.config.merged()
+        shapes = parameter_shapes(config.backbone_type, config.backbone_config)
+        kwargs["state_dict"] = whole_state(kwargs.get("state_dict") or merged_state(self), shapes)
         kwargs["save_original_format"] = False  # transformers 5 would give the weights the backbone's names again
-        with replacing(Path(save_directory)) as folder:
+        with replacing(Path(save_directory)) as folder, all_of_it(self):
             super().save_pretrained(folder, *args, **kwargs)
             if self.tokenizer is not None:
                 save_tokenizer(self.tokenizer, folder)
-            self.config.merged().save_pretrained(folder)
+            config.save_pretrained(folder)
             copy_files(map(Path, (__file__, *get_relative_import_files(__file__))), folder)
             if self.loaded_from is not None:
                 copy_files(sentence_transformers_files(self.loaded_from.release, Path(save_directory)), folder)

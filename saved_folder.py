@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "diffretriever"
@@ -55,6 +57,40 @@ def replacing(folder: Path) -> Iterator[Path]:
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
         raise
+
+
+def whole_state(state: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Return the weights that a save writes, each a tensor of its own: a file has no room for a tied head.
+
+    Args:
+        state: of the model, its adapters merged.
+        shapes: {name: shape} of `parameter_shapes`.
+
+    Raises:
+        ValueError: weights that would not load again; the message names some.
+    """
+    wanted = {**shapes, "lm_head.weight": shapes["backbone.embed_tokens.weight"]}
+    differing = state.keys() ^ wanted.keys()
+    differing |= {name for name in state.keys() & wanted.keys() if tuple(state[name].shape) != tuple(wanted[name])}
+    if differing:
+        raise ValueError(
+            f"{', '.join(sorted(differing)[:3])}: {len(differing)} weights are not as the model's config has them, and "
+            "would not load again. Leave `state_dict` out where the model has an adapter, or merge into it what was "
+            "put around its modules."
+        )
+    embedding, head = state["backbone.embed_tokens.weight"], state["lm_head.weight"]
+    return {**state, "lm_head.weight": head.clone() if head.data_ptr() == embedding.data_ptr() else head}
+
+
+@contextmanager
+def all_of_it(model: Any) -> Iterator[None]:
+    """Have transformers save all weights of a model, of which, after its `add_adapter`, it saves the adapter alone."""
+    mark = model.__dict__.pop("_hf_peft_config_loaded", None)
+    try:
+        yield
+    finally:
+        if mark is not None:
+            model._hf_peft_config_loaded = mark
 
 
 def copy_files(sources: Iterable[Path], target: Path) -> None:

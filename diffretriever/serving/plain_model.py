@@ -16,7 +16,9 @@ from ..files.durable import publish_folder, write_json, write_text
 from ..files.sealed import seal
 from ..model.adapter_loading import merged_state
 from ..model.backbone_loading import save_tokenizer
+from ..model.bidirectional_layers import parameter_shapes
 from ..model.configuration_diffretriever import FIELDS
+from ..model.saved_folder import whole_state
 from ..store.identity import describe_model
 
 VLLM_VERSION = "0.32.0"  # with which all of this was tried
@@ -78,9 +80,10 @@ def _check(model: Any) -> None:
 
 def _plain_state(model: Any) -> dict[str, torch.Tensor]:
     """Return the merged weights under the names of LlamaForCausalLM and Qwen2ForCausalLM."""
+    shapes = parameter_shapes(model.config.backbone_type, model.config.backbone_config)
     return {
         f"model.{name.removeprefix('backbone.')}" if name.startswith("backbone.") else name: weight.contiguous()
-        for name, weight in merged_state(model).items()
+        for name, weight in whole_state(merged_state(model), shapes).items()
     }
 
 

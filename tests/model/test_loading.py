@@ -383,6 +383,12 @@ def test_wrong_fields(
         cls.from_pretrained(build_release("tiny-llada", "llada-single"), **options, **changes)
 
 
+def test_a_subfolder_is_refused(build_release: Build, load_release: Load) -> None:
+    cls = type(load_release("tiny-llada", "llada-single"))
+    with pytest.raises(ValueError, match="`subfolder` is not read: a release lies at the top of its folder"):
+        cls.from_pretrained(build_release("tiny-llada", "llada-single"), subfolder="sparse")
+
+
 def test_config_given_by_the_caller(build_release: Build, load_release: Load) -> None:
     folder = build_release("tiny-llada", "llada-q4p4")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True, num_query_masks=2)

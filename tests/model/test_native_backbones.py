@@ -183,7 +183,9 @@ def test_a_saved_folder_stands_alone(backbone: Path, adapter: Path, tmp_path: Pa
     first, second = (model.encode_texts(TEXTS, is_query=True) for model in (ours, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
     again.save_pretrained(tmp_path / "saved")
-    assert torch.equal(load(tmp_path / "saved").lm_head.weight, ours.lm_head.weight)
+    ours.save_pretrained(tmp_path / "given", state_dict=ours.state_dict())  # with a tied head under both names
+    for folder in ("saved", "given"):
+        assert torch.equal(load(tmp_path / folder).lm_head.weight, ours.lm_head.weight)
 
 
 @pytest.mark.parametrize("backbone", ["llama-tied", "qwen2"], indirect=True)

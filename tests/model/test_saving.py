@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fresh
+import peft
 import pytest
 import torch
 from checkpoint_folders import ADAPTERS, KINDS, PARITY, REMOVED, TEXTS, edit_json, run_python, vectors
@@ -216,6 +217,27 @@ def test_save_refuses_to_upload(load_release: Load, tmp_path: Path) -> None:
 def test_save_writes_no_file_that_would_not_load(options: dict[str, Any], load_release: Load, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"writes model\.safetensors; leave out variant and safe_serialization"):
         load_release("tiny-llada").save_pretrained(tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_save_takes_all_weights_of_a_model_with_an_adapter_of_transformers(load_release: Load, tmp_path: Path) -> None:
+    model = copy.deepcopy(load_release("tiny-llada", "llada-q4p4"))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model)
+    model._hf_peft_config_loaded = True  # as `model.add_adapter` leaves it, which wants a peft that is not everywhere
+    model.save_pretrained(tmp_path / "saved-added")
+    assert model._hf_peft_config_loaded
+    saved = AutoModel.from_pretrained(tmp_path / "saved-added", trust_remote_code=True, torch_dtype=torch.float32)
+    for found, expected in zip(both_sides(saved), both_sides(model), strict=True):
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)  # the dense vectors
+
+
+def test_save_refuses_what_would_not_load(load_release: Load, tmp_path: Path) -> None:
+    model = copy.deepcopy(load_release("tiny-llada", "llada-q4p4", merge_adapter=False))
+    with pytest.raises(ValueError, match=r"lora_A.* would not load again\. Leave `state_dict` out"):
+        model.save_pretrained(tmp_path / "no", state_dict=model.state_dict())
+    model.config.my_note = "run 7"
+    with pytest.raises(ValueError, match="`my_note` is a field that is not known here"):
+        model.save_pretrained(tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
