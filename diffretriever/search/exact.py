@@ -149,7 +149,8 @@ class ExactEngine:
     @cached_property
     def _lengths(self) -> torch.Tensor:
         """Of the sums of the passages' vectors, float32 [P]; NaN where not known yet."""
-        return torch.full((self._length,), torch.nan)
+        with torch.inference_mode(False):  # see `Workspace.take`
+            return torch.full((self._length,), torch.nan)
 
     def _lengths_between(self, segment: Segment, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
         """Return the lengths of the sums of passages' vectors, float32 [p]; they are computed once."""

@@ -19,5 +19,6 @@ class Workspace:
         size = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < size:
-            held = self._held[name] = torch.empty(size, device=self._device)
+            with torch.inference_mode(False):  # what is made in that mode can be written in it alone
+                held = self._held[name] = torch.empty(size, device=self._device)
         return held[:size].view(shape)

@@ -130,7 +130,8 @@ def segments_of(passages: Any, ids: Sequence[str] | None = None, name: str = "pa
     vectors, mask, sparse = _tensors_of(passages, name)
     if ids is not None:
         ids = _distinct(ids, len(vectors))
-    return [TensorSegment(vectors, mask, sparse, ids=ids)]
+    sparse = None if sparse is None else (sparse[0], sparse[1].detach())
+    return [TensorSegment(vectors.detach(), mask, sparse, ids=ids)]
 
 
 def _distinct(ids: Sequence[str], count: int) -> list[str]:

@@ -183,6 +183,29 @@ def test_searches_at_the_same_time_do_not_share_memory() -> None:
         assert torch.equal(torch.as_tensor(found.scores), torch.as_tensor(expected.scores))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("asked", [1, 40])
+def test_a_search_in_inference_mode_does_not_stop_those_outside(mode: str, asked: int) -> None:
+    passages, queries = (made_up(n, size, 3, 18, 4, whole=False, missing=True) for n, size in ((0, 30), (1, asked)))
+    searcher, found = Searcher(passages), []
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            found.append(searcher.search(queries, mode, 30).scores)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("asked", [1, 40])
+def test_vectors_with_a_gradient_are_searched(mode: str, asked: int) -> None:
+    passages, queries = (made_up(n, size, 3, 18, 4, whole=False, missing=True) for n, size in ((0, 30), (1, asked)))
+    expected = Searcher(passages).search(queries, mode, 30)
+    for side in (passages, queries):
+        for name in ("repr_hidden", "sparse_values"):
+            side[name] = side[name].clone().requires_grad_()
+    assert torch.equal(Searcher(passages).search(queries, mode, 30).scores, expected.scores)
+
+
 def test_what_was_asked_before_changes_no_bit_of_a_score() -> None:
     """Lengths of the passages' means are kept: of a ranking, or of chosen passages."""
     passages, queries = (made_up(n, texts, 3, 24, 4, whole=False, missing=True) for n, texts in ((1, 500), (2, 1)))
