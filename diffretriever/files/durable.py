@@ -9,7 +9,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,39 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], keep: bool = F
         OSError: the content could not be written; no file of this name has changed. A full disk is named as one.
     """
     refuse_device(path)
-    temporary, handle = create_locked(lambda: temporary_name(path))  # the lock says that its writer lives
+    with _naming(path):
+        temporary, handle = create_locked(lambda: temporary_name(path))  # the lock says that its writer lives
     try:
         try:
-            for chunk in chunks:
-                _write_all(handle, memoryview(chunk).cast("B"))
-            os.fsync(handle)  # a power cut may not leave a name without its content
-            if keep:
-                _link_or_replace(temporary, path)
-            else:
-                os.replace(temporary, path)
+            for chunk in chunks:  # making it may fail by files of its own
+                with _naming(path):
+                    _write_all(handle, memoryview(chunk).cast("B"))
+            with _naming(path):
+                os.fsync(handle)  # a power cut may not leave a name without its content
+                if keep:
+                    _link_or_replace(temporary, path)
+                else:
+                    os.replace(temporary, path)
         finally:
             os.close(handle)
-        sync(path.parent)
-    except OSError as error:  # its words name the temporary file
+        with _naming(path):
+            sync(path.parent)
+    finally:
+        remove_file(temporary)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have the system's errors name a file, and not its temporary one or none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not Path(error.filename).name.startswith(TEMPORARY):
+            raise  # its folder cannot be made
         reason = os.strerror(error.errno or 0)
         if error.errno in FULL_DISK:
             reason += "; nothing of this file is kept. Make room"
         raise OSError(error.errno, reason, str(path)) from error
-    finally:
-        remove_file(temporary)
 
 
 def _link_or_replace(temporary: Path, path: Path) -> None:

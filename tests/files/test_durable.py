@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from diffretriever.files.durable import (
     temporary_name,
     write_json,
     write_text,
+    write_whole,
 )
 from diffretriever.files.removal import remove_folder
 
@@ -43,6 +46,30 @@ def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_an_error_names_the_file_that_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written may be read from a file that fails, and is not what could not be written."""
+
+    def refuse(path: Path, *_: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def read(error: OSError) -> Iterator[bytes]:
+        yield b"first"
+        raise error
+
+    for error in (OSError("shard-3: the file cannot be mapped"), OSError(errno.EIO, "Input/output error", "shard-3")):
+        with pytest.raises(OSError, match="shard-3") as found:
+            write_whole(tmp_path / "out", read(error))
+        assert found.value is error
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match=r"file'$"):
+        write_whole(tmp_path / "file" / "out", [b""])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(PermissionError, match=r"Permission denied: '.*/out'$"):
+            write_whole(tmp_path / "out", [b""])
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
