@@ -119,7 +119,7 @@ def check_ids(ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and attention mask (None: all ones) on the CPU, [B, L] each, or say what is wrong with them."""
     check_id_tensor(ids)
     if mask is None:
-        return ids.cpu(), torch.ones(ids.shape, dtype=torch.long)
+        return ids.cpu(), torch.ones(ids.shape, dtype=torch.long, device="cpu")
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
         got = str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {got}.")
@@ -380,11 +380,11 @@ class OrderedResults:
 
     def put(self, rows: Sequence[int], window_size: int, results: Mapping[str, torch.Tensor]) -> None:
         """Store the results of a batch; `rows` are the texts' numbers in the current window."""
-        place = torch.tensor(rows)
+        place = torch.tensor(rows, device="cpu")
         for name, values in results.items():
             if name not in self._window:
                 size = window_size if self._total is None else self._total
-                self._window[name] = torch.empty((size, *values.shape[1:]), dtype=values.dtype)
+                self._window[name] = torch.empty((size, *values.shape[1:]), dtype=values.dtype, device="cpu")
             offset = 0 if self._total is None else self.count
             self._window[name][place + offset] = values.cpu()
 
@@ -401,8 +401,7 @@ class OrderedResults:
             return self._window
         names = list(self._blocks[0]) if self._blocks else []
         whole = {
-            name: torch.empty((self.count, *self._blocks[0][name].shape[1:]), dtype=self._blocks[0][name].dtype)
-            for name in names
+            name: self._blocks[0][name].new_empty((self.count, *self._blocks[0][name].shape[1:])) for name in names
         }
         start = 0
         while self._blocks:

@@ -87,7 +87,7 @@ def as_tensor(values: Any) -> Any:
     if isinstance(values, torch.Tensor) or not hasattr(values, "__array__"):
         return values
     try:
-        return torch.as_tensor(values)
+        return torch.as_tensor(values, device="cpu")
     except TypeError:  # numbers that torch does not have
         return values
 

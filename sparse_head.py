@@ -29,12 +29,13 @@ def content_columns(
         ValueError: an id outside the vocabulary.
     """
     kept = [[token for token in ids if token != mask_id] for ids in content]
-    flat = torch.tensor([token for ids in kept for token in ids], dtype=torch.long)
+    flat = torch.tensor([token for ids in kept for token in ids], dtype=torch.long, device="cpu")
     columns, places = flat.unique(return_inverse=True)
     if len(columns) and not 0 <= columns[0] <= columns[-1] < vocab_size:
         raise ValueError(f"content_token_ids must lie in 0 … {vocab_size - 1}, got {columns[[0, -1]].tolist()}.")
-    rows = torch.arange(len(kept)).repeat_interleave(torch.tensor(list(map(len, kept))))
-    allowed = torch.zeros(len(kept), len(columns), dtype=torch.bool)
+    counts = torch.tensor(list(map(len, kept)), device="cpu")
+    rows = torch.arange(len(kept), device="cpu").repeat_interleave(counts)
+    allowed = torch.zeros(len(kept), len(columns), dtype=torch.bool, device="cpu")
     allowed[rows, places] = True
     return columns, allowed
 

@@ -278,7 +278,8 @@ class DiffRetrieverModule(InputModule):
     def _sparse(self, features: dict[str, Any], max_active_dims: int | None) -> torch.Tensor:
         """Return the sparse vectors over the whole vocabulary, float32 [B, V]."""
         parts = self._encode_sides(features, sparse_top_k=max_active_dims)
-        vectors = torch.zeros(len(features["sides"]), self.model.config.vocab_size, device=features["input_ids"].device)
+        shape = len(features["sides"]), self.model.config.vocab_size
+        vectors = torch.zeros(shape, dtype=torch.float32, device=features["input_ids"].device)
         for rows, out in parts:
             weights = out["sparse_values"].to(vectors.device)
             indices = out["sparse_indices"].to(vectors.device)

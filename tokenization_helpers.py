@@ -260,14 +260,15 @@ class FramedTokenizer:
             ids and attention mask, LongTensor [B, L] each, on the CPU.
         """
         length = max(map(len, sequences))
-        ids = torch.tensor([[self.pad_id] * (length - len(row)) + list(row) for row in sequences])
-        lengths = torch.tensor([len(row) for row in sequences])
-        mask = (torch.arange(length) >= (length - lengths)[:, None]).long()
+        # "cpu", here and below: a caller may have set another device as torch's default
+        ids = torch.tensor([[self.pad_id] * (length - len(row)) + list(row) for row in sequences], device="cpu")
+        lengths = torch.tensor([len(row) for row in sequences], device="cpu")
+        mask = (torch.arange(length, device="cpu") >= (length - lengths)[:, None]).long()
         return ids, mask
 
     def mask_positions(self, ids: torch.Tensor, is_query: bool) -> torch.Tensor:
         """Return where the masks of left-padded sequences [B, L] of one side are: int64 [B, 0], for want of any."""
-        return torch.empty(len(ids), 0, dtype=torch.long)
+        return torch.empty(len(ids), 0, dtype=torch.long, device="cpu")
 
     def locate(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, list[list[int]]]:
         """Check that the rows are sequences of this side, and find their masks and texts.
@@ -301,7 +302,7 @@ class FramedTokenizer:
             last_mask = first_mask + layout.num_masks - 1
             positions.append([min(first_mask + place, last_mask) for place in range(most)])
             texts.append(text)
-        return torch.tensor(positions), texts
+        return torch.tensor(positions, device="cpu"), texts
 
     def _text_in(self, row: list[int], is_query: bool) -> tuple[PromptLayout, list[int]] | None:
         """Return the layout of an unpadded sequence and the text in it; None where it is not of this side."""
@@ -403,7 +404,7 @@ class RetrievalTokenizer(FramedTokenizer):
         layouts = self.layouts_of(is_query)
         end, most = ids.shape[1] - layouts[0].num_tail, max(layout.num_masks for layout in layouts)
         first = end - (ids == self.mask_id).sum(dim=1, keepdim=True)  # no text holds the mask's id
-        return (first + torch.arange(most)).clamp(max=end - 1)
+        return (first + torch.arange(most, device="cpu")).clamp(max=end - 1)
 
     def layouts_of(self, is_query: bool) -> list[PromptLayout]:
         """Return all layouts that a text of a side may have: one for each K_q of the table."""

@@ -141,6 +141,18 @@ def test_words_of_a_sparse_vector(folders: Folders) -> None:
     assert model.sparsity(model.encode_document(TEXTS))["active_dims"] < 40
 
 
+def test_sparse_vectors_under_another_default_dtype_of_torch(folders: Folders) -> None:
+    model, before = folders.model("single", "sparse"), torch.get_default_dtype()
+    expected = model.encode_query(TEXTS).to_dense()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = model.encode_query(TEXTS).to_dense()
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_sparse_output_as_plain_tensors(folders: Folders) -> None:
     model = folders.model("single", "sparse")
     sparse, plain = model.encode_query(TEXTS), model.encode_query(TEXTS, convert_to_sparse_tensor=False)

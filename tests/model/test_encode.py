@@ -125,6 +125,23 @@ def test_shapes_dtypes_and_norm(model: Any) -> None:
         assert not out.repr_hidden.requires_grad
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+def test_another_default_device_and_dtype_of_torch(small: Any, kind: Callable[..., Any]) -> None:
+    expected, before = small.encode_texts(TEXTS, is_query=True), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # stands for `torch.set_default_device("cuda")`
+            found = small.encode_texts(kind(TEXTS), is_query=True)
+            ids, mask = small.tokenize(TEXTS, is_query=True)
+            batch = small.encode(ids, mask, is_query=True, compute_sparse=True)
+            scores = small.score({name: values.numpy() for name, values in found.items()}, batch)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    torch.testing.assert_close(batch["repr_hidden"], expected["repr_hidden"], rtol=0, atol=DENSE_TOLERANCE)
+    assert (ids.device.type, scores.device.type) == ("cpu", "cpu")
+
+
 def test_without_sparse_there_are_no_sparse_keys(model: Any) -> None:
     for out in (model.encode(*model.tokenize(["a"], is_query=True), True),
                 model.encode_texts(["a"], True, compute_sparse=False)):  # fmt: skip
