@@ -131,6 +131,7 @@ def read_rows(files: Sequence[Path], settings: Settings, may_have_fewer: bool = 
     """Read and check rows, some hundreds at a time; arguments and errors are those of `import_vectors`."""
     wanted = [name for name in COLUMNS if settings.sparse_top_k or not name.startswith("sparse")]
     with_texts: bool | None = None
+    total = 0
     for file in files:
         number = 0
         for batch in parquet_batches(file, wanted):
@@ -141,8 +142,10 @@ def read_rows(files: Sequence[Path], settings: Settings, may_have_fewer: bool = 
                 raise ValueError(f"{file}: some files have the column 'text', others have not; give all or none.")
             with_texts = "text" in columns
             where = [f"{file}, row {number + row}" for row in range(1, len(batch) + 1)]
-            number += len(batch)
+            number, total = number + len(batch), total + len(batch)
             yield _checked(columns, where, settings, may_have_fewer)
+    if not total:
+        raise ValueError(f"{', '.join(map(str, files))}: no rows; expected at least one.")
 
 
 def _checked(columns: dict[str, Any], where: list[str], settings: Settings, may_have_fewer: bool) -> Rows:
@@ -173,6 +176,8 @@ def _lists(column: Any, name: str, where: list[str]) -> tuple[np.ndarray, Any]:
 
     if not hasattr(column, "flatten") or not hasattr(column.type, "value_type"):
         raise ValueError(f"{where[0]}: `{name}` is of type {column.type}; expected {COLUMNS[name]}.")
+    if column.null_count:
+        raise ValueError(f"{where[0]} and the next: `{name}` has a vector that is missing.")
     lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
     return lengths, column.flatten()
 

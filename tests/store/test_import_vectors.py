@@ -122,6 +122,8 @@ def _refused(made: Made) -> dict[str, tuple[dict[str, Any], str]]:
         "H": ({"dense": _changed(dense, 0, [[1.0] * 3] * 4)}, "row 1: a vector has 3 numbers; this model's have"),
         "length": ({"dense": _changed(dense, 5, [[0.5] * width] * 4)}, "row 6: a vector's length is"),
         "NaN": ({"dense": _changed(dense, 5, [[float("nan")] * width] * 4)}, "row 6: a vector's length is nan"),
+        "no vector": ({"dense": _changed(dense, 5, [*dense[5][:3], None])}, "`dense` has a vector that is missing."),
+        "no row": (dict.fromkeys(made.columns, pa.array([], pa.string())), "v.parquet: no rows; expected at least"),
         "words": ({"dense": ["no"] * COUNT}, "row 1: `dense` is of type string; expected a list of H numbers"),
         "more": ({"sparse_values": _changed(values, 1, [])}, f"row 2: {len(indices[1])} `sparse_indices`, but 0"),
         "many": (
