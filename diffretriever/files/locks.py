@@ -85,7 +85,8 @@ def is_locked(file: Path) -> bool:
     Raises:
         FileNotFoundError: no such file.
     """
-    return _try_lock(file, lambda: None) is False
+    # for reading, and shared: another user's claim, or one on a disk that cannot be written, tells as much
+    return _try_lock(file, lambda: None, os.O_RDONLY, shared=True) is False
 
 
 def remove_if_free(file: Path) -> bool:
@@ -94,17 +95,17 @@ def remove_if_free(file: Path) -> bool:
     Raises:
         FileNotFoundError: no such file.
     """
-    return _try_lock(file, partial(remove_file, file)) is True
+    return _try_lock(file, partial(remove_file, file), os.O_RDWR) is True
 
 
-def _try_lock(file: Path, work: Callable[[], None]) -> bool | None:
-    """Return what `_lock` says of a file, and do some work while we hold the lock."""
+def _try_lock(file: Path, work: Callable[[], None], flags: int, shared: bool = False) -> bool | None:
+    """Return what `_lock` says of a file that is opened so, and do some work while we hold the lock."""
     try:
-        handle = os.open(file, os.O_RDWR)
+        handle = os.open(file, flags)
     except PermissionError:  # another user's
         return False
     try:
-        locked = _lock(handle, wait=False)
+        locked = _lock(handle, wait=False, shared=shared)
         if locked:
             work()
         return locked
@@ -112,12 +113,12 @@ def _try_lock(file: Path, work: Callable[[], None]) -> bool | None:
         os.close(handle)
 
 
-def _lock(handle: int, wait: bool) -> bool | None:
+def _lock(handle: int, wait: bool, shared: bool = False) -> bool | None:
     """Lock an open file until it is closed; False where somebody else has it locked, None where there are no locks."""
     if fcntl is None:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import signal
 import threading
 import time
@@ -127,6 +128,26 @@ def test_an_owner_that_is_being_written_is_said_without_its_number(tmp_path: Pat
         assert ours.take("a")
         (tmp_path / "c" / "a").write_text("")
         assert living_owners(tmp_path / "c") == ["process ? on an unknown machine"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_the_dead_are_told_from_the_living_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Whoever reads a store that is not finished may not be the one who writes it, nor able to write there."""
+    folder, opened = tmp_path / "claims", os.open
+
+    def reads(path: Path, flags: int, *mode: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, flags, *mode)
+
+    with Claims(folder) as ours:
+        assert ours.take("living")
+        (folder / "dead").write_text(json.dumps({"host": "here", "process": 7}))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", reads)
+            assert living_owners(folder) == [f"process {os.getpid()} on {platform.node()}"]
 
 
 def test_only_claims_are_removed(tmp_path: Path) -> None:
