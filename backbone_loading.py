@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
@@ -162,15 +163,16 @@ def find_weights(config: Any, folder: Path, merged: bool, hub_options: Mapping[s
 def _check_fetched(weights: Path, fetched: Mapping[str, str]) -> None:
     """Refuse a backbone that is not there, or holds other weights than the release's, with the command that helps."""
     weights = Path(os.path.normpath(weights))
+    place = shlex.quote(str(weights))
     file = weights / "model.safetensors"
     command = f"diffretriever fetch-backbone {fetched['name']} --output {{}}"
     command += " --from hub" if fetched["origin"].startswith("https://huggingface.co/") else ""
     if not weights.is_dir():
         raise FileNotFoundError(
-            f"The backbone {fetched['name']} is not in {weights} yet. Fetch it: {command.format(weights)}"
+            f"The backbone {fetched['name']} is not in {weights} yet. Fetch it: {command.format(place)}"
         )
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there. Remove {weights}, and fetch it: {command.format(weights)}")
+        raise FileNotFoundError(f"{file} is not there. Remove {weights}, and fetch it: {command.format(place)}")
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):

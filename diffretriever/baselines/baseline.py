@@ -18,6 +18,7 @@ from ..model.backbone_loading import check_output, save_tokenizer
 from ..model.batching import (
     check_count,
     check_ids,
+    check_side,
     check_texts,
     count_workers,
     encode_in_order,
@@ -129,7 +130,7 @@ class Baseline(nn.Module):
         Raises:
             TypeError, ValueError: `texts` is not a list of strings, or is empty.
         """
-        return self.texts.pad(self.texts.tokenize(check_texts(texts), is_query))
+        return self.texts.pad(self.texts.tokenize(check_texts(texts), check_side(is_query)))
 
     @torch.no_grad()
     def encode(
@@ -162,6 +163,7 @@ class Baseline(nn.Module):
             ValueError: the ids are not this side's, sizes do not match, an output is not finite, or sparse vectors are
                 asked of a method that has none.
         """
+        is_query = check_side(is_query)
         host_ids, host_mask = check_ids(input_ids, attention_mask)
         if content_token_ids is not None and not content_filter:
             raise ValueError("content_filter=False lets the whole vocabulary in; leave `content_token_ids` out.")

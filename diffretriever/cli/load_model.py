@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -256,14 +257,14 @@ def check_release(release: str, revision: str | None = None) -> None:
     folder = find_folder(release, ["config.json", CONFIG_FILE], revision)
     if not (folder / "config.json").is_file():
         if (folder / CONFIG_FILE).is_file():
-            advice = _build_command(f"BACKBONE --adapter {release}")
+            advice = _build_command(f"BACKBONE --adapter {shlex.quote(release)}")
             raise ValueError(f"{release} is an adapter, not a release; {advice}")
         raise ValueError(f"{release} is no release, as it holds no config.json; {_build_command('BACKBONE')}")
     fields = read_object(folder / "config.json")
     found = fields.get("model_type")
     if str(found).lower() in NAME_PATTERNS:
         other = f"Or read it by another method: --method {', '.join(BASELINES)}."
-        raise ValueError(f"{release} is a backbone, not a release; {_build_command(release)} {other}")
+        raise ValueError(f"{release} is a backbone, not a release; {_build_command(shlex.quote(release))} {other}")
     if found != "diffretriever":
         raise ValueError(f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever".')
     # transformers takes this apart before any code of ours sees the file

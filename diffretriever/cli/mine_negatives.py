@@ -35,8 +35,10 @@ def run_mine(options: argparse.Namespace) -> int:
     """Run `diffretriever mine-negatives`."""
     from ..data.pair_files import PairFiles
     from ..evaluation.evaluate import encoded_corpus
+    from ..files.durable import check_place
     from ..training.hard_negatives import Draws, mine_negatives, passages_of, rank_by_bm25, rank_by_release
 
+    check_place(options.output)
     draws = Draws(options.negatives, options.depth, options.skip, options.seed)
     if options.model != BM25:
         choose_modes(check_model(options), [options.mode])  # before the data is read

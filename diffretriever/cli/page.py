@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socketserver
+import sys
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -93,6 +94,11 @@ class PageServer(socketserver.ThreadingTCPServer):
         super().__init__((LOOPBACK, port), _Handler)
         self.explainer, self.about = explainer, about
         self.asking = threading.Lock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Pass over a browser that did not wait for its answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def port(self) -> int:

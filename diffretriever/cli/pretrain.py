@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
+from .arguments import RESUMED, add_command, add_recipe_option, count, find_recipe
 from .exit_status import DONE
 from .threads import choose_threads
 
@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="output folder; run again to resume")
     parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: by the backbone's width; it is said)")
+    parser.add_argument("--threads", type=count, help="CPU threads (default: by the backbone's width; it is said)")
 
 
 def run_pretrain(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .arguments import RESUMED, add_command, add_recipe_option, find_recipe
+from .arguments import RESUMED, add_command, add_recipe_option, count, find_recipe
 from .exit_status import DONE
 from .load_model import add_method_option, add_trust_option, check_model, load_model
 from .threads import choose_threads
@@ -27,7 +27,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--dev", type=Path, help="BEIR-style folder; its dev split is evaluated along the way")
     parser.add_argument("--base", help="the backbone's name to record in adapter_config.json")
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: by the backbone's width; it is said)")
+    parser.add_argument("--threads", type=count, help="CPU threads (default: by the backbone's width; it is said)")
     add_trust_option(parser)
     parser.set_defaults(adapter=None, revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
 

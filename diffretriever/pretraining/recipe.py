@@ -90,6 +90,8 @@ def read_pretrain_recipe(path: str | Path, **overrides: Any) -> PretrainRecipe:
         known = ", ".join(DIFFUSION_TYPES)
         raise ValueError(f"{where}: unknown backbone_type {recipe.backbone_type!r}; expected one of {known}")
     _check_least(recipe, ("tokenizer_characters", "tokenizer_every", "texts_every", "neighbours", "log_every"), where)
+    if recipe.seed < 0:
+        raise ValueError(f"{where}: seed must be at least 0, got {recipe.seed}")
     _check_shape(recipe.shape, f"{where}: shape")
     for stage in recipe.stages:
         _check_stage(stage, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -419,7 +420,7 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     if release.is_local and not (SOURCE / release.base).is_dir():
         raise FileNotFoundError(
             f"build: the backbone {release.base} is not here yet; fetch it: diffretriever fetch-backbone "
-            f"{Path(release.base).name} --output {SOURCE / release.base}"
+            f"{Path(release.base).name} --output {shlex.quote(str(SOURCE / release.base))}"
         )
     places = [str(SOURCE / place) if release.is_local else place for place in (release.base, release.adapter)]
     settings = {field: value for field in SETTINGS if (value := getattr(release, field)) is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -132,8 +133,8 @@ def start_command(folder: Path, facts: dict[str, Any]) -> str:
     """
     pooler = json.dumps(facts["pooler_config"])
     return (
-        f"python -m vllm.entrypoints.openai.api_server --model {folder} --runner pooling --dtype {facts['dtype']} "
-        f"--max-model-len {facts['max_model_len']} --pooler-config '{pooler}'"
+        f"python -m vllm.entrypoints.openai.api_server --model {shlex.quote(str(folder))} --runner pooling "
+        f"--dtype {facts['dtype']} --max-model-len {facts['max_model_len']} --pooler-config '{pooler}'"
     )
 
 

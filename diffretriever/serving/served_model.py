@@ -153,7 +153,7 @@ class ServedModel:
             try:
                 self._take(output, row, found)
                 text.sequence, text.cut = range(found["tokens"]), found["tokens"] >= self.layouts[is_query].room
-            except (KeyError, TypeError, ValueError, binascii.Error) as error:
+            except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error) as error:  # torch's: another shape
                 raise EngineError(
                     f"{self._client.address}: the server's vectors are not those that it announced ({error!s:.200})."
                 ) from error

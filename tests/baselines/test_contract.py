@@ -62,6 +62,13 @@ def test_encode_texts_is_encode_in_order(model: Any, is_query: bool) -> None:
             assert torch.allclose(values[0].float(), out[name][row].float(), rtol=0, atol=2e-5), name
 
 
+def test_sides_are_true_or_false(model: Any) -> None:
+    with pytest.raises(TypeError, match="`is_query` must be True"):
+        model.tokenize(TEXTS, "passage")
+    with pytest.raises(TypeError, match="`is_query` must be True"):
+        model.encode(*model.tokenize(TEXTS, False), "passage")
+
+
 def test_prepared_texts_are_those_of_encode(model: Any) -> None:
     sparse = model.config.sparse_top_k > 0
     texts = [*TEXTS, "word " * 300]

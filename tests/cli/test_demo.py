@@ -233,6 +233,31 @@ def test_the_page_is_this_machines_alone(server: PageServer) -> None:
     assert get(server, "/?q=%20&dense=nan")[0] == 200
 
 
+@pytest.mark.once
+def test_a_browser_that_goes_away_leaves_no_trace(
+    server: PageServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, ended = threading.Event(), threading.Event()
+    shutdown = server.shutdown_request
+
+    def late(*_: Any) -> str:
+        gone.wait(10)
+        return "x" * (1 << 24)  # more than a socket takes without a reader
+
+    def end(request: Any) -> None:
+        shutdown(request)
+        ended.set()
+
+    monkeypatch.setattr("diffretriever.cli.page.render_page", late)
+    monkeypatch.setattr(server, "shutdown_request", end)
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.request("GET", "/")
+    connection.close()
+    gone.set()
+    assert ended.wait(10)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_port_that_is_taken_is_told(server: PageServer, explainer: Explainer) -> None:
     with pytest.raises(ValueError, match=rf"--port {server.port}: 127\.0\.0\.1 .*give another"):
         serve(explainer, "notes", server.port)

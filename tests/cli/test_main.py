@@ -195,3 +195,12 @@ def test_the_other_sides_masks_are_no_slip_of_the_tongue(
 ) -> None:
     assert main(words.split()) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_threads_are_counted_from_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--threads", "-1"])
+    assert stop.value.code == 2
+    assert "argument --threads: expected a whole number of at least 1, got '-1'" in capsys.readouterr().err

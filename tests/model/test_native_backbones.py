@@ -122,8 +122,8 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_fetched_backbone_is_the_one_that_was_built_on(fetched: Path, tmp_path: Path) -> None:
     """Absent or another, the error says how to fetch it; a folder that the caller names is taken as it is."""
-    shutil.copytree(fetched, tmp_path / "copy")
-    release, backbone = tmp_path / "copy" / "release", tmp_path / "copy" / "llama-small"
+    shutil.copytree(fetched, tmp_path / "a copy")
+    release, backbone = tmp_path / "a copy" / "release", tmp_path / "a copy" / "llama-small"
     first = load(release)
     card = (release / "README.md").read_text()
     assert "The autoregressive language model `llama-small` as a retriever" in card
@@ -146,7 +146,7 @@ def test_a_fetched_backbone_is_the_one_that_was_built_on(fetched: Path, tmp_path
     with pytest.raises(FileNotFoundError, match=f"Remove {backbone}, and fetch it: diffretriever fetch-backbone"):
         load(release)
     shutil.rmtree(backbone)
-    command = f"Fetch it: diffretriever fetch-backbone llama-small --output {backbone}$"
+    command = f"Fetch it: diffretriever fetch-backbone llama-small --output '{backbone}'$"
     with pytest.raises(FileNotFoundError, match=command):
         load(release)
     fields = json.loads((release / "config.json").read_text())["fetched_backbone"]

@@ -35,6 +35,7 @@ def test_an_open_value_may_be_given_or_left_out(tmp_path: Path) -> None:
         ("stages: [{budgets: [4, 0]}]", r"budgets must be at least 1, got \[4, 0\]"),
         ("stages: [{pattern: [pears]}]", r"unknown kind of step 'pears'; expected one of pairs, neighbours"),
         ("stages: [{batch_size: 1}]", r"batch_size must be at least 2, or a query of 'pairs' steps has no negative"),
+        ("seed: -1", r"r.yaml: seed must be at least 0, got -1"),
         ("log_every: 0", r"r.yaml: log_every must be at least 1, got 0"),
         ("backbone_type: lama", r"r.yaml: unknown backbone_type 'lama'; expected one of llada, dream"),
         ("backbone_type: 3", r"backbone_type must be of type str, got 3"),

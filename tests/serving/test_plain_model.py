@@ -132,7 +132,7 @@ def test_the_folder_is_sealed_and_readable_by_a_server_of_another_user(exported:
 def test_the_command_says_how_to_start(
     build_release: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    release, output = build_release("tiny-llada", "llada-q4p4"), tmp_path / "plain"
+    release, output = build_release("tiny-llada", "llada-q4p4"), tmp_path / "a plain model"
     assert main(["export-vllm", str(release), "--output", str(output), "--dtype", "float32"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     given = dict(zip(words[3::2], words[4::2], strict=True))

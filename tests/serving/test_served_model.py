@@ -184,6 +184,7 @@ def test_another_model_does_not_go_on_with_a_store(
     ("name", "value"),
     [
         ("dense", "AAAA"),
+        ("dense", "AAAAAA=="),
         ("dense", "no base64!"),
         ("dense", None),
         ("sparse", {"indices": [10**6], "values": [1.0]}),

@@ -93,6 +93,8 @@ def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     command = ["mine-negatives", "--pairs", str(pairs), "--output", str(tmp_path / "out.jsonl")]
     assert main([*command, "--depth", "5", "--negatives", "4", "--skip", "2"]) == 2
     assert "--depth 5 leaves fewer than --negatives 4 after --skip 2; raise it" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path), "--model", "not/there"]) == 2  # before the model is looked for
+    assert f"Is a directory: '{tmp_path}'" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(SystemExit):
         main([*command, "--negatives", "none"])
