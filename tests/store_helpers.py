@@ -1,9 +1,13 @@
-"""Made-up texts and what is in a folder."""
+"""Made-up texts, what is in a folder, and a torch with other defaults."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 WORDS = "the tilt of the axis gives the seasons their light and every river its own way to a quiet sea".split()
 
@@ -22,6 +26,18 @@ def write_jsonl(file: Path, texts: list[tuple[str, str]]) -> Path:
 
 def silent(message: str) -> None:
     """Take a message for nobody."""
+
+
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    """Have torch make tensors of another dtype, and on another device, unless it is told which."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # stands for `torch.set_default_device("cuda")`
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -100,14 +100,14 @@ class EncodingJob:
         settings, count = self.plan.settings, len(shard.texts)
         contents = ShardContents(
             [text.id for text in shard.texts],
-            torch.empty(count, settings.num_masks, settings.hidden_size),
-            torch.empty(count, settings.sparse_top_k, dtype=torch.int32),
-            torch.empty(count, settings.sparse_top_k),
+            torch.empty(count, settings.num_masks, settings.hidden_size, dtype=torch.float32, device="cpu"),
+            torch.empty(count, settings.sparse_top_k, dtype=torch.int32, device="cpu"),
+            torch.empty(count, settings.sparse_top_k, dtype=torch.float32, device="cpu"),
             [text.text for text in shard.texts] if settings.options["keep_texts"] else None,
         )
         with closing(self.encode(shard)) as results:
             for rows, out in results:
-                contents.put(torch.tensor(rows), out)
+                contents.put(torch.tensor(rows, device="cpu"), out)
                 after_batch(rows)
         return contents
 

@@ -66,7 +66,7 @@ def fuse_runs(
         rows = [first.get(query, {}), second.get(query, {})]
         passages = list(dict.fromkeys([*rows[0], *rows[1]]))
         one, other = torch.tensor(
-            [[row.get(name, -torch.inf) for name in passages] for row in rows], dtype=torch.float64
+            [[row.get(name, -torch.inf) for name in passages] for row in rows], dtype=torch.float64, device="cpu"
         )
         scores = zip(passages, fuse(one, other, weight).tolist(), strict=True)
         fused[query] = dict(ranking(dict(scores))[:depth])

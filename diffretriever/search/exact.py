@@ -63,7 +63,7 @@ class ExactEngine:
         self.device = torch.device(device or "cpu")
         self.block_size = None if block_size is None else check_count("block_size", block_size)
         self._segments: list[Segment] = segments_of(passages, ids)
-        self._offsets = torch.tensor([segment.offset for segment in self._segments])
+        self._offsets = torch.tensor([segment.offset for segment in self._segments], device="cpu")
         self.settings: Settings | None = None if isinstance(passages, Mapping) else passages.manifest
         if in_memory:
             on_cpu = self.device.type == "cpu"
@@ -110,11 +110,14 @@ class ExactEngine:
         """See `Engine.scores_at`; the vectors of the chosen passages alone are read."""
         scores_of = self._sparse_scores if kind == "sparse_max" else partial(self._dense_scores, kind)
         pairs = zip(queries.batches(1), positions, strict=True)
-        return [scores_of(query, wanted) if len(wanted) else torch.empty(0) for query, wanted in pairs]
+        return [
+            scores_of(query, wanted) if len(wanted) else torch.empty(0, dtype=torch.float32, device="cpu")
+            for query, wanted in pairs
+        ]
 
     def find(self, positions: Sequence[int]) -> Iterator[tuple[Segment, int]]:
         """Yield each position's segment and the row there; the positions may come in any order."""
-        numbers = self._numbers(torch.tensor(positions, dtype=torch.int64)).tolist()
+        numbers = self._numbers(torch.tensor(positions, dtype=torch.int64, device="cpu")).tolist()
         for number, position in zip(numbers, positions, strict=True):
             segment = self._segments[number]
             yield segment, position - segment.offset
@@ -150,7 +153,7 @@ class ExactEngine:
     def _lengths(self) -> torch.Tensor:
         """Of the sums of the passages' vectors, float32 [P]; NaN where not known yet."""
         with torch.inference_mode(False):  # see `Workspace.take`
-            return torch.full((self._length,), torch.nan)
+            return torch.full((self._length,), torch.nan, dtype=torch.float32, device="cpu")
 
     def _lengths_between(self, segment: Segment, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
         """Return the lengths of the sums of passages' vectors, float32 [p]; they are computed once."""
@@ -190,7 +193,7 @@ class ExactEngine:
 
     def _dense_scores(self, kind: str, query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
         """Return the dense scores of one query with the passages at rising positions, float32 [C]."""
-        prepared, scores = self._prepare(query, kind), torch.empty(len(wanted))
+        prepared, scores = self._prepare(query, kind), torch.empty(len(wanted), dtype=torch.float32, device="cpu")
         step = self._step(self._segments[0], prepared)
         with self._workspace() as workspace:
             for part, found in zip(wanted.split(step), scores.split(step), strict=True):

@@ -108,7 +108,9 @@ class Explainer:
         hits = sides.fuse(weight, top_k)[0]
         terms = _terms(query.require_sparse(), 0)
         vectors = query.dense[0][query.mask[0]]  # [K_q, H]
-        at = torch.searchsorted(sides.positions[0], torch.tensor([hit.position for hit in hits], dtype=torch.int64))
+        at = torch.searchsorted(
+            sides.positions[0], torch.tensor([hit.position for hit in hits], dtype=torch.int64, device="cpu")
+        )
         scores = zip(sides.dense[0][at].tolist(), sides.sparse[0][at].tolist(), strict=True)
         matches = []
         for hit, (dense, sparse) in zip(hits, scores, strict=True):
@@ -148,7 +150,7 @@ def _terms(sparse: tuple[torch.Tensor, torch.Tensor], row: int) -> dict[int, flo
 def _vectors(segment: Segment, row: int) -> torch.Tensor:
     """Return a passage's vectors, float32 [K_p, H], on the CPU."""
     there = existing(segment, row, row + 1)[0]
-    return segment.rows(torch.tensor([row]))[0][there].cpu()
+    return segment.rows(torch.tensor([row], device="cpu"))[0][there].cpu()
 
 
 def _parts(text: str, words: Mapping[str, Word]) -> Iterator[Word]:

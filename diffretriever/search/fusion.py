@@ -77,7 +77,7 @@ def join_sides(
         fusion: one of FUSIONS.
     """
     exact = fusion == "exact"
-    everything = torch.arange(len(engine)) if exact and depth >= len(engine) else None
+    everything = torch.arange(len(engine), device="cpu") if exact and depth >= len(engine) else None
     pools = [_pool(*row) if everything is None else everything for row in zip(*dense, *sparse, strict=True)]
     both = []
     for kind, ranking in ((dense_kind, dense), ("sparse_max", sparse)):
@@ -104,7 +104,7 @@ def _pool(
 
 def _place(pool: torch.Tensor, positions: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Return the scores in the order of the pool, NaN for those that are not known yet."""
-    placed = torch.full((len(pool),), torch.nan)
+    placed = torch.full((len(pool),), torch.nan, dtype=torch.float32, device="cpu")
     if len(pool) and len(positions):
         places = torch.searchsorted(pool, positions).clamp_(max=len(pool) - 1)
         inside = pool[places] == positions

@@ -88,7 +88,8 @@ def pad_rows(rows: Sequence[torch.Tensor], value: float) -> torch.Tensor:
     >>> pad_rows([torch.tensor([1, 2]), torch.tensor([3])], -1).tolist()
     [[1, 2], [3, -1]]
     """
-    padded = torch.full((len(rows), max(map(len, rows), default=0)), value)
+    dtype = torch.int64 if isinstance(value, int) else torch.float32
+    padded = torch.full((len(rows), max(map(len, rows), default=0)), value, dtype=dtype, device="cpu")
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
     return padded

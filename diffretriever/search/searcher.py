@@ -58,7 +58,7 @@ class Rankings:
             self._queries.require_sparse()
         if kind not in self._ranked:
             nothing = not len(self._queries) or not len(self._engine)
-            empty = torch.empty(len(self._queries), 0)
+            empty = torch.empty(len(self._queries), 0, dtype=torch.float32, device="cpu")
             ranked = (empty.long(), empty) if nothing else self._engine.rank(self._queries, kind, self._depth)
             self._ranked[kind] = ranked
         return self._ranked[kind]

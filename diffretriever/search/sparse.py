@@ -49,10 +49,10 @@ class Postings:
                 f"`sparse_values` of the passage at position {offset + row} hold NaN or infinite values. "
                 "Encode that text again."
             )
-        passages = torch.arange(len(indices), dtype=torch.int32)[:, None].expand(indices.shape)[used]
+        passages = torch.arange(len(indices), dtype=torch.int32, device="cpu")[:, None].expand(indices.shape)[used]
         by_term, order = torch.sort(indices[used].int(), stable=True)
         distinct, counts = torch.unique_consecutive(by_term, return_counts=True)
-        starts = torch.zeros(len(distinct) + 1, dtype=torch.int64)
+        starts = torch.zeros(len(distinct) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts, 0, out=starts[1:])
         return cls(offset, len(indices), distinct, starts, passages[order], weights[order])
 
@@ -62,7 +62,7 @@ class Postings:
         Args:
             indices: int64 [T]; values: float32 [T]; 0 marks an unused slot.
         """
-        out = torch.zeros(self.length)
+        out = torch.zeros(self.length, dtype=torch.float32, device="cpu")
         if not len(self.terms):
             return out
         used = values != 0

@@ -20,5 +20,5 @@ class Workspace:
         held = self._held.get(name)
         if held is None or held.numel() < size:
             with torch.inference_mode(False):  # what is made in that mode can be written in it alone
-                held = self._held[name] = torch.empty(size, device=self._device)
+                held = self._held[name] = torch.empty(size, dtype=torch.float32, device=self._device)
         return held[:size].view(shape)

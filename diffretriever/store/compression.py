@@ -48,7 +48,9 @@ class Codebook:
 
     def __init__(self, centroids: torch.Tensor, normalised: bool) -> None:
         self.centroids, self._normalised = centroids, normalised
-        self._first = torch.arange(len(centroids), dtype=torch.int32) * CENTROIDS  # of each piece, of all in a row
+        self._first = (
+            torch.arange(len(centroids), dtype=torch.int32, device="cpu") * CENTROIDS
+        )  # of each piece, of all in a row
         self._products: WeakKeyDictionary[PreparedQueries, torch.Tensor] = WeakKeyDictionary()
 
     def vectors(self, codes: torch.Tensor) -> torch.Tensor:
@@ -264,7 +266,7 @@ def _learn(store: Store, dimensions_per_byte: int, seed: int) -> torch.Tensor:
     """Learn the centroids by k-means from vectors all over the store; float32 [pieces, 256, dimensions]."""
     stride = max(1, len(store) * store.manifest.num_masks // TRAINING_VECTORS)
     there = [existing(shard, 0, len(shard))[::stride] for shard in store.shards()]
-    rows = [shard.rows(torch.arange(0, len(shard), stride)) for shard in store.shards()]  # [n, K, H] each
+    rows = [shard.rows(torch.arange(0, len(shard), stride, device="cpu")) for shard in store.shards()]  # [n, K, H] each
     sample = torch.cat([vectors[mask] for vectors, mask in zip(rows, there, strict=True)])
     if len(sample) < CENTROIDS:
         raise ValueError(

@@ -213,7 +213,7 @@ def query_vectors(queries: Any) -> QueryVectors:
         vectors, mask, sparse = _read_all(segments_of(queries, name="queries"))
         ids = queries.ids()
     dense = vectors.detach().float().cpu()
-    mask = torch.ones(dense.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+    mask = torch.ones(dense.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask.cpu()
     if not bool(torch.isfinite(dense[mask]).all()):
         raise ValueError("`repr_hidden` of the queries holds NaN or infinite values.")
     if sparse is not None:
@@ -226,7 +226,9 @@ def query_vectors(queries: Any) -> QueryVectors:
 def existing(segment: Segment, start: int, stop: int) -> torch.Tensor:
     """Return which vectors of consecutive rows exist, bool [stop - start, K], where all do, too."""
     mask = segment.mask(start, stop)
-    return torch.ones(stop - start, segment.block(0, 1).shape[1], dtype=torch.bool) if mask is None else mask
+    return (
+        torch.ones(stop - start, segment.block(0, 1).shape[1], dtype=torch.bool, device="cpu") if mask is None else mask
+    )
 
 
 def _read_all(

@@ -46,10 +46,14 @@ def pack_strings(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     [0, 3, 3]
     """
     encoded = [text.encode("utf-8") for text in texts]
-    offsets = torch.zeros(len(texts) + 1, dtype=torch.int64)
-    offsets[1:] = torch.tensor([len(text) for text in encoded], dtype=torch.int64).cumsum(0)
+    offsets = torch.zeros(len(texts) + 1, dtype=torch.int64, device="cpu")
+    offsets[1:] = torch.tensor([len(text) for text in encoded], dtype=torch.int64, device="cpu").cumsum(0)
     joined = b"".join(encoded)
-    data = torch.frombuffer(bytearray(joined), dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+    data = (
+        torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+        if joined
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     return data, offsets
 
 
@@ -200,7 +204,9 @@ class ShardFile:
             return self._held[name]
         if self._mapped is None:
             try:  # private: a change in memory would never reach the file
-                self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+                self._mapped = torch.from_file(
+                    str(self.path), shared=False, size=self.size, dtype=torch.uint8, device="cpu"
+                )
             except RuntimeError as error:
                 raise OSError(
                     f"{self.path}: the file cannot be mapped ({error}). Linux lets a process map 65,530 files unless "

@@ -50,7 +50,7 @@ class ShardContents:
             encoded: an output of `encode`, of a model that gives all its texts a mask or none.
         """
         if "repr_mask" in encoded and self.repr_mask is None:
-            self.repr_mask = torch.zeros(self.repr_hidden.shape[:2], dtype=torch.bool)
+            self.repr_mask = torch.zeros(self.repr_hidden.shape[:2], dtype=torch.bool, device="cpu")
         for name in ("repr_hidden", "repr_mask", "sparse_indices", "sparse_values"):
             if name in encoded:
                 held: torch.Tensor = getattr(self, name)
@@ -376,7 +376,7 @@ def _finite_rows(values: torch.Tensor) -> torch.Tensor:
     """
     rows = values.flatten(1)
     if not rows.shape[1]:
-        return torch.ones(len(rows), dtype=torch.bool)
+        return torch.ones(len(rows), dtype=torch.bool, device="cpu")
     return torch.isfinite(rows.amax(dim=1)) & torch.isfinite(rows.amin(dim=1))
 
 

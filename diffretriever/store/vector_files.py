@@ -123,7 +123,7 @@ def _cut(rows: Rows, start: int, stop: int) -> Rows:
 
 
 def _contents(rows: Rows, masked: bool) -> ShardContents:
-    exists = torch.arange(rows.vectors.shape[1]) < rows.counts[:, None]
+    exists = torch.arange(rows.vectors.shape[1], device="cpu") < rows.counts[:, None]
     return ShardContents(rows.ids, rows.vectors, rows.indices, rows.values, rows.texts, exists if masked else None)
 
 
@@ -216,7 +216,7 @@ def _dense(
     for place in wrong.nonzero().flatten()[:1].tolist():
         wanted = "1, as this model's vectors have" if normalised else "finite"
         raise ValueError(f"{where[owners[place]]}: a vector's length is {float(lengths[place]):g}; expected {wanted}.")
-    vectors = torch.zeros(len(counts), most, width)
+    vectors = torch.zeros(len(counts), most, width, dtype=torch.float32, device="cpu")
     slots = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
     vectors[torch.from_numpy(owners), torch.from_numpy(slots)] = flat
     return vectors, torch.from_numpy(counts)
@@ -226,7 +226,10 @@ def _sparse(columns: dict[str, Any], where: list[str], settings: Settings) -> tu
     """Return the sparse vectors: indices and values [n, T], in files' order."""
     top_k = settings.sparse_top_k
     shape = len(where), top_k
-    indices, values = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    indices, values = (
+        torch.zeros(shape, dtype=torch.int64, device="cpu"),
+        torch.zeros(shape, dtype=torch.float32, device="cpu"),
+    )
     if not top_k:
         return indices, values
     counts, inner = _lists(columns["sparse_indices"], "sparse_indices", where)
@@ -269,7 +272,7 @@ def compare_with_model(files: Sequence[Path], model: Any, settings: Settings, co
         return 0
     texts = rows.texts[:count]
     own = model.encode_texts(texts, is_query=settings.side == "query").repr_hidden.float().cpu()  # [n, K, H]
-    exists = torch.arange(own.shape[1]) < rows.counts[: len(texts), None]
+    exists = torch.arange(own.shape[1], device="cpu") < rows.counts[: len(texts), None]
     cosines = F.cosine_similarity(own, rows.vectors[: len(texts)], dim=-1).masked_fill(~exists, 1.0).amin(dim=1)
     for row in (cosines < SAME).nonzero().flatten()[:1].tolist():
         raise ValueError(

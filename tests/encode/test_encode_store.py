@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_folders import edit_json
-from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
+from store_helpers import folder_bytes, made_up_texts, other_defaults, silent, write_jsonl
 from transformers import AutoModel
 
 from diffretriever.data import corpus as corpus_module
@@ -34,6 +34,13 @@ OTHER_TEXTS = [
 
 def encode(model: Any, corpus: Path, folder: Path, **options: Any) -> Store:
     return encode_store(model, corpus, folder, **{"shard_size": 4, "tell": pytest.fail, **options})
+
+
+def test_another_default_device_and_dtype_of_torch(tiny: Any, corpus: Path, tmp_path: Path) -> None:
+    encode(tiny, corpus, tmp_path / "expected")
+    with other_defaults():
+        encode(tiny, corpus, tmp_path / "found")
+    assert folder_bytes(tmp_path / "found") == folder_bytes(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("is_query", [False, True])

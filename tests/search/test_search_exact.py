@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_helpers import other_defaults
 
 from diffretriever.search import MODES, Searcher, exact
 from diffretriever.search.exact import ExactEngine
@@ -193,6 +194,17 @@ def test_a_search_in_inference_mode_does_not_stop_those_outside(mode: str, asked
             found.append(searcher.search(queries, mode, 30).scores)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("asked", [1, 40])
+def test_another_default_device_and_dtype_of_torch(mode: str, asked: int) -> None:
+    passages, queries = (made_up(n, size, 3, 18, 4, whole=False, missing=True) for n, size in ((0, 30), (1, asked)))
+    expected = Searcher(passages).search(queries, mode, 30, candidates=5)
+    with other_defaults():
+        found = Searcher(passages).search(queries, mode, 30, candidates=5)
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.positions, expected.positions)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from store_helpers import folder_bytes, other_defaults
 
 from diffretriever.files.durable import temporary_name
 from diffretriever.search import MODES, ExactEngine, Searcher, compress, open_store
@@ -57,6 +58,20 @@ def test_eight_times_smaller(store: Store, small: Store) -> None:
         codes = compressed.file.tensor("codes")
         assert shard.repr_hidden.nbytes == 8 * codes.nbytes
     assert (small.folder / "codebook.safetensors").stat().st_size < 256 * WIDTH * 4 + 2000
+
+
+def test_another_default_device_and_dtype_of_torch(store: Store, small: Store, tmp_path: Path) -> None:
+    asked, expected = queries(), Searcher(small).search(queries(), "multi_dense", 10)
+    names = ["p0", "p1"]
+    contents = ShardContents(names, clustered(0, 2, K), torch.ones(2, 1), torch.ones(2, 1), names, torch.ones(2, K))
+    with other_defaults():
+        again = compress(store, tmp_path / "small")
+        found = Searcher(again).search(asked, "multi_dense", 10)
+        write_store(tmp_path / "int8", [contents], {"dtype": "int8"})
+    write_store(tmp_path / "expected", [contents], {"dtype": "int8"})
+    assert torch.equal(found.scores, expected.scores)
+    assert folder_bytes(again.folder) == folder_bytes(small.folder)
+    assert folder_bytes(tmp_path / "int8") == folder_bytes(tmp_path / "expected")
 
 
 def test_ids_texts_and_sparse_vectors_stay(store: Store, small: Store) -> None:

@@ -238,8 +238,8 @@ class EdgeCollection:
         ]
         return [
             (
-                torch.tensor([point.id for point in answer], dtype=torch.int64),
-                torch.tensor([point.score for point in answer], dtype=torch.float32),
+                torch.tensor([point.id for point in answer], dtype=torch.int64, device="cpu"),
+                torch.tensor([point.score for point in answer], dtype=torch.float32, device="cpu"),
             )
             for start in range(0, len(requests), QUERIES_AT_ONCE)
             for answer in self._told(

@@ -90,7 +90,7 @@ class QdrantEngine:
         given = {number: query for number, query in enumerate(asked) if query is not None}
         for number, (positions, scores) in zip(given, self._ask(list(given.values()), kind, top_k), strict=True):
             found[number] = _sorted(positions, scores / self._divisor(queries, kind, number))
-        nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0))
+        nothing = (torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.float32, device="cpu"))
         rows = [found.get(number, nothing) for number in range(len(asked))]
         return pad_rows([positions for positions, _ in rows], -1), pad_rows([scores for _, scores in rows], -torch.inf)
 
@@ -99,7 +99,7 @@ class QdrantEngine:
         absent = 0.0 if kind == "sparse_max" else -torch.inf
         results = []
         for number, (query, wanted) in enumerate(zip(queries.batches(1), positions, strict=True)):
-            scores = torch.full((len(wanted),), absent)
+            scores = torch.full((len(wanted),), absent, dtype=torch.float32, device="cpu")
             if len(wanted) and (asked := self._query(query, kind)) is not None:
                 for part in wanted.split(CANDIDATES_PER_REQUEST):
                     [(found, values)] = self._ask([asked], kind, len(part), part.tolist())

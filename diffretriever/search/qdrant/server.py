@@ -191,8 +191,8 @@ class ServerCollection:
         size = max(1, min(QUERIES_PER_REQUEST, REQUEST_BYTES // (longest or 1)))
         return [
             (
-                torch.tensor([self._number(point.id) for point in answer.points], dtype=torch.int64),
-                torch.tensor([point.score for point in answer.points], dtype=torch.float32),
+                torch.tensor([self._number(point.id) for point in answer.points], dtype=torch.int64, device="cpu"),
+                torch.tensor([point.score for point in answer.points], dtype=torch.float32, device="cpu"),
             )
             for start in range(0, len(requests), size)
             for answer in self.calls(
