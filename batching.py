@@ -23,6 +23,8 @@ WINDOW = 8192  # texts that are sorted by length at a time
 FIRST_WINDOW = 512  # of a device that waits for it; each next one is four times as long
 AHEAD = 2  # batches that a device has to do while the host works on the results of an earlier one
 _MODES = Lock()  # over the modes of all models
+_THREADS = Lock()  # over the runs side by side of all threads
+_running: list[int] = []  # of each of these, torch's threads before the first of them
 
 
 @dataclass
@@ -252,7 +254,9 @@ def run_side_by_side(
         for batch in batches:
             yield batch, work(batch)
         return
-    threads = torch.get_num_threads()
+    with _THREADS:
+        threads = _running[0] if _running else torch.get_num_threads()
+        _running.append(threads)
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
     waiting: deque[tuple[Batch, Future[Result]]] = deque()
     try:
@@ -265,7 +269,9 @@ def run_side_by_side(
             yield batch, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # torch gives the workers' number to every thread begun after them
+        with _THREADS:  # torch gives the workers' number to every thread begun after them
+            _running.pop()
+            torch.set_num_threads(threads)
 
 
 def runs_apart(device: torch.device) -> bool:

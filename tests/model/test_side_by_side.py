@@ -56,6 +56,27 @@ def test_the_threads_are_as_before(four_threads: None) -> None:
         assert pool.submit(torch.get_num_threads).result() == 4
 
 
+def test_the_threads_are_as_before_when_two_callers_overlap(four_threads: None) -> None:
+    """The second run begins with the first one's share, and would leave that to the process."""
+    begun, ended = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def work(rows: list[int]) -> None:
+        begun[rows[0]].set()
+        assert ended[rows[0]].wait(timeout=30)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = []
+        for caller in (0, 1):
+            runs.append(pool.submit(lambda rows: list(run_side_by_side(work, [rows, rows], workers=2)), [caller]))
+            assert begun[caller].wait(timeout=30)
+        for caller in (0, 1):
+            ended[caller].set()
+            runs[caller].result()
+    assert torch.get_num_threads() == 4
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 4
+
+
 def test_an_error_reaches_the_caller_and_drops_what_has_not_begun(four_threads: None) -> None:
     done: list[int] = []
 
