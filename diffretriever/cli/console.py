@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,16 @@ from typing import Any
 PROMPT = "question> "
 # Libraries whose warnings a command's user cannot act on: of deprecated calls, of kernels that are not there
 OTHERS = "accelerate bitsandbytes faiss huggingface_hub matplotlib peft qdrant_client torch transformers".split()
+
+
+def open_what_is_closed() -> None:
+    """Give standard streams that a process was begun without, as services may be, nothing to read and nowhere to print.
+
+    Python has None for them, and the next file that is opened gets their number, which libraries print to.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process
 
 
 def replace_what_cannot_be_shown() -> None:

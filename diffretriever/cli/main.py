@@ -27,7 +27,7 @@ from . import (
     select_budget,
     train,
 )
-from .console import quiet_libraries, replace_what_cannot_be_shown
+from .console import open_what_is_closed, quiet_libraries, replace_what_cannot_be_shown
 from .examples import EXAMPLES
 from .exit_status import DONE, EXPECTED, IN_WORDS, TRY_AGAIN, cache_hint, is_failing_storage, status_of
 from .parser import Parser
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see `exit_status`.
     """
+    open_what_is_closed()
     replace_what_cannot_be_shown()  # before the parser, which may print a help
     wait_asleep()  # as well: it may look for a device
     options = build_parser().parse_args(arguments)

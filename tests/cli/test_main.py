@@ -104,6 +104,21 @@ def test_recipes_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("names", [["stdout"], ["stdin", "stdout", "stderr"]])
+def test_a_service_may_have_no_standard_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    (tmp_path / "grid.json").write_text('{"1,4": 0.7}')
+    for name in names:
+        monkeypatch.setattr(sys, name, None)
+    given = ["plot", "budget", "--input", str(tmp_path / "grid.json"), "--output"]
+    assert main([*given, str(tmp_path / "grid.svg")]) == 0
+    assert main([*given, str(tmp_path / "grid.txt")]) == 2
+    assert (tmp_path / "grid.svg").stat().st_size > 0
+    for name in names:
+        getattr(sys, name).close()
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     """`diffretriever publish list | head -c 0`."""
     code = "import sys; from diffretriever.cli.main import main; sys.stdin.read(); sys.exit(main(['publish', 'list']))"
