@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .modes import CANDIDATES, FUSED, FUSIONS, SPARSE
 from .results import Results
 
 BATCH_NUMBERS = 8 * 1024 * 1024  # ranked positions and scores held at once
+as_they_are = partial(torch.autocast, "cpu", enabled=False)  # it would round scores, and cannot join float16's shards
 
 
 class Rankings:
@@ -50,7 +52,8 @@ class Rankings:
         if mode not in self._sides:
             sparse, dense = self._ranking("sparse_max"), self._ranking(FUSED[mode])
             asked = (self._engine, self._queries, FUSED[mode], dense, sparse, self._depth, self._fusion)
-            self._sides[mode] = join_sides(*asked)
+            with as_they_are():
+                self._sides[mode] = join_sides(*asked)
         return self._sides[mode]
 
     def _ranking(self, kind: str) -> Ranking:
@@ -59,7 +62,8 @@ class Rankings:
         if kind not in self._ranked:
             nothing = not len(self._queries) or not len(self._engine)
             empty = torch.empty(len(self._queries), 0, dtype=torch.float32, device="cpu")
-            ranked = (empty.long(), empty) if nothing else self._engine.rank(self._queries, kind, self._depth)
+            with as_they_are():
+                ranked = (empty.long(), empty) if nothing else self._engine.rank(self._queries, kind, self._depth)
             self._ranked[kind] = ranked
         return self._ranked[kind]
 
@@ -201,7 +205,8 @@ class Searcher:
         check_sides(None, queries, "`passages`")
         if hasattr(queries, "manifest") and self.engine.settings is not None:
             check_searchable(self.engine.settings, queries.manifest, "the collection")
-        return query_vectors(queries)
+        with as_they_are():
+            return query_vectors(queries)
 
 
 def _count_or_all(name: str, value: int | None) -> int | None:

@@ -74,6 +74,18 @@ def test_another_default_device_and_dtype_of_torch(store: Store, small: Store, t
     assert folder_bytes(tmp_path / "int8") == folder_bytes(tmp_path / "expected")
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("asked", [1, 20])
+def test_a_search_under_autocast_is_one_without(store: Store, small: Store, mode: str, asked: int) -> None:
+    query = {name: tensor[:asked] for name, tensor in queries().items()}
+    for which in (store, small):
+        expected = Searcher(which).search(query, mode, 10, candidates=30)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = Searcher(which).search(query, mode, 10, candidates=30)
+        assert torch.equal(found.scores, expected.scores)
+        assert torch.equal(found.positions, expected.positions)
+
+
 def test_ids_texts_and_sparse_vectors_stay(store: Store, small: Store) -> None:
     assert small.ids() == store.ids()
     assert [small.text(row) for row in (0, 251, 499)] == [store.text(row) for row in (0, 251, 499)]
