@@ -16,6 +16,7 @@ from ..search.modes import FUSED
 from ..search.searcher import Searcher
 from ..store.compression import CODEBOOK_FILE, open_store
 from ..store.identity import check_searchable, describe_model
+from ..store.manifest import MANIFEST_FILE, Manifest
 from ..store.plan import Plan
 from ..store.store import Store
 from .comparisons import compare, pairs_of
@@ -90,7 +91,8 @@ def encoded_corpus(
     """Encode a corpus, resume a store that was begun, or check and reuse one that is there.
 
     A store that is there keeps the options that it was encoded with (`--no-texts`, `--no-content-filter`,
-    `--sparse-top-k`). A compressed one (`diffretriever compress`) is taken as it is; only its model is compared.
+    `--sparse-top-k`). One that `diffretriever compress` or `import-vectors` made is taken as it is; only its model is
+    compared.
 
     Args:
         model: encodes.
@@ -104,11 +106,12 @@ def encoded_corpus(
         The store.
 
     Raises:
-        ValueError: the store was made by another model or from another corpus; the message names the difference.
+        ValueError: the store was made by another model, from another corpus or with another dtype; the message names
+            the difference.
     """
     with tempfile.TemporaryDirectory(prefix="diffretriever-") if folder is None else nullcontext(folder) as place:
-        if (Path(place) / CODEBOOK_FILE).is_file():
-            yield _compressed(model, Path(place))
+        if _is_from_elsewhere(Path(place)):
+            yield _as_it_is(model, Path(place), dtype)
             return
         begun = Plan.read(Path(place)) if Path(place).is_dir() else None
         options: dict[str, Any] = {"dtype": "float16"}
@@ -121,8 +124,17 @@ def encoded_corpus(
         yield encode_store(model, source, place, show_progress_bar=progress, **options)
 
 
-def _compressed(model: Any, folder: Path) -> Store:
+def _is_from_elsewhere(folder: Path) -> bool:
+    """Return whether a store is there that was not encoded from a corpus, so that it can only be taken as it is."""
+    if (folder / CODEBOOK_FILE).is_file():
+        return True
+    return (folder / MANIFEST_FILE).is_file() and "shard_size" not in Manifest.read(folder).options
+
+
+def _as_it_is(model: Any, folder: Path, dtype: str | None) -> Store:
     store = open_store(folder)
+    if dtype not in (None, store.manifest.dtype):
+        raise ValueError(f"{folder}: the store there has dtype {store.manifest.dtype}, not {dtype}; leave --dtype out.")
     queries = describe_model(model, is_query=True, dtype=store.manifest.dtype)
     check_searchable(store.manifest, queries, str(folder))
     return store

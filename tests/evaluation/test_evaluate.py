@@ -143,7 +143,10 @@ def test_a_store_is_kept_reused_and_refused_to_another_model(
         pass
 
 
-def test_a_compressed_store_is_taken_as_it_is(model: Any, benchmark: Benchmark, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plain", "small"])  # as `import-vectors` and `compress` make one
+def test_a_store_that_encode_did_not_make_is_taken_as_it_is(
+    model: Any, benchmark: Benchmark, tmp_path: Path, name: str
+) -> None:
     ids = [*CORPUS, *(f"filler-{number}" for number in range(90))]
     vectors = torch.nn.functional.normalize(
         torch.randn(100, 4, 192, generator=torch.Generator().manual_seed(0)), dim=-1
@@ -154,14 +157,19 @@ def test_a_compressed_store_is_taken_as_it_is(model: Any, benchmark: Benchmark, 
         tmp_path / "plain", [contents], {field.name: getattr(settings, field.name) for field in fields(settings)}
     )
     compress(plain, tmp_path / "small")
-    with encoded_corpus(model, benchmark.folder, tmp_path / "small") as made:
+    with encoded_corpus(model, benchmark.folder, tmp_path / name, dtype="float16") as made:
         evaluation, runs = evaluate(model, benchmark, made, options(modes=("multi_dense",), depth=100))
     assert len(runs["multi_dense"]["q-web"]) == len(ids)
     assert evaluation.figures()["multi_dense"]["R@5"] < 1  # the vectors are random
     other = AutoModel.from_pretrained(RELEASE.with_name("diffretriever-llada-tiny-single"), trust_remote_code=True)
     with (
         pytest.raises(ValueError, match=r"not '.*tiny-single': other `adapter`"),
-        encoded_corpus(other, benchmark.folder, tmp_path / "small"),
+        encoded_corpus(other, benchmark.folder, tmp_path / name),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="has dtype float16, not int8; leave --dtype out"),
+        encoded_corpus(model, benchmark.folder, tmp_path / name, dtype="int8"),
     ):
         pass
 
