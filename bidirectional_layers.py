@@ -14,6 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # torch's, on a module
+
 
 class _Float32Frequencies(nn.Module):
     """Keeps RoPE's frequencies in float32 when the model is cast."""
@@ -252,10 +254,11 @@ def device_of(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device if place is None else torch.device(place)
 
 
-def can_trim(layer: nn.Module, implementation: str) -> bool:
+def can_trim(layer: Any, implementation: str) -> bool:
     """Whether `trimmed_layer` may stand in for the layer: no hooks or checkpointing to bypass, a mask over keys."""
     watched = hasattr(layer, "_hf_hook") or getattr(layer, "gradient_checkpointing", False)
-    return not watched and implementation in ("sdpa", "eager")
+    hooked = any(getattr(part, hooks) for part in (layer, layer.self_attn) for hooks in HOOKS)
+    return not (watched or hooked) and implementation in ("sdpa", "eager")
 
 
 def trimmed_layer(

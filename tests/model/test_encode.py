@@ -142,6 +142,20 @@ def test_another_default_device_and_dtype_of_torch(small: Any, kind: Callable[..
     assert (ids.device.type, scores.device.type) == ("cpu", "cpu")
 
 
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_hooks_of_the_last_layer_run(part: str, small: Any) -> None:
+    last, seen = small.backbone.layers[-1], []
+    module = last if part == "layer" else last.self_attn
+    handle = module.register_forward_hook(lambda *_: seen.append(part))
+    try:
+        watched = small.encode_texts(TEXTS, is_query=True)
+    finally:
+        handle.remove()
+    assert seen
+    expected = small.encode_texts(TEXTS, is_query=True)
+    assert torch.allclose(watched.repr_hidden, expected.repr_hidden, rtol=0, atol=DENSE_TOLERANCE)
+
+
 def test_without_sparse_there_are_no_sparse_keys(model: Any) -> None:
     for out in (model.encode(*model.tokenize(["a"], is_query=True), True),
                 model.encode_texts(["a"], True, compute_sparse=False)):  # fmt: skip
