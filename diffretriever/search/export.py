@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from ..files.durable import write_whole
+from ..store.manifest import Settings
+from ..store.model_parts import tokenizer_hashes
 from .sparse import sparse_of, sum_by_term
 
 MOST = 2**31 - 1  # Lucene's largest impact
@@ -61,10 +63,24 @@ def _impacts(
     return impacts
 
 
-def vocabulary_of(tokenizer: Any) -> list[str]:
-    """Return a tokenizer's tokens by id; ids without one get their number in angle brackets."""
+def vocabulary_of(tokenizer: Any, settings: Settings) -> list[str]:
+    """Return a tokenizer's tokens by id; ids without one get their number in angle brackets.
+
+    Args:
+        tokenizer: of the model that encoded a store.
+        settings: of the store. Its vectors may have weights for ids up to its vocabulary, which tokenizers do not fill.
+
+    Raises:
+        ValueError: the tokenizer is another.
+    """
+    there = settings.model_parts.get("tokenizer")
+    if isinstance(there, dict) and there.get("model") != tokenizer_hashes(tokenizer)["model"]:
+        raise ValueError(
+            "--model has another tokenizer than the model that encoded the store, whose tokens it would name wrongly; "
+            f"give that ({settings.model!r:.200}), or leave it out for the tokens' numbers."
+        )
     names: Mapping[str, int] = tokenizer.get_vocab()
-    tokens = [f"<{number}>" for number in range(max(names.values()) + 1)]
+    tokens = [f"<{number}>" for number in range(max(settings.vocab_size, max(names.values()) + 1))]
     for token, number in names.items():
         tokens[number] = token
     return tokens

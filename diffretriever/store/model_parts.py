@@ -64,20 +64,25 @@ def model_parts(model: Any) -> dict[str, Any]:
         layers = layers.backbone
     adapter, texts = model.loaded_from.adapter, model.texts
     layouts = {"query": texts.layouts[True], "passage": texts.layouts[False]}
-    rules = json.loads(texts.tokenizer.backend_tokenizer.to_str())
     special = {"mask_id": texts.mask_id, "end_of_text_id": texts.end_of_text_id}
     return {
         "method": type(model).__name__,
         "config": own_fields(model.config),
         "backbone": backbone_fields(layers.config),
         "adapter": None if adapter is None else adapter_fields(adapter / CONFIG_FILE),
-        "tokenizer": special | {name: hash_json(rules.get(name)) for name in TOKENIZER_RULES},
+        "tokenizer": special | tokenizer_hashes(texts.tokenizer),
         "chat_template": {side: hash_json(_frame(layout)) for side, layout in layouts.items()},
         "num_masks": {"query": model.config.num_query_masks, "passage": model.config.num_passage_masks},
         "text_tokens": {side: layout.room for side, layout in layouts.items()},
         "quantization": _quantization(model),
         "code": code_hashes(model),
     }
+
+
+def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
+    """Return {part of the tokenizer's rules: its hash}."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: hash_json(rules.get(name)) for name in TOKENIZER_RULES}
 
 
 def own_fields(config: Any) -> dict[str, Any]:

@@ -265,6 +265,21 @@ def test_export_writes_impacts(model: Any, folder: Path, tmp_path: Path) -> None
     assert all(isinstance(weight, int) for row in rows for weight in row["vector"].values())
 
 
+def test_export_names_all_ids_of_the_vocabulary_and_none_by_another_tokenizer(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head may have more rows than the tokenizer has tokens; without a content filter they weigh, too."""
+    settings = describe_model(model, False, "float32", {"sparse_top_k": 1}).__dict__
+    size = model.config.vocab_size + 3
+    contents = ShardContents(["a"], torch.ones(1, 4, 192), torch.tensor([[size - 1]]), torch.ones(1, 1))
+    write_store(tmp_path / "store", [contents], settings | {"vocab_size": size})
+    given = ["export", "--store", tmp_path / "store", "--output", tmp_path / "out.jsonl", "--model"]
+    assert run(*given, RELEASE) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["vector"] == {f"<{size - 1}>": 100}
+    assert run(*given, RELEASE.with_name("diffretriever-smollm2-135m-multi-q4-p4")) == 2
+    assert "--model has another tokenizer than the model that encoded the store" in capsys.readouterr().err
+
+
 def test_export_without_a_model_names_tokens_by_number(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
