@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from ..files.durable import TEMPORARY, remove_temporaries, write_whole
+from ..files.durable import TEMPORARY, remove_temporaries, write_text
 from ..files.fields import fill
 from ..files.install import install_hint
 from ..files.lines import read_object
@@ -212,7 +212,7 @@ def compress(
     book = ShardEntry(CODEBOOK_FILE, 0, 0, codebook_file.size, codebook_file.header_sha256, "")
     content = {"format": FORMAT, "compression": about, **asdict(store.manifest.settings), "codebook": asdict(book)}
     content["shards"] = [asdict(entry) for entry in entries]
-    write_whole(output / MANIFEST_FILE, [json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"])
+    write_text(output / MANIFEST_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return open_store(output)
 
 

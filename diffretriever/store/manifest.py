@@ -208,7 +208,8 @@ def is_recorded_only(name: str) -> bool:
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """Return the content of a JSON file of this store format, with a hash of itself."""
     whole = {"format": FORMAT, **with_own_hash(content)}
-    return json.dumps(whole, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
+    # as `files.durable.write_text`: half a surrogate pair is in the name of a model's folder that is no UTF-8
+    return json.dumps(whole, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_json(file: Path) -> dict[str, Any]:

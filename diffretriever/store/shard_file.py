@@ -20,6 +20,7 @@ import torch
 from ..files.durable import write_whole
 from ..files.hashes import hash_file
 from ..files.lines import parse_object
+from ..model.tokenization_helpers import without_lone_surrogates
 
 TYPES = {
     torch.int64: "I64",
@@ -208,10 +209,13 @@ class ShardFile:
                     str(self.path), shared=False, size=self.size, dtype=torch.uint8, device="cpu"
                 )
             except RuntimeError as error:
-                raise OSError(
-                    f"{self.path}: the file cannot be mapped ({error}). Linux lets a process map 65,530 files unless "
-                    "vm.max_map_count is raised: raise it, or make the store with a larger --shard-size."
-                ) from error
+                advice = (
+                    "Linux lets a process map 65,530 files unless vm.max_map_count is raised: raise it, or make the "
+                    "store with a larger --shard-size."
+                )
+                if without_lone_surrogates(str(self.path)) != str(self.path):
+                    advice = "Its name is not valid UTF-8: rename the folder."
+                raise OSError(f"{self.path}: the file cannot be mapped ({error}). {advice}") from error
         dtype, shape, start, end = self._places[name]
         return self._mapped[self._start + start : self._start + end].view(dtype).view(shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,17 @@ def small(store: Store) -> Store:
 def queries() -> dict[str, torch.Tensor]:
     side = {"repr_hidden": clustered(5, 20, 3), "sparse_indices": torch.arange(20)[:, None] % 7 + 1}
     return side | {"sparse_values": torch.ones(20, 1)}
+
+
+def test_names_of_files_may_be_no_utf8(tmp_path: Path) -> None:
+    """A model's folder is recorded as it is called; a store's own cannot be mapped, which is said."""
+    name = os.fsdecode(b"mod\xe9le")
+    contents = ShardContents(["a"] * 300, clustered(0, 300, K), torch.ones(300, 1).int(), torch.ones(300, 1))
+    store = write_store(tmp_path / "store", [contents], {"model": name})
+    for folder in (store.folder, compress(store, tmp_path / "small").folder):
+        assert open_store(folder).manifest.model == name
+    with pytest.raises(OSError, match=r"cannot be mapped .* Its name is not valid UTF-8: rename the folder"):
+        next(iter(write_store(tmp_path / name, [contents], {}).shards())).dense(0, 1)
 
 
 def test_eight_times_smaller(store: Store, small: Store) -> None:
