@@ -111,6 +111,15 @@ def test_quality_draws_every_timed_mode(tmp_path: Path) -> None:
     assert faults(figure) == []
 
 
+def test_evaluations_of_one_name_are_not_drawn_as_one(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "results.json" for folder in ("single", "multi")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text('{"multi_dense": {"AP": 0.5, "latency_ms": 9.0}}')
+    with pytest.raises(ValueError, match=r"multi/results.json: another file is called 'results', too"):
+        read_evaluations(files, "AP")
+
+
 def test_scaling_draws_storage_and_latency(tmp_path: Path) -> None:
     points, hardware = read_points(write(tmp_path / "storage.json", {"hardware": "a machine", "points": POINTS}))
     figure = plot_scaling(points, hardware)

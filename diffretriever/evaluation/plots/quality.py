@@ -32,10 +32,15 @@ def read_evaluations(paths: Sequence[str | Path], metric: str) -> list[Timed]:
         metric: the quality.
 
     Raises:
-        FileNotFoundError, ValueError: a file is absent or holds no timed mode with this metric.
+        FileNotFoundError, ValueError: a file is absent, holds no timed mode with this metric or has another one's name.
     """
-    points = []
+    points: list[Timed] = []
     for path in paths:
+        if any(point.release == Path(path).stem for point in points):
+            raise ValueError(
+                f"{path}: another file is called {Path(path).stem!r}, too; the picture calls evaluations by their files' "
+                "names."
+            )
         rows = read_object(path)
         timed = [(mode, row) for mode, row in rows.items() if isinstance(row, dict) and LATENCY in row]
         if not timed:
