@@ -38,7 +38,7 @@ def read_evaluations(paths: Sequence[str | Path], metric: str) -> list[Timed]:
     for path in paths:
         if any(point.release == Path(path).stem for point in points):
             raise ValueError(
-                f"{path}: another file is called {Path(path).stem!r}, too; the picture names evaluations by their files."
+                f"{path}: another file is called {Path(path).stem!r}, too; evaluations are named by their files."
             )
         rows = read_object(path)
         timed = [(mode, row) for mode, row in rows.items() if isinstance(row, dict) and LATENCY in row]
