@@ -134,7 +134,8 @@ def _dense_scores(queries: Mapping[str, Any], passages: Mapping[str, Any], kind:
     query_vectors, query_mask = vectors_of(queries, "queries")
     passage_vectors, passage_mask = vectors_of(passages, "passages")
     dense_score = single_dense if kind == "single_dense" else multi_dense
-    scores = dense_score(query_vectors.float(), passage_vectors.float(), query_mask, passage_mask)
+    with torch.autocast(query_vectors.device.type, enabled=False):  # which would round the scores
+        scores = dense_score(query_vectors.float(), passage_vectors.float(), query_mask, passage_mask)
     if scores.isnan().any():
         raise ValueError("`repr_hidden` of the queries or the passages holds NaN.")
     return scores
@@ -147,7 +148,8 @@ def _sparse_scores(queries: Mapping[str, Any], passages: Mapping[str, Any]) -> t
         if found is None:
             raise ValueError(f"`{name}` has no sparse vectors; encode it with compute_sparse=True.")
         sides += [found[0].long(), found[1].float()]
-    scores = sparse_max(*sides)
+    with torch.autocast(sides[0].device.type, enabled=False):
+        scores = sparse_max(*sides)
     if scores.isnan().any():
         raise ValueError("`sparse_values` of the queries or the passages hold NaN.")
     return scores

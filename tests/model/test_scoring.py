@@ -155,6 +155,14 @@ def test_half_precision_inputs_are_scored_in_float32(mode: str, dtype: torch.dty
     assert torch.allclose(got, torch.tensor(brute(sides[0], sides[1], mode)), atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", SCORING_MODES)
+def test_autocast_rounds_no_scores(mode: str) -> None:
+    queries, passages = make_side(3, 2, 6, seed=0), make_side(4, 3, 6, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(queries, passages, mode)
+    assert torch.equal(found, score(queries, passages, mode))
+
+
 def test_int32_indices() -> None:
     queries, passages = make_side(3, 4, 6, 0), make_side(5, 2, 6, 1)
     expected = score(queries, passages, "sparse_max")
