@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ..store.manifest import STORE_DTYPES
@@ -70,17 +68,9 @@ def register(commands: Any) -> None:
 
 def run_encode(options: argparse.Namespace) -> int:
     """Run `diffretriever encode`."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite stop, handled as Ctrl-C is
     options.again = f"Finished shards are kept in {options.output}. Run the same command again to go on."
-    try:
-        _encode(options)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    _encode(options)
     return DONE
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _encode(options: argparse.Namespace) -> None:

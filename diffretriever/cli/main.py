@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from .. import __version__
 from . import (
@@ -84,10 +88,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(options, f"diffretriever {options.command}")
 
 
+@contextmanager
+def interrupted_when_terminated() -> Iterator[None]:
+    """Handle SIGTERM, a scheduler's polite stop, as Ctrl-C: folders for what is unfinished are removed."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may choose
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def run(options: argparse.Namespace, program: str) -> int:
     """Run a parsed command; print what stops it to stderr and return the exit status."""
     try:
-        with quiet_libraries():
+        with interrupted_when_terminated(), quiet_libraries():
             status: int = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from checkpoint_folders import ROOT, run_python
 from diffretriever import __version__
 from diffretriever.cli import publish
 from diffretriever.cli.arguments import find_recipe
-from diffretriever.cli.main import build_parser, main
+from diffretriever.cli.main import build_parser, main, run
 from diffretriever.cli.parser import OLD_NAMES, Parser
 
 
@@ -104,6 +109,26 @@ def test_recipes_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+def test_a_polite_stop_leaves_no_temporary_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[Path] = []
+
+    def work(options: argparse.Namespace) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            made.append(Path(folder))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(argparse.Namespace(run=work, again="Again."), "diffretriever evaluate") == 3
+    assert "diffretriever evaluate: interrupted. Again." in capsys.readouterr().err
+    assert not made[0].exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    with ThreadPoolExecutor(1) as other:  # where signals cannot be handled
+        asked = argparse.Namespace(run=lambda _: 0, again="Again.")
+        assert other.submit(run, asked, "diffretriever evaluate").result() == 0
+
+
 @pytest.mark.parametrize("names", [["stdout"], ["stdin", "stdout", "stderr"]])
 def test_a_service_may_have_no_standard_streams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
