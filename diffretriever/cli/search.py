@@ -110,6 +110,8 @@ def _check(options: argparse.Namespace) -> None:
     check_questions(options.question)
     if options.queries is not None and options.run_file is None:
         raise ValueError("--queries needs --run-file FILE, where the results go.")
+    if options.queries is not None and options.json is not None:
+        raise ValueError("--json is for questions; what is found for --queries goes to --run-file.")
     if options.run_file is not None and options.queries is None:
         raise ValueError("--run-file needs --queries STORE, for the queries' ids.")
     if options.queries is None and options.model is None and options.server is None:

@@ -130,7 +130,8 @@ def source_files(source: str | Path, kind: str = "corpus") -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{source}: no such file or folder; expected {FORMATS}.")
+        what = "a pipe or a device, which cannot be read more than once" if path.exists() else "no such file or folder"
+        raise FileNotFoundError(f"{source}: {what}; expected {FORMATS}.")
     compressed = [ending + packed for ending in LINE_FORMATS for packed in ("", *COMPRESSIONS)]
     for name in KINDS[kind]:
         for ending in (*compressed, ".parquet"):

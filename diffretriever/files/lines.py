@@ -37,7 +37,8 @@ def open_bytes(path: str | Path) -> BinaryIO:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
+        what = "no file, but a folder, a pipe or a device" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}.")
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".xz":

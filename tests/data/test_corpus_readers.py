@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from store_helpers import write_jsonl
 
 from diffretriever.data.corpus import Passage, Query, read_corpus, read_queries, read_small_corpus
+from diffretriever.data.qrels import read_qrels
 
 RECORDS: list[dict[str, Any]] = [
     {"_id": "doc 1", "title": "Tilt", "text": "The axis tilts\nby 23.4 degrees."},
@@ -174,6 +176,15 @@ def test_zstandard_files_of_several_frames(tmp_path: Path) -> None:
     packed = [zstandard.compress(as_jsonl([record])) for record in RECORDS]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(packed))
     assert list(read_corpus(tmp_path / "a.jsonl.zst")) == EXPECTED
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "63")  # as a shell makes one of <(zcat corpus.gz)
+    with pytest.raises(FileNotFoundError, match="63: a pipe or a device, which cannot be read more than once"):
+        list(read_corpus(tmp_path / "63"))
+    with pytest.raises(FileNotFoundError, match="63: no file, but a folder, a pipe or a device"):
+        read_qrels(tmp_path / "63")
 
 
 def test_what_is_not_there_or_not_a_corpus(tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[st
         (["--model", "m", "--store", "s", "x", ""], "a question is empty"),
         (["--store", "s", "x"], "questions need --model"),
         (["--store", "s", "--queries", "q"], "--queries needs --run-file"),
+        (["--store", "s", "--queries", "q", "--run-file", "r", "--json", "j"], "--json is for questions"),
     ],
 )
 def test_options_that_do_not_go_together(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
