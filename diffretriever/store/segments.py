@@ -130,7 +130,7 @@ def segments_of(passages: Any, ids: Sequence[str] | None = None, name: str = "pa
     vectors, mask, sparse = _tensors_of(passages, name)
     if ids is not None:
         ids = _distinct(ids, len(vectors))
-    sparse = None if sparse is None else (sparse[0], sparse[1].detach())
+    sparse = None if sparse is None else (sparse[0].cpu(), sparse[1].detach().cpu())
     return [TensorSegment(vectors.detach(), mask, sparse, ids=ids)]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend_gpu import GPU, pretended_gpu
 from store_helpers import other_defaults
 
 from diffretriever.search import MODES, Searcher, exact
@@ -216,6 +217,16 @@ def test_vectors_with_a_gradient_are_searched(mode: str, asked: int) -> None:
         for name in ("repr_hidden", "sparse_values"):
             side[name] = side[name].clone().requires_grad_()
     assert torch.equal(Searcher(passages).search(queries, mode, 30).scores, expected.scores)
+
+
+def test_sparse_vectors_may_be_on_an_accelerator() -> None:
+    """As `model.encode` returns them there; their index is the CPU's."""
+    passages, queries = (made_up(n, 30, 3, 18, 4, whole=False, missing=False) for n in (0, 1))
+    expected = Searcher(passages).search(queries, "sparse_max", 30)
+    with pretended_gpu():
+        sides = [{name: tensor.to(GPU) for name, tensor in side.items()} for side in (passages, queries)]
+        found = Searcher(sides[0]).search(sides[1], "sparse_max", 30)
+    assert torch.equal(found.scores, expected.scores)
 
 
 def test_what_was_asked_before_changes_no_bit_of_a_score() -> None:
