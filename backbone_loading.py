@@ -8,9 +8,11 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from threading import RLock
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import transformers
@@ -18,6 +20,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import PreTrainedTokenizerFast
 
+Given = ParamSpec("Given")
+Loaded = TypeVar("Loaded")
 BACKBONE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no code, no pickles
 TOKENIZER_FILES = ("*token*.json", "vocab.json", "merges.txt", "chat_template*", "additional_chat_templates/*")
 LARGEST_TOKENIZER = 32 * 1024 * 1024  # bytes
@@ -30,6 +34,8 @@ LARGEST_GROWTH = 16
 MOST_RULES = 100
 LONGEST_WORD = 1000  # characters, of WordPiece, which takes their square
 CHECKED_ELEMENTS = 4 * 1024 * 1024  # weights looked at together for NaN
+# One for all threads and releases: with code of its own, each release has this module once more.
+_LOADING: Any = vars(torch).setdefault("_diffretriever_loading", RLock())
 
 # LLaDA's module names and ours (LlamaModel's), and Dream's and ours (Qwen2Model's). One regex group a pattern:
 # transformers 5 takes a second one literally. The head's pattern is anchored apart from the blocks' `ff_out`.
@@ -52,6 +58,17 @@ NAME_PATTERNS: dict[str, dict[str, str]] = {
     "llama": {r"^model\.": "backbone."},
     "qwen2": {r"^model\.": "backbone."},
 }
+
+
+def one_at_a_time(load: Callable[Given, Loaded]) -> Callable[Given, Loaded]:
+    """Let one thread load at a time: transformers changes torch's default dtype meanwhile, and how modules are made."""
+
+    @wraps(load)
+    def locked(*args: Given.args, **kwargs: Given.kwargs) -> Loaded:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    return locked
 
 
 def our_name(backbone_type: str, original: str) -> str:

@@ -30,6 +30,7 @@ from .backbone_loading import (
     dtype_argument,
     find_weights,
     load_tokenizer,
+    one_at_a_time,
     original_name,
     our_name,
     resolve_folder,
@@ -132,6 +133,7 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
     # ---------------------------------------------------------------------------------------------- load and save
 
     @classmethod
+    @one_at_a_time
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a release: backbone, adapter, tokenizer, prompts. Usually called through `AutoModel`.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.adapter_loading import RETRIEVER_FILE
-from ..model.backbone_loading import BACKBONE_FILES, load_tokenizer, resolve_folder
+from ..model.backbone_loading import BACKBONE_FILES, load_tokenizer, one_at_a_time, resolve_folder
 from ..model.configuration_diffretriever import LoadedFrom
 from .baseline import Baseline
 from .causal import DIFFUSION, load_causal, model_type
@@ -26,6 +26,7 @@ MODEL_OPTIONS = "dtype torch_dtype device_map max_memory offload_folder attn_imp
 TRAINED = (*CAPS, "query_length", "passage_length", "query_prompt", "passage_prompt", "append_end_of_text", "normalize")
 
 
+@one_at_a_time
 def load_baseline(
     folder_or_id: str | Path, method: str | None = None, revision: str | None = None, **options: Any
 ) -> Baseline:

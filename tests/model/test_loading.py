@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +384,26 @@ def test_wrong_fields(
     options = {"trust_remote_code": True} if cls is AutoModel else {}
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         cls.from_pretrained(build_release("tiny-llada", "llada-single"), **options, **changes)
+
+
+def test_two_threads_load_one_after_the_other(
+    build_release: Build, load_release: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile transformers changes torch's default dtype, for all threads; the second one would leave it changed."""
+    cls, loading, most = type(load_release("tiny-llada", "llada-single")), [], []
+
+    def slow(*_: Any) -> None:
+        loading.append(1)
+        time.sleep(0.02)
+        most.append(len(loading))
+        loading.pop()
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(sys.modules[cls.__module__], "find_weights", slow)
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(cls.from_pretrained, build_release("tiny-llada", "llada-single")) for _ in range(4)]
+    assert [str(load.exception()) for load in loads] == ["far enough"] * 4
+    assert most == [1, 1, 1, 1]
 
 
 def test_a_subfolder_is_refused(build_release: Build, load_release: Load) -> None:
