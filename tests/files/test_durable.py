@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,26 @@ def test_an_error_names_the_file_that_it_is_of(tmp_path: Path, monkeypatch: pyte
         patch.setattr(os, "open", refuse)
         with pytest.raises(PermissionError, match=r"Permission denied: '.*/out'$"):
             write_whole(tmp_path / "out", [b""])
+
+
+def test_a_filesystem_that_cannot_force_a_folders_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SMB's: a file's bytes it can, and where it cannot that is an error."""
+    fsync, refused = os.fsync, [stat.S_ISDIR]
+
+    def refuse(handle: int) -> None:
+        if refused[0](os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(tmp_path / "made" / "file", "text")
+    publish_folder(tmp_path / "made", tmp_path / "name")
+    assert (tmp_path / "name" / "file").read_text() == "text"
+    refused[0] = stat.S_ISREG
+    with pytest.raises(OSError, match=r"Invalid argument: '.*/file'"):
+        write_text(tmp_path / "file", "text")
+    with pytest.raises(OSError, match="Invalid argument"):
+        publish_folder(tmp_path / "name", tmp_path / "other")
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,21 @@ def changed(model: Any) -> Any:
             weight.mul_(1.5)
     other.config.max_length = 199
     return other
+
+
+def test_a_filesystem_that_cannot_force_a_folders_names(
+    load_release: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    load_release("tiny-llada", "llada-q4p4").save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").is_file()
 
 
 @pytest.fixture
