@@ -6,6 +6,7 @@ together they vouch for every byte, and one rename makes shard and hash appear a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -209,15 +210,21 @@ class ShardFile:
                     str(self.path), shared=False, size=self.size, dtype=torch.uint8, device="cpu"
                 )
             except RuntimeError as error:
-                advice = (
-                    "Linux lets a process map 65,530 files unless vm.max_map_count is raised: raise it, or make the "
-                    "store with a larger --shard-size."
-                )
-                if without_lone_surrogates(str(self.path)) != str(self.path):
-                    advice = "Its name is not valid UTF-8: rename the folder."
-                raise OSError(f"{self.path}: the file cannot be mapped ({error}). {advice}") from error
+                raise OSError(f"{self.path}: the file cannot be mapped ({error}).{self._advice(str(error))}") from error
         dtype, shape, start, end = self._places[name]
         return self._mapped[self._start + start : self._start + end].view(dtype).view(shape)
+
+    def _advice(self, reason: str) -> str:
+        """Return what to do where torch says for this reason that the file cannot be mapped."""
+        if without_lone_surrogates(str(self.path)) != str(self.path):
+            return " Its name is not valid UTF-8: rename the folder."
+        if f"({errno.ENOMEM})" in reason:
+            return (
+                " Linux lets a process map 65,530 files unless vm.max_map_count is raised: raise it, or make the store "
+                "with a larger --shard-size."
+            )
+        changed = f"({errno.ENOENT})" in reason or "is smaller than" in reason
+        return " It was removed or changed after the store was opened: open the store anew." if changed else ""
 
     def check(self, expected: Layout) -> None:
         """Compare the header with what the tensors should be.

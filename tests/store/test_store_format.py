@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -238,6 +239,15 @@ def test_more_shards_than_the_system_maps(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "from_file", refused)
     with pytest.raises(OSError, match=r"shard-000000\.safetensors: .*\(12\)\)\. Linux lets .* vm\.max_map_count"):
         store.ids()
+
+
+def test_a_shard_that_changes_under_an_open_store(tmp_path: Path) -> None:
+    for change in (lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-8])):
+        store = write_store(tmp_path / "s", two_shards(), {})
+        change(tmp_path / "s" / "shard-000001.safetensors")
+        with pytest.raises(OSError, match=r"shard-000001.* after the store was opened: open the store anew\.$"):
+            store.ids()
+        shutil.rmtree(tmp_path / "s")
 
 
 def test_contents_that_do_not_go_together(tmp_path: Path) -> None:
