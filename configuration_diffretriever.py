@@ -213,7 +213,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         backbone_config: dict[str, Any] | PretrainedConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["tie_word_embeddings"] = False  # transformers would otherwise replace the head by the embedding
+        kwargs["tie_word_embeddings"] = False  # which is not the default on transformers 4
         super().__init__(**kwargs)
         self.backbone_type = backbone_type
         self.base_model_name_or_path = base_model_name_or_path
@@ -392,7 +392,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         """Raise ValueError for a field that no release can have."""
         for name in RULES:
             setattr(self, name, _plain(getattr(self, name)))
-        check_fields("config field ", {name: getattr(self, name) for name in RULES}, RULES)
+        names = (*RULES, "tie_word_embeddings")  # True would put the embedding in the head's place
+        check_fields("config field ", {name: getattr(self, name) for name in names}, RULES | OTHER_FIELDS)
         if self.backbone_type is not None and self.backbone_type not in BACKBONE_TYPES:
             known = '", "'.join(BACKBONE_TYPES)
             got = shortened(self.backbone_type)

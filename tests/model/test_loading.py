@@ -386,6 +386,11 @@ def test_wrong_fields(
         cls.from_pretrained(build_release("tiny-llada", "llada-single"), **options, **changes)
 
 
+def test_a_head_of_its_own_is_not_tied(build_release: Build) -> None:
+    with pytest.raises(ValueError, match="`tie_word_embeddings` is True; only False is supported"):
+        load(build_release("tiny-llada", "llada-single"), tie_word_embeddings=True)
+
+
 def test_two_threads_load_one_after_the_other(
     build_release: Build, load_release: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
