@@ -69,7 +69,7 @@ def run_search(options: argparse.Namespace) -> int:
     Raises:
         ValueError: options that do not go together, or a model that is not the store's.
     """
-    from ..files.durable import check_place, write_text
+    from ..files.durable import check_place
     from ..model.scoring import check_weight
 
     _as_flag(options)
@@ -85,9 +85,11 @@ def run_search(options: argparse.Namespace) -> int:
     try:
         for question in _questions(options):
             answers.append(_answer(searcher, model, question, options))
-    finally:
-        if answers and options.json not in (None, STDOUT):  # a first question that fails costs no earlier file
-            write_text(Path(options.json), "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    except BaseException:
+        if answers:  # a first question that fails costs no earlier file
+            _write_answers(answers, options)
+        raise
+    _write_answers(answers, options)
     return DONE
 
 
@@ -173,6 +175,14 @@ def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Nam
         print("no passage found")
     sys.stdout.flush()
     return answer
+
+
+def _write_answers(answers: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write what --json asks for into its file, where it names one."""
+    from ..files.durable import write_text
+
+    if options.json not in (None, STDOUT):
+        write_text(Path(options.json), "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
 
 def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None]) -> dict[str, Any]:

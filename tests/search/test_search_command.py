@@ -135,6 +135,10 @@ def test_a_search_that_fails_leaves_the_answers_of_an_earlier_one(
 ) -> None:
     found = tmp_path / "found.jsonl"
     given = ("search", "--model", RELEASE, "--store", folder / "store", "--json", found)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    found.write_text("an earlier one's\n")
+    assert run(*given, "--interactive") == 0  # without a question there is no answer
+    assert found.read_text() == ""
     found.write_text("an earlier one's\n")
     monkeypatch.setattr(Searcher, "encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
