@@ -50,10 +50,10 @@ def register(commands: Any) -> None:
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="of the stored vectors")
     add_mask_options(parser)
     add_length_options(parser)
-    parser.add_argument("--sparse-top-k", type=int, help="sparse weights kept a text (default: the release's)")
+    parser.add_argument("--sparse-top-k", type=count, help="sparse weights kept a text (default: the release's)")
     parser.add_argument("--no-content-filter", action="store_true", help="let the whole vocabulary weigh")
     parser.add_argument("--no-texts", action="store_true", help="store no texts")
-    parser.add_argument("--shard-size", type=int, help="texts a shard (default: 4096); what a crash can cost")
+    parser.add_argument("--shard-size", type=count, help="texts a shard (default: 4096); what a crash can cost")
     add_batch_option(parser)
     told = "have torch.compile write code for the model's layers first: faster where a corpus takes long, on a GPU"
     parser.add_argument("--compile", action="store_true", help=told)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_command
+from .arguments import add_command, count, count_or_none
 from .exit_status import DONE
 from .load_model import RELEASE, add_length_options, add_mask_options, add_model_options, lengths_of, load_model
 
@@ -27,24 +27,23 @@ def register(commands: Any) -> None:
     add_length_options(parser)
     parser.add_argument("--queries", action="store_true", help="they are queries', not passages'")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the store (default: %(default)s)")
-    parser.add_argument("--shard-size", type=int, default=4096, help="texts a shard (default: %(default)s)")
-    parser.add_argument("--compare", type=int, default=8, help="texts to encode again (default: %(default)s)")
+    parser.add_argument("--shard-size", type=count, default=4096, help="texts a shard (default: %(default)s)")
+    parser.add_argument("--compare", type=count_or_none, default=8, help="texts to encode again (default: %(default)s)")
 
 
 def run_import(options: argparse.Namespace) -> int:
     """Run `diffretriever import-vectors`."""
     files = _files(options.input)
-    from ..model.batching import check_count
     from ..store.identity import describe_model
-    from ..store.vector_files import compare_with_model, import_vectors
+    from ..store.vector_files import check_output, compare_with_model, import_vectors
 
-    size = check_count("--shard-size", options.shard_size)
+    check_output(options.output)  # before a large model is loaded
     masks = {name: getattr(options, name) for name in ("num_query_masks", "num_passage_masks")}
     model = load_model(options, **masks, **lengths_of(options))
     settings = describe_model(model, options.queries, options.dtype, {"content_filter": True})
     fewer = getattr(model.config, "method", None) == "promptreps" or "query_budget_table" in settings.options
     compared = compare_with_model(files, model, settings, options.compare, fewer)
-    store = import_vectors(files, options.output, settings, size, fewer)
+    store = import_vectors(files, options.output, settings, options.shard_size, fewer)
     what = "queries" if options.queries else "passages"
     told = f"the first {compared} are what the model gives" if compared else "not compared with the model (no texts)"
     print(f"{options.output}: {len(store)} {what}; {told}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..files.lines import read_object
 from ..publishing.hub import find_folder
 from ..search.modes import MODES, SPARSE
-from .arguments import seconds, usable_device
+from .arguments import count, seconds, usable_device
 from .console import no_loading_bars
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def add_length_options(parser: Any) -> None:
 def add_batch_option(parser: Any) -> None:
     """Add --tokens-per-batch."""
     told = "tokens that are encoded at once, padding included (default: 1024 on a CPU, else 16384)"
-    parser.add_argument("--tokens-per-batch", type=int, help=told)
+    parser.add_argument("--tokens-per-batch", type=count, help=told)
 
 
 def lengths_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..data.datasets_reader import parquet_batches
 from ..data.ids import find_repeated, repeated_hashes
 from ..files.durable import publish_folder
 from ..files.hashes import hash64
+from ..files.removal import refuse_link
 from .manifest import Settings
 from .store import ShardContents, Store, write_store
 
@@ -69,12 +70,11 @@ def import_vectors(
         The store.
 
     Raises:
-        FileExistsError: the folder holds something.
+        FileExistsError: as `check_output`.
         ImportError: pyarrow is not installed.
         ValueError: a file or row that cannot be this model's; the message names both.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: not empty; a store is written into a folder of its own.")
+    check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     hashes = array("q")
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -89,6 +89,17 @@ def import_vectors(
             )
         publish_folder(made, folder)
     return Store.open(folder)
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a place where no store can be made.
+
+    Raises:
+        FileExistsError: it holds something, or is a link.
+    """
+    refuse_link(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: not empty; a store is written into a folder of its own.")
 
 
 def _shards(rows: Iterable[Rows], size: int, masked: bool, hashes: array[int]) -> Iterator[ShardContents]:

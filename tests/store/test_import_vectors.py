@@ -152,5 +152,14 @@ def test_what_cannot_be_the_models_is_refused(
     assert main(made.command(tmp_path / "absent.parquet", tmp_path / "store")) == 2
     assert "absent.parquet: no such file." in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["v.parquet"]
-    assert main(made.command(made.write(tmp_path / "v.parquet"), tmp_path)) == 2
+    made.write(tmp_path / "v.parquet")
+    monkeypatch.setattr("diffretriever.cli.import_vectors.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(made.command(tmp_path / "v.parquet", tmp_path)) == 2
     assert "not empty; a store is written into a folder of its own" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert main(made.command(tmp_path / "v.parquet", tmp_path / "link")) == 2
+    assert "link: is a link; nothing is removed or replaced behind it" in capsys.readouterr().err
+    for option in (["--compare", "-1"], ["--shard-size", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(made.command(tmp_path / "v.parquet", tmp_path / "store", *option))
+        assert f"argument {option[0]}: expected a whole number of at least" in capsys.readouterr().err
