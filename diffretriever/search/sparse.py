@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..store.segments import Segment
 
+NO_SPARSE = "the passages have no sparse vectors; encode them with sparse vectors to use this mode."
 CHUNK = 262_144  # passages an index part holds: bounds the memory of building, and a query's scores
 
 
@@ -111,7 +112,7 @@ def sparse_of(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: it has none.
     """
     if segment.sparse is None:
-        raise ValueError("the passages have no sparse vectors; encode them with sparse vectors to use this mode.")
+        raise ValueError(NO_SPARSE)
     return segment.sparse
 
 

@@ -90,6 +90,19 @@ def test_missing_vectors_and_empty_sparse_ones(location: str, mode: str) -> None
     engine.close()
 
 
+def test_passages_without_sparse_vectors_are_refused_as_in_exact_search(location: str) -> None:
+    passages, queries = ({**vectors(seed, 9, k=2)} for seed in (2, 3))
+    del passages["sparse_indices"], passages["sparse_values"]
+    upload(passages, location, "dense")
+    engine = QdrantEngine(location, "dense")
+    for mode in MODES[2:]:
+        for searcher in (Searcher(passages), Searcher(engine)):
+            with pytest.raises(ValueError, match="the passages have no sparse vectors"):
+                searcher.search(queries, mode, 3)
+    assert Searcher(engine).search(queries, "multi_dense", 3).ids == Searcher(passages).search(queries, top_k=3).ids
+    engine.close()
+
+
 def test_a_second_upload_sends_nothing(location: str, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     assert upload(store, location, "passages") == 30

@@ -13,7 +13,7 @@ from ...store.manifest import Settings
 from ...store.segments import QueryVectors
 from ..engine import Ranking
 from ..results import pad_rows
-from ..sparse import sum_by_term
+from ..sparse import NO_SPARSE, sum_by_term
 from .calls import EngineError, QdrantCalls
 from .collection import Collection, Numbers, not_put_there
 from .edge import EdgeCollection
@@ -84,7 +84,11 @@ class QdrantEngine:
         self._collection.close()
 
     def rank(self, queries: QueryVectors, kind: str, top_k: int) -> Ranking:
-        """See `Engine.rank`."""
+        """See `Engine.rank`.
+
+        Raises:
+            ValueError: the passages have no sparse vectors, or the sides' dimensions differ.
+        """
         asked = [self._query(query, kind) for query in queries.batches(1)]
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         given = {number: query for number, query in enumerate(asked) if query is not None}
@@ -128,6 +132,8 @@ class QdrantEngine:
     def _query(self, query: QueryVectors, kind: str) -> Numbers | None:
         """Return one query's vector, or None where it has none to search with."""
         if kind == "sparse_max":
+            if not self._about.sparse:
+                raise ValueError(NO_SPARSE)
             indices, values = (row[0] for row in query.require_sparse())
             return sum_by_term(indices, values) or None
         if not bool(query.mask.any()):
