@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from ..files.lines import read_object
@@ -362,7 +363,7 @@ def metadata_problems(card: str, config: dict[str, Any], has_adapter: bool) -> l
         return ["README.md has no metadata: it must start with a YAML block between two lines of ---"]
     try:
         fields = yaml.safe_load(block[1])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also no date, a number of thousands of digits
         return [f"README.md: the metadata is not valid YAML: {' '.join(str(error).split())}"]
     if not isinstance(fields, dict):
         return ["README.md: the metadata must be `key: value` lines"]
@@ -374,14 +375,23 @@ def metadata_problems(card: str, config: dict[str, Any], has_adapter: bool) -> l
         f"README.md: the metadata lacks `{name}`; build the release again" for name in required if not fields.get(name)
     ]
     if fields.get("base_model") and fields["base_model"] != base:
-        found.append(f"README.md: `base_model` is {fields['base_model']!r}, but config.json's backbone is {base!r}")
+        found.append(
+            f"README.md: `base_model` is {_told(fields['base_model'])}, but config.json's backbone is {base!r}"
+        )
     if has_adapter and fields.get("base_model_relation", "adapter") != "adapter":
-        found.append(f"README.md: `base_model_relation` is {fields['base_model_relation']!r}, but this is an adapter")
+        found.append(
+            f"README.md: `base_model_relation` is {_told(fields['base_model_relation'])}, but this is an adapter"
+        )
     try:
         ModelCardData(**fields, ignore_metadata_errors=False)
     except (ValueError, KeyError, TypeError) as error:  # how huggingface_hub says that the model-index is malformed
         found.append(f"README.md: the metadata's model-index is malformed ({' '.join(str(error).split())})")
     return found
+
+
+def _told(value: Any) -> str:
+    """Return a field of the metadata for a message; lists may hold each other, and take gigabytes to be written."""
+    return repr(value) if isinstance(value, str) else shortened(value)[:200]
 
 
 def code_blocks(card: str) -> list[tuple[str, str]]:

@@ -213,6 +213,8 @@ def test_figures_that_do_not_fit(changes: dict[str, Any], words: str, tmp_path: 
     [
         (lambda text: text.split("---\n", 2)[2], "README.md has no metadata: it must start with a YAML block"),
         (lambda text: text.replace("license: mit", "license: [mit"), "the metadata is not valid YAML: "),
+        (lambda text: text.replace("license: mit", f"license: {'[' * 5000}"), "the metadata is not valid YAML: "),
+        (lambda text: text.replace("license: mit", "license: 2020-99-99"), "the metadata is not valid YAML: "),
         (lambda text: "---\n- a\n- b\n---\n", "the metadata must be `key: value` lines"),
         (lambda text: text.replace("license: mit\n", ""), "the metadata lacks `license`; build the release again"),
         (lambda text: text.replace("pipeline_tag: feature-extraction\n", ""), "lacks `pipeline_tag`"),
