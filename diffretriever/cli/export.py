@@ -28,11 +28,12 @@ def run_export(options: argparse.Namespace) -> int:
     from ..search.export import impact_lines, vocabulary_of, write_lines
     from ..store.compression import open_store
 
+    if options.model:
+        check_model(options)
     store, tokens = open_store(options.store), None
     if options.model:
         from transformers import PreTrainedTokenizerFast
 
-        check_model(options)
         tokens = vocabulary_of(PreTrainedTokenizerFast.from_pretrained(options.model), store.manifest)
     lines = impact_lines(store, tokens, options.factor, contents=not options.no_texts)
     print(f"{options.output}: {write_lines(options.output, lines)} texts")
