@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +31,35 @@ class _Backbone:
 
 
 @dataclass(frozen=True)
+class _Text:
+    """What `probe.fingerprint` records of a text."""
+
+    side: str
+    text: str
+    token_ids: list[int]
+    dense_shape: list[int]
+    dense_float16: str
+    sparse: Any
+
+    def __post_init__(self) -> None:
+        pairs = self.sparse if isinstance(self.sparse, list) else [None]
+        if not all(isinstance(pair, list) and list(map(type, pair)) in ([int, float], [int, int]) for pair in pairs):
+            raise ValueError("`sparse` must be a list of [token id, weight]")
+        try:
+            held = len(base64.b64decode(self.dense_float16, validate=True))
+        except ValueError:
+            held = -1
+        if held != 2 * math.prod(self.dense_shape):
+            raise ValueError("`dense_float16` must be base64 of as many numbers as `dense_shape` says")
+
+
+@dataclass(frozen=True)
+class _Fingerprint:
+    dtype: str
+    texts: list[_Text]
+
+
+@dataclass(frozen=True)
 class _Record:
     """The types of what is read of a release.json; it is handed on as it is."""
 
@@ -37,7 +68,7 @@ class _Record:
     backbone: _Backbone
     files: dict[str, str]
     libraries: dict[str, str]
-    fingerprint: dict[str, Any] | None
+    fingerprint: _Fingerprint | None
     code_sha256: str | None = None
     adapter_sha256: str | None = None
     adapter: dict[str, str] | None = None

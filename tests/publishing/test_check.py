@@ -18,6 +18,15 @@ from diffretriever.publishing import build as building
 from diffretriever.publishing import check, fingerprint, probe, releases
 
 RECORDED = ("release", "repo_id", "backbone", "files", "libraries")
+SOUND: dict[str, Any] = {
+    "format": 1,
+    "files": {},
+    "libraries": {},
+    "release": "r",
+    "repo_id": "o/r",
+    "backbone": {"name": "b"},
+}
+TEXT = {"side": "query", "text": "a", "token_ids": [1], "dense_shape": [1, 1], "dense_float16": "AAA=", "sparse": []}
 LLADA, SINGLE = str(PARITY / "backbones" / "tiny-llada"), str(PARITY / "adapters" / "llada-single")
 
 
@@ -89,6 +98,18 @@ def test_what_is_no_change(release: Path) -> None:
             "`fingerprint` must be null or hold dtype and texts",
         ),
         ('{"format": 1, "files": {}}', "release.json lacks backbone, fingerprint, libraries, release, repo_id"),
+        *(
+            (
+                json.dumps(SOUND | {"fingerprint": {"dtype": "float32", "texts": texts}}),
+                f"release.json: fingerprint: {words}",
+            )
+            for texts, words in (
+                (5, "texts must be a list with at least one entry, got 5"),
+                ([{}], "texts[0]: lacks `side`"),
+                ([TEXT | {"sparse": [3]}], "texts[0]: `sparse` must be a list of [token id, weight]"),
+                ([TEXT | {"dense_shape": [2, 2]}], "texts[0]: `dense_float16` must be base64 of as many numbers as"),
+            )
+        ),
         (
             '{"format": 1, "files": 5, "backbone": {"name": "b"}, "fingerprint": null, "libraries": {}, '
             '"release": "r", "repo_id": "o/r"}',
