@@ -257,7 +257,7 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         config = self.config
         settings: tuple[Any, ...] = tuple(getattr(config, name) for name in COUNTS)
         settings += (*(tuple(config.prompt(side).values()) for side in (True, False)), repr(config.query_budget_table))
-        if self._texts is None or self._texts[0] != settings:
+        if self._texts is None or self._texts[0] != settings or self._texts[1].tokenizer is not self.tokenizer:
             config.check()
             self._texts = (settings, RetrievalTokenizer(self.tokenizer, config, render_prompts(self.tokenizer, config)))
         return self._texts[1]

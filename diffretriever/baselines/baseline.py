@@ -113,7 +113,7 @@ class Baseline(nn.Module):
     def texts(self) -> FramedTokenizer:
         """The rules of tokenisation, following the config."""
         settings = self.config.to_dict()
-        if self._texts is None or self._texts[0] != settings:
+        if self._texts is None or self._texts[0] != settings or self._texts[1].tokenizer is not self.tokenizer:
             self.config.check()
             self._texts = (settings, self._make_texts())
         return self._texts[1]

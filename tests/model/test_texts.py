@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 import tracemalloc
@@ -262,6 +263,15 @@ def test_settings_changed_after_loading_count(load_release: Callable[..., Any]) 
         )  # prompt and text share max_length
     finally:
         model.config.max_length, model.config.num_passage_masks = saved
+
+
+def test_a_tokenizer_that_is_set_after_loading_counts(load_release: Callable[..., Any]) -> None:
+    model = copy.copy(load_release("tiny-llada", "llada-q4p4"))
+    assert model.texts.tokenizer is model.tokenizer
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.chat_template = "{{ messages[0].content }} {{ messages[1].content }} now: "
+    (row,), _ = model.tokenize(["a cat"], is_query=True)
+    assert " now: " in model.tokenizer.decode(row)
 
 
 def test_a_recorded_prompt_is_recovered_or_refused(model: Any) -> None:
