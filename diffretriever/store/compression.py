@@ -48,9 +48,8 @@ class Codebook:
 
     def __init__(self, centroids: torch.Tensor, normalised: bool) -> None:
         self.centroids, self._normalised = centroids, normalised
-        self._first = (
-            torch.arange(len(centroids), dtype=torch.int32, device="cpu") * CENTROIDS
-        )  # of each piece, of all in a row
+        # of each piece, of all centroids in a row
+        self._first = torch.arange(len(centroids), dtype=torch.int32, device="cpu") * CENTROIDS
         self._products: WeakKeyDictionary[PreparedQueries, torch.Tensor] = WeakKeyDictionary()
 
     def vectors(self, codes: torch.Tensor) -> torch.Tensor:
