@@ -213,8 +213,8 @@ def test_the_readmes_picture_has_the_cards_figures(name: str) -> None:
         ("diffretriever-1-mask", "DiffRetriever, 1 mask"),
         ("promptreps-4-words", "PromptReps, up to 4 words"),
         ("diffembed", "DiffEmbed"),
+        ("repllama", "RepLLaMA"),
         ("promptreps-20-words-zero-shot", "PromptReps, up to 20 words"),
-        ("promptreps-1-vector-zero-shot", "PromptReps, 1 vector"),
     ],
 )
 def test_the_picture_of_the_methods_has_the_tables_figures(drawn: str, row: str) -> None:
