@@ -93,6 +93,8 @@ class PretendGPU(TorchDispatchMode):
             return self.copy(args[0], kwargs)
         if not remote and not (device is not None and torch.device(device).type == "cuda"):
             return func(*args, **kwargs)
+        if name == "copy_" and isinstance(args[1], Remote) and not isinstance(args[0], Remote):
+            return args[0].copy_(self.copy(args[1], {}))
         for value in flat:
             if isinstance(value, torch.Tensor) and not isinstance(value, Remote) and value.dim():
                 raise RuntimeError(f"{name}: expected all tensors on one device, found cuda:0 and cpu.")

@@ -169,7 +169,8 @@ class ExactEngine:
     ) -> torch.Tensor:
         """Return the same of the passages at rising positions."""
         if self._lengths[wanted].isnan().any():
-            self._lengths[wanted] = sum_lengths(torch.cat([segment.rows(rows) for segment, rows in held]), mask)
+            vectors = torch.cat([segment.rows(rows).to(self.device) for segment, rows in held])
+            self._lengths[wanted] = sum_lengths(vectors, mask)
         return self._lengths[wanted]
 
     def _workers(self) -> int:

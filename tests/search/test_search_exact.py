@@ -219,13 +219,15 @@ def test_vectors_with_a_gradient_are_searched(mode: str, asked: int) -> None:
     assert torch.equal(Searcher(passages).search(queries, mode, 30).scores, expected.scores)
 
 
-def test_sparse_vectors_may_be_on_an_accelerator() -> None:
-    """As `model.encode` returns them there; their index is the CPU's."""
-    passages, queries = (made_up(n, 30, 3, 18, 4, whole=False, missing=False) for n in (0, 1))
-    expected = Searcher(passages).search(queries, "sparse_max", 30)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("asked", [1, 40])
+def test_passages_and_queries_may_be_on_an_accelerator(mode: str, asked: int) -> None:
+    """As `model.encode` returns them there."""
+    passages, queries = (made_up(n, size, 3, 18, 4, whole=False, missing=True) for n, size in ((0, 30), (1, asked)))
+    expected = Searcher(passages).search(queries, mode, 5, candidates=5)
     with pretended_gpu():
         sides = [{name: tensor.to(GPU) for name, tensor in side.items()} for side in (passages, queries)]
-        found = Searcher(sides[0]).search(sides[1], "sparse_max", 30)
+        found = Searcher(sides[0]).search(sides[1], mode, 5, candidates=5)
     assert torch.equal(found.scores, expected.scores)
 
 

@@ -15,6 +15,7 @@ import fresh
 import pytest
 import torch
 from full_disk import full_disk
+from pretend_gpu import GPU, pretended_gpu
 
 from diffretriever.cli.main import main
 from diffretriever.search import MODES, EngineAwayError, EngineError, QdrantEngine, Searcher, upload
@@ -87,6 +88,17 @@ def test_missing_vectors_and_empty_sparse_ones(location: str, mode: str) -> None
         found = Searcher(engine).search(queries, mode, 4, candidates=candidates)
         for mine, theirs in zip(exact, found, strict=True):
             assert [hit.score for hit in mine] == pytest.approx([hit.score for hit in theirs], abs=1e-6)
+    engine.close()
+
+
+def test_passages_may_be_on_an_accelerator(location: str) -> None:
+    """As `model.encode` returns them there."""
+    passages, queries = vectors(2, 9, k=2, missing=True), vectors(3, 4, k=2)
+    with pretended_gpu():
+        upload({name: tensor.to(GPU) for name, tensor in passages.items()}, location, "some")
+    engine = QdrantEngine(location, "some")
+    for mode in ("single_dense", "multi_dense"):
+        assert Searcher(engine).search(queries, mode, 3).ids == Searcher(passages).search(queries, mode, 3).ids
     engine.close()
 
 

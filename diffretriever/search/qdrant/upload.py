@@ -149,7 +149,7 @@ def _missing(collection: Collection, offset: int, start: int, stop: int) -> list
 def _points(segment: Segment, rows: list[int], with_texts: bool) -> list[Point]:
     chosen = torch.tensor(rows, device="cpu")
     vectors = segment.rows(chosen).cpu()  # [n, K, H]
-    exists = existing(segment, 0, segment.length)[chosen]
+    exists = existing(segment, 0, segment.length).cpu()[chosen]  # [n, K]
     means = mean_vectors(vectors, exists)[0][:, 0]
     sparse = segment.sparse
     points = []
