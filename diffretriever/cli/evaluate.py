@@ -145,6 +145,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _check_places(options: argparse.Namespace, benchmark: Any) -> None:
     """Raise for files that could not be written when all is done."""
+    from ..data.corpus import read_corpus
     from ..evaluation.runs import check_run_ids
     from ..files.durable import check_place
 
@@ -158,7 +159,7 @@ def _check_places(options: argparse.Namespace, benchmark: Any) -> None:
             check_place(place)
     if options.run_folder:
         check_run_ids(benchmark.queries, "query")
-        check_run_ids((passage for grades in benchmark.qrels.values() for passage in grades), "passage")
+        check_run_ids((passage.id for passage in read_corpus(options.data)), "passage")
 
 
 def _write(options: argparse.Namespace, evaluation: Any, runs: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from .load_model import (
 from .parser import LAST_VERSION
 
 if TYPE_CHECKING:
+    from ..evaluation.runs import Run
     from ..search.results import Hit, Results
     from ..search.searcher import Searcher
 
@@ -50,7 +51,7 @@ def register(commands: Any) -> None:
     asked = "a store of queries to search for, instead of questions; with --server, a file or BEIR folder of queries"
     parser.add_argument("--queries", type=Path, help=asked)
     parser.add_argument("--run-file", type=Path, help="write a TREC run there (with --queries)")
-    told = "scoring mode (default: the one that the release recommends; multi_dense without --model)"
+    told = "scoring mode (default: the one that the release recommends; multi_dense for a store of queries)"
     parser.add_argument("--mode", choices=MODES, help=told)
     parser.add_argument("--top-k", type=count, default=10, help="passages a question (default: %(default)s)")
     parser.add_argument(
@@ -77,9 +78,10 @@ def run_search(options: argparse.Namespace) -> int:
     check_weight(options.fusion_weight)
     if options.json not in (None, STDOUT):
         check_place(Path(options.json))
+    queries = _queries(options) if options.queries else None
     searcher = _searcher(options)
-    if options.queries:
-        return _search_file(searcher, options) if options.server else _search_store(searcher, options)
+    if queries is not None:
+        return _write_run((_search_texts if options.server else _search_store)(searcher, queries, options), options)
     model = _model(searcher, options)
     answers: list[dict[str, Any]] = []
     try:
@@ -122,7 +124,27 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.queries} is a store, whose queries are encoded; leave out --server.")
 
 
+def _queries(options: argparse.Namespace) -> Any:
+    """Return the queries of a run, a store or, for a server, texts; refuse ids that its file cannot hold."""
+    from ..data.corpus import read_queries
+    from ..evaluation.runs import check_run_ids
+    from ..files.durable import check_place
+    from ..store.compression import open_store
+    from ..store.identity import check_sides
+
+    check_place(options.run_file)
+    if options.server:
+        texts = list(read_queries(options.queries))
+        check_run_ids((query.id for query in texts), "query")
+        return texts
+    store = open_store(options.queries)
+    check_sides(None, store, _place(options))
+    check_run_ids(store.ids(), "query")
+    return store
+
+
 def _searcher(options: argparse.Namespace) -> Searcher:
+    from ..evaluation.runs import check_run_ids
     from ..search.qdrant.engine import QdrantEngine
     from ..search.searcher import Searcher
     from ..store.compression import open_store
@@ -131,6 +153,8 @@ def _searcher(options: argparse.Namespace) -> Searcher:
         engine = QdrantEngine(options.qdrant, options.collection, timeout=options.timeout)
         return Searcher(engine, fusion=options.fusion)
     store = open_store(options.store)
+    if options.run_file is not None:
+        check_run_ids(store.ids(), "passage")
     device = None if options.device == "auto" else options.device  # which spreads a model
     return Searcher(store, fusion=options.fusion, device=device, in_memory=options.in_memory)
 
@@ -193,36 +217,20 @@ def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None])
     return {"query": question, "mode": mode, "hits": rows}
 
 
-def _search_store(searcher: Searcher, options: argparse.Namespace) -> int:
-    from ..evaluation.runs import check_run_ids
-    from ..files.durable import check_place
-    from ..store.compression import open_store
-    from ..store.identity import check_sides
-
-    check_place(options.run_file)
+def _search_store(searcher: Searcher, queries: Any, options: argparse.Namespace) -> Run:
     options.mode = options.mode or DENSE
-    queries = open_store(options.queries)
-    check_sides(None, queries, _place(options))
-    check_run_ids(queries.ids(), "query")
-    return _write_run(_results(searcher, queries, options).run(), options)
+    return _results(searcher, queries, options).run()
 
 
-def _search_file(searcher: Searcher, options: argparse.Namespace) -> int:
+def _search_texts(searcher: Searcher, queries: Any, options: argparse.Namespace) -> Run:
     """Search for queries that a server encodes, some thousand at a time."""
-    from ..data.corpus import read_queries
-    from ..evaluation.runs import check_run_ids
-    from ..files.durable import check_place
-
-    check_place(options.run_file)
-    queries = list(read_queries(options.queries))
-    check_run_ids([query.id for query in queries], "query")
     model = _model(searcher, options)
-    run: dict[str, dict[str, float]] = {}
+    run: Run = {}
     for first in range(0, len(queries), QUERIES_AT_ONCE):
         part = queries[first : first + QUERIES_AT_ONCE]
         encoded = searcher.encode(model, [query.text for query in part], [options.mode])
         run |= _results(searcher, encoded, options).run([query.id for query in part])
-    return _write_run(run, options)
+    return run
 
 
 def _results(searcher: Searcher, queries: Any, options: argparse.Namespace) -> Results:
@@ -235,7 +243,7 @@ def _results(searcher: Searcher, queries: Any, options: argparse.Namespace) -> R
     )
 
 
-def _write_run(run: dict[str, dict[str, float]], options: argparse.Namespace) -> int:
+def _write_run(run: Run, options: argparse.Namespace) -> int:
     from ..evaluation.runs import write_run
 
     write_run(options.run_file, run, tag=f"diffretriever-{options.mode}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
 from diffretriever.evaluation.runs import read_run
 from diffretriever.search.modes import MODES
 from diffretriever.store.compression import open_store
+from diffretriever.store.store import ShardContents, write_store
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = ROOT / "checkpoints" / "diffretriever-llada-tiny-single"
@@ -118,8 +120,8 @@ def test_wrong_input_is_status_2_before_the_model_is_loaded(
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize(("file", "kind"), [("queries.jsonl", "query"), ("qrels/test.tsv", "passage")])
-def test_judged_ids_that_a_run_file_cannot_hold_are_said_at_once(
+@pytest.mark.parametrize(("file", "kind"), [("queries", "query"), ("corpus", "passage")])
+def test_ids_that_a_run_file_cannot_hold_are_said_at_once(
     evaluate: Command,
     file: str,
     kind: str,
@@ -128,16 +130,11 @@ def test_judged_ids_that_a_run_file_cannot_hold_are_said_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    qrels = tmp_path / "data" / "qrels" / "test.tsv"
-    header, first, *rest = qrels.read_text().splitlines()
-    query, passage, grade = first.split("\t")
-    if kind == "passage":
-        passage = f"a {passage}"
-    else:
-        queries = tmp_path / "data" / file
-        queries.write_text(queries.read_text().replace(f'"{query}"', f'"a {query}"', 1))
-        query = f"a {query}"
-    qrels.write_text("\n".join([header, f"{query}\t{passage}\t{grade}", *rest]) + "\n")
+    if kind == "query":  # one that is searched; of passages each may be found
+        qrels = tmp_path / "data" / "qrels" / "test.tsv"
+        qrels.write_text(qrels.read_text().replace("q-web\t", "a q-web\t"))
+    texts = tmp_path / "data" / f"{file}.jsonl"
+    texts.write_text(re.sub('"(q-web|clock)"', r'"a \1"', texts.read_text()))
     assert evaluate("--run-folder", tmp_path / "runs") == 2
     assert f"the {kind} id 'a " in capsys.readouterr().err
 
@@ -207,10 +204,18 @@ def test_duplicated_ids_are_refused(evaluate: Command, tmp_path: Path, capsys: p
 def test_ids_that_a_run_file_cannot_hold_cost_only_the_run_files(
     evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    corpus = tmp_path / "data" / "corpus.jsonl"
-    corpus.write_text(corpus.read_text().replace('"clock"', '"a clock"'))
-    given = ("--modes", "single_dense", "--metrics", "AP")
-    assert evaluate(*given, "--json", tmp_path / "figures.json", "--run-folder", tmp_path / "runs") == 2
+    """A store from elsewhere may have other ids than the corpus."""
+    given = ("--modes", "single_dense", "--metrics", "AP", "--store")
+    assert evaluate(*given, tmp_path / "made") == 0
+    there = open_store(tmp_path / "made")
+    (shard,) = there.shards()
+    ids = ["a clock" if name == "clock" else name for name in shard.ids]
+    contents = ShardContents(ids, shard.repr_hidden, shard.sparse_indices, shard.sparse_values)
+    settings = vars(there.manifest.settings)
+    settings["options"] = {name: value for name, value in settings["options"].items() if name != "shard_size"}
+    write_store(tmp_path / "named", [contents], settings)
+    files = ("--json", tmp_path / "figures.json", "--run-folder", tmp_path / "runs")
+    assert evaluate(*given, tmp_path / "named", *files) == 2
     printed = capsys.readouterr()
     assert "the passage id 'a clock' cannot stand in a TREC run file" in printed.err
     assert json.loads((tmp_path / "figures.json").read_text()).keys() == {"single_dense"}

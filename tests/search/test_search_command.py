@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel
 
 from diffretriever.cli.main import main
+from diffretriever.evaluation.runs import read_run
 from diffretriever.search import MODES, Searcher, open_store
 from diffretriever.store.identity import describe_model
 from diffretriever.store.store import ShardContents, write_store
@@ -203,7 +204,7 @@ def test_options_that_do_not_go_together(arguments: list[str], words: str, capsy
 def test_swapped_sides_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queries, run_file = folder / "queries", tmp_path / "run.trec"
     for options in (
-        ["--store", queries, "--queries", folder / "store", "--run-file", run_file],
+        ["--store", queries, "--queries", queries, "--run-file", run_file],
         ["--store", queries, "--model", RELEASE, "a question"],
     ):
         assert run("search", *options) == 2
@@ -216,19 +217,29 @@ def test_swapped_sides_are_refused(folder: Path, tmp_path: Path, capsys: pytest.
     assert not run_file.exists()
 
 
-def test_a_run_file_from_a_store_of_queries(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    both = ["--queries", folder / "queries", "--run-file", tmp_path / "run.trec"]
-    assert run("search", "--store", folder / "store", *both) == 2
-    assert "white space" in capsys.readouterr().err  # the id "mp3 player" cannot stand in a run
-    there = open_store(folder / "queries")
-    shard = next(there.shards())
-    named = ShardContents(["q 1", "q2"], shard.repr_hidden, shard.sparse_indices, shard.sparse_values, ["", ""])
-    write_store(tmp_path / "named", [named], there.manifest.settings.__dict__)
-    assert run("search", "--store", folder / "store", "--queries", tmp_path / "named", *both[2:]) == 2
-    assert "the query id 'q 1' cannot stand" in capsys.readouterr().err
-    results = Searcher(open_store(folder / "store")).search(open_store(folder / "queries"), top_k=2)
-    assert list(results.run()) == ["q1", "q2"]
+def test_a_run_file_from_a_store_of_queries(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for side, ids in (("store", ["p 1", "p2", "p3", "p4", "p5"]), ("queries", ["q 1", "q2"])):
+        there = open_store(folder / side)
+        shard = next(there.shards())
+        for name, held in (("spaced", ids), ("plain", [text_id.replace(" ", "") for text_id in ids])):
+            named = ShardContents(held, shard.repr_hidden, shard.sparse_indices, shard.sparse_values, ids)
+            write_store(tmp_path / name / side, [named], there.manifest.settings.__dict__)
+    plain, spaced, file = tmp_path / "plain", tmp_path / "spaced", tmp_path / "run.trec"
+    given = ("search", "--store", plain / "store", "--queries", plain / "queries", "--run-file", file, "--top-k", 2)
+    assert run(*given) == 0
+    results = Searcher(open_store(plain / "store")).search(open_store(plain / "queries"), top_k=2)
+    assert {query: set(found) for query, found in read_run(file).items()} == {
+        query: set(found) for query, found in results.run().items()
+    }
     assert results[0][0].id == results.ids[0][0]
+    file.unlink()
+    monkeypatch.setattr(Searcher, "search", lambda *_, **__: pytest.fail("it was searched"))
+    for place, side, told in ((2, "store", "the passage id 'p 1'"), (4, "queries", "the query id 'q 1'")):
+        assert run(*given[:place], spaced / side, *given[place + 1 :]) == 2
+        assert f"{told} cannot stand in a TREC run file" in capsys.readouterr().err
+    assert not file.exists()
 
 
 def test_the_fusion_is_chosen(model: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
