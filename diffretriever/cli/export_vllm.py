@@ -28,7 +28,6 @@ def register(commands: Any) -> None:
     add_trust_option(parser)
     add_mask_options(parser)
     add_length_options(parser)
-    parser.set_defaults(method=None)
 
 
 def run_export(options: argparse.Namespace) -> int:

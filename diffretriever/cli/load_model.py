@@ -180,7 +180,7 @@ def check_model(options: argparse.Namespace) -> str:
     """Refuse what is no model of the method that is asked for, before anything of it is loaded or run.
 
     Args:
-        options: with --model, --method, --adapter and --revision.
+        options: with --model, --adapter and --revision, and --method where the command has that; else it is ours.
 
     Returns:
         The method.
@@ -192,7 +192,7 @@ def check_model(options: argparse.Namespace) -> str:
     """
     from ..baselines.configuration import CONFIG_FILE, read_config
 
-    asked, places = options.method, [(options.model, options.revision), (options.adapter, None)]
+    asked, places = getattr(options, "method", OURS), [(options.model, options.revision), (options.adapter, None)]
     for place, revision in places:
         if place is None:
             continue
@@ -203,7 +203,7 @@ def check_model(options: argparse.Namespace) -> str:
                 raise ValueError(f"{file} is of method {said!r}, not {asked!r}.")
             asked = said
     if asked in (None, OURS):
-        check_release(options.model, options.revision)
+        check_release(options.model, options.revision, has_method="method" in options)
     return asked or OURS
 
 
@@ -238,12 +238,13 @@ def choose_modes(method: str, asked: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(asked or own))
 
 
-def check_release(release: str, revision: str | None = None) -> None:
+def check_release(release: str, revision: str | None = None, has_method: bool = False) -> None:
     """Refuse what is no release, before anything of it is loaded or run.
 
     Args:
         release: a folder or Hub id.
         revision: of the latter.
+        has_method: whether the command takes --method, which reads backbones.
 
     Raises:
         FileNotFoundError: no such folder, nor on the Hub.
@@ -263,8 +264,8 @@ def check_release(release: str, revision: str | None = None) -> None:
     fields = read_object(folder / "config.json")
     found = fields.get("model_type")
     if str(found).lower() in NAME_PATTERNS:
-        other = f"Or read it by another method: --method {', '.join(BASELINES)}."
-        raise ValueError(f"{release} is a backbone, not a release; {_build_command(shlex.quote(release))} {other}")
+        other = f" Or read it by another method: --method {', '.join(BASELINES)}." if has_method else ""
+        raise ValueError(f"{release} is a backbone, not a release; {_build_command(shlex.quote(release))}{other}")
     if found != "diffretriever":
         raise ValueError(f'{release} is no release: its config.json has model_type {found!r}, not "diffretriever".')
     # transformers takes this apart before any code of ours sees the file

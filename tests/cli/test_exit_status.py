@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,6 @@ def test_the_table_has_every_command() -> None:
         ("typo", "typo: no such folder"),
         ("./typo", "./typo: no such folder"),
         ("checkpoints/typo", "checkpoints/typo: no such folder"),
-        (BACKBONE, "tiny-llada is a backbone, not a release; build one with `publish.py build --base"),
     ],
 )
 def test_a_model_that_is_none(
@@ -174,6 +174,21 @@ def test_a_model_that_is_none(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"diffretriever {name}: ")
     assert words in said
+
+
+@pytest.mark.parametrize("name", [*OPTIONS_OF_MODELS, "export-vllm"])
+def test_advice_for_a_backbone_names_options_that_the_command_has(
+    name: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command_line(name, here, tmp_path)
+    words[words.index("--model") + 1 if "--model" in words else 1] = str(BACKBONE)
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "tiny-llada is a backbone, not a release; build one with `publish.py build --base" in said
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    advised = re.sub("`.*?`", "", said)  # where no other command is named
+    assert set(re.findall("--[a-z-]+", advised)) <= set(re.findall("--[a-z-]+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize(("name", "option"), INPUTS)
