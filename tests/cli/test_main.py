@@ -108,7 +108,6 @@ def test_recipes_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         find_recipe("paper-single.yaml", "pretraining")
 
 
-@pytest.mark.slow
 def test_a_polite_stop_leaves_no_temporary_folder(capsys: pytest.CaptureFixture[str]) -> None:
     made: list[Path] = []
 
@@ -144,6 +143,7 @@ def test_a_service_may_have_no_standard_streams(
         getattr(sys, name).close()
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     """`diffretriever publish list | head -c 0`."""
     code = "import sys; from diffretriever.cli.main import main; sys.stdin.read(); sys.exit(main(['publish', 'list']))"
