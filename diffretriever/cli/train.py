@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..publishing.hub import find_folder
 from .arguments import RESUMED, add_command, add_recipe_option, count, find_recipe
 from .exit_status import DONE
 from .load_model import add_method_option, add_trust_option, check_model, load_model
@@ -21,6 +22,8 @@ def register(commands: Any) -> None:
     add_recipe_option(parser, "training")
     parser.add_argument("--model", required=True, help="a release without an adapter, or a backbone: folder or id")
     add_method_option(parser)
+    told = "an adapter to go on from, or a release that holds one: folder or Hub id (default: a new adapter)"
+    parser.add_argument("--adapter", help=told)
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="JSONL: pairs, or Tevatron's layout")
     parser.add_argument("--output", type=Path, required=True, help="output folder; run again to resume")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one of the recipe's")
@@ -29,7 +32,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--seed", type=int, help="replaces the recipe's")
     parser.add_argument("--threads", type=count, help="CPU threads (default: by the backbone's width; it is said)")
     add_trust_option(parser)
-    parser.set_defaults(adapter=None, revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
+    parser.set_defaults(revision=None, model_dtype=None, device=None)  # the recipe's, and the launcher's
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -50,6 +53,7 @@ def run_train(options: argparse.Namespace) -> int:
             options.output,
             options.dev,
             options.base,
+            None if options.adapter is None else _find_adapter(options.adapter),
         )
     except Interrupted as stop:
         print(f"diffretriever train: {stop}", file=sys.stderr)
@@ -57,9 +61,19 @@ def run_train(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _find_adapter(name: str) -> Path:
+    """Return the folder of an adapter, or of the one within a release."""
+    from ..model.adapter_loading import CONFIG_FILE, WEIGHTS_FILE
+
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    folder = find_folder(name, [*files, *(f"adapter/{file}" for file in files)])
+    within = folder / "adapter"
+    return within if within.is_dir() and not (folder / CONFIG_FILE).is_file() else folder
+
+
 def _load(options: argparse.Namespace, **settings: Any) -> Any:
-    """Load what is trained, and choose its CPU threads, which a GPU leaves idle."""
-    model = load_model(options, **settings)
+    """Load what is trained, without an adapter, and choose its CPU threads, which a GPU leaves idle."""
+    model = load_model(argparse.Namespace(**vars(options) | {"adapter": None}), **settings)
     if options.threads or model.device.type == "cpu":
         choose_threads(options.threads, model.config.hidden_size)
     return model

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..model.adapter_loading import PREFIX, ROWS
+from ..files.hashes import hash_file
+from ..model.adapter_loading import ADAPTER_FIELDS, PREFIX, ROWS, find_adapter_files
 from ..model.backbone_loading import original_name
+from ..model.checked_files import read_json, read_tensors
+from .adapter_recipe import AdapterRecipe
 from .methods import adapted, backbone_type
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -83,8 +88,72 @@ def load_lora(model: Any, weights: Mapping[str, torch.Tensor], where: str) -> No
     own = original_parameters(model)
     for name in sorted(own.keys() ^ weights.keys()):
         problem = "lacks" if name in own else "has an unexpected"
-        raise ValueError(f"{where} {problem} {name}; it is another run's adapter")
+        raise ValueError(f"{where} {problem} {name}; it is the adapter of another model or recipe")
     for name, value in weights.items():
         if value.shape != own[name].shape:
             raise ValueError(f"{where}: {name} has shape {list(value.shape)}, this run's has {list(own[name].shape)}")
         own[name].copy_(value)
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """An adapter that training goes on from, in the place of a new one.
+
+    Args:
+        config_file, weights_file: where it was read from.
+        weights: float32 or another dtype, by their original names.
+        mask_rows: ids of the tokens whose rows of the embedding it brings; None where it brings none.
+    """
+
+    config_file: Path
+    weights_file: Path
+    weights: Mapping[str, torch.Tensor]
+    mask_rows: list[int] | None
+
+    def sha256(self) -> str:
+        """Return the hash of the file of weights."""
+        return hash_file(self.weights_file)
+
+    def put_into(self, model: Any) -> None:
+        """Copy the weights into a model that `add_lora` has prepared.
+
+        Raises:
+            ValueError: it is no adapter for this model; names file, key or token.
+        """
+        mask_id = getattr(model.texts, "mask_id", None)
+        if self.mask_rows is not None and self.mask_rows != [mask_id]:
+            raise ValueError(
+                f"{self.config_file}: trainable_token_indices names the tokens {self.mask_rows}, but the model's mask "
+                f"token is {mask_id}; build the zero-shot release with the adapter's --mask-token"
+            )
+        load_lora(model, self.weights, str(self.weights_file))
+
+
+def read_initial_adapter(folder: Path, recipe: AdapterRecipe) -> InitialAdapter:
+    """Read an adapter to go on from; it must have the form of those that the recipe makes.
+
+    Args:
+        folder: adapter_config.json and adapter_model.safetensors, as training writes them; a release has them, too.
+        recipe: of the training that goes on.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: another rank or alpha than the recipe's, another kind of LoRA, or weights that are not finite;
+            names the file and the field or key.
+    """
+    config_file, weights_file = find_adapter_files(folder)
+    fields = read_json(config_file, ADAPTER_FIELDS)
+    for field, key in (("r", "rank"), ("lora_alpha", "alpha")):
+        found, wanted = fields.get(field, 8), getattr(recipe, key)  # 8: peft's own
+        if found != wanted:
+            raise ValueError(f"{config_file}: {field} is {found}, the recipe's {key} {wanted}; --set {key}={found}")
+    for field in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern"):
+        if fields.get(field):
+            raise ValueError(f"{config_file}: {field} is {fields[field]!r:.200}; such an adapter is not trained here")
+    weights = read_tensors(weights_file)
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{weights_file}: {name} holds NaN or infinite values")
+    rows = fields.get("trainable_token_indices")
+    rows = rows.get("embed_tokens") if isinstance(rows, dict) else rows
+    return InitialAdapter(config_file, weights_file, weights, rows or None)

@@ -69,6 +69,7 @@ def base_name(model: Any) -> str:
     if model.loaded_from.adapter is not None or base is None:
         raise ValueError(
             f"{model.config.name_or_path} holds an adapter already; training starts from a zero-shot release, as "
-            "`publish.py build --base BACKBONE --output DIR` makes one, or by another method from a backbone"
+            "`publish.py build --base BACKBONE --output DIR` makes one, or by another method from a backbone. To go on "
+            f"from its adapter, give the zero-shot release as --model and --adapter {model.config.name_or_path}"
         )
     return Path(base).name if base.startswith((".", "/")) else str(base)

@@ -24,6 +24,7 @@ COMPARED = {
     "recipe": "",
     "base": "another backbone's name: ",
     "data": "other data: ",
+    "initial_adapter": "another --adapter: ",
     "release": "another release: ",
     "backbone": "other files of the backbone: ",
 }

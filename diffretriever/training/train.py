@@ -25,7 +25,7 @@ from .batches import SampledItems
 from .candidates import world
 from .checkpoints import newest_whole, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
-from .lora import add_lora, load_lora
+from .lora import InitialAdapter, add_lora, load_lora, read_initial_adapter
 from .measuring import measure_candidates, measure_texts
 from .methods import adapted, base_name
 from .objective import ContrastiveModel
@@ -55,6 +55,7 @@ def train_adapter(
     out: Path,
     dev: Path | None = None,
     base: str | None = None,
+    initial: Path | None = None,
 ) -> Path:
     """Train one adapter; called again after an interruption, it goes on from its last checkpoint.
 
@@ -68,6 +69,7 @@ def train_adapter(
         out: the adapter's folder; working files go to <out>/state.
         dev: BEIR-style folder whose dev split is evaluated along the way.
         base: the backbone's name for adapter_config.json (default: the release's).
+        initial: folder of an adapter to go on from, as `read_initial_adapter` takes it; None: a new one.
 
     Returns:
         `out`.
@@ -79,13 +81,14 @@ def train_adapter(
         OSError: a checkpoint could not be saved; the previous one stays.
     """
     state = out / "state"
+    start = None if initial is None else read_initial_adapter(initial, recipe)
     files = PairFiles(pair_files, state)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_data(recipe, files, processes)
     items = SampledItems(files, recipe.hard_negatives, recipe.seed)
     alone = measure_candidates(items, recipe)
     task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
-    record = run_record(recipe, files, release, processes)
+    record = run_record(recipe, files, release, processes) | {"initial_adapter": start and start.sha256()}
     kept = newest_whole(state, say)
     if is_main():
         check_same_run(kept, record)
@@ -98,7 +101,7 @@ def train_adapter(
         check_same_run(kept, record)
     lengths, retriever.config.cut_in_training = measure_texts(files, retriever.texts, recipe)
     say(describe(files, recipe), *alone, *lengths)
-    model = prepare_model(retriever, recipe)
+    model = prepare_model(retriever, recipe, start)
     trainer = RetrievalTrainer(model, items, recipe, arguments, record)
     if task is not None:
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
@@ -142,13 +145,15 @@ def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
         )
 
 
-def prepare_model(retriever: Any, recipe: AdapterRecipe) -> ContrastiveModel:
+def prepare_model(retriever: Any, recipe: AdapterRecipe, start: InitialAdapter | None = None) -> ContrastiveModel:
     """Freeze the release and add LoRA: to LLaDA's head, too, as the released adapters have it, and with a row for the
-    [MASK] of a backbone that was trained without one."""
+    [MASK] of a backbone that was trained without one; new, or what `start` holds."""
     torch.manual_seed(recipe.seed)
     kind = getattr(retriever.config, "backbone_type", None)  # a DiffRetriever's; baselines read no mask and no head
     head, mask_row = kind == "llada", kind not in (None, *DIFFUSION_TYPES)
     add_lora(retriever, recipe.rank, recipe.alpha, recipe.dropout, head, mask_row)
+    if start is not None:
+        start.put_into(retriever)
     if recipe.bf16:
         leave_casts_to_autocast(retriever)
     if recipe.gradient_checkpointing:
