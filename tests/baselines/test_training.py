@@ -290,3 +290,18 @@ def test_a_run_is_resumed_and_another_method_is_refused(
     assert_same_weights(tmp_path / "broken" / "out", tmp_path / "whole" / "out")
     assert train(tmp_path / "whole", "repllama", folder, **DENSE, max_steps=2, save_steps=1) == 2
     assert "`method` 'promptreps', not 'repllama'" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.once
+def test_training_goes_on_from_an_adapter(
+    place: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, first = place("llama"), tmp_path / "first"
+    assert train(tmp_path, "repllama", model, **DENSE) == 0
+    (tmp_path / "out").rename(first)
+    assert train(tmp_path, "promptreps", model, "--adapter", str(first)) == 2
+    assert "is of method 'repllama', not 'promptreps'" in capsys.readouterr().err
+    assert train(tmp_path, "repllama", model, "--adapter", str(first), **DENSE, learning_rate=1e-12) == 0
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", first))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
