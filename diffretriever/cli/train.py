@@ -38,6 +38,7 @@ def register(commands: Any) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Run `diffretriever train`; return 128 + the signal's number where one stopped it."""
     from ..training.adapter_recipe import read_adapter_recipe
+    from ..training.lora import read_initial_adapter
     from ..training.train import Interrupted, train_adapter
 
     changes = {"method": options.method, "seed": options.seed}
@@ -53,7 +54,7 @@ def run_train(options: argparse.Namespace) -> int:
             options.output,
             options.dev,
             options.base,
-            None if options.adapter is None else _find_adapter(options.adapter),
+            None if options.adapter is None else read_initial_adapter(_find_adapter(options.adapter), recipe),
         )
     except Interrupted as stop:
         print(f"diffretriever train: {stop}", file=sys.stderr)

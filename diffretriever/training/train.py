@@ -25,7 +25,7 @@ from .batches import SampledItems
 from .candidates import world
 from .checkpoints import newest_whole, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
-from .lora import InitialAdapter, add_lora, load_lora, read_initial_adapter
+from .lora import InitialAdapter, add_lora, load_lora
 from .measuring import measure_candidates, measure_texts
 from .methods import adapted, base_name
 from .objective import ContrastiveModel
@@ -55,8 +55,8 @@ def train_adapter(
     out: Path,
     dev: Path | None = None,
     base: str | None = None,
-    initial: Path | None = None,
-) -> Path:
+    start: InitialAdapter | None = None,
+) -> None:
     """Train one adapter; called again after an interruption, it goes on from its last checkpoint.
 
     Run by several processes at once (`accelerate launch`), it spreads each batch over them.
@@ -69,10 +69,7 @@ def train_adapter(
         out: the adapter's folder; working files go to <out>/state.
         dev: BEIR-style folder whose dev split is evaluated along the way.
         base: the backbone's name for adapter_config.json (default: the release's).
-        initial: folder of an adapter to go on from, as `read_initial_adapter` takes it; None: a new one.
-
-    Returns:
-        `out`.
+        start: an adapter to go on from, of `read_initial_adapter`; None: a new one.
 
     Raises:
         FileNotFoundError, ValueError: wrong input, before the model is loaded where that can be known.
@@ -81,7 +78,6 @@ def train_adapter(
         OSError: a checkpoint could not be saved; the previous one stays.
     """
     state = out / "state"
-    start = None if initial is None else read_initial_adapter(initial, recipe)
     files = PairFiles(pair_files, state)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_data(recipe, files, processes)
@@ -109,7 +105,6 @@ def train_adapter(
     if is_main():
         save_result(retriever, recipe, out, record)
     files.close()
-    return out
 
 
 def save_result(retriever: Any, recipe: AdapterRecipe, out: Path, record: dict[str, Any]) -> None:
