@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,7 +94,10 @@ class ServedModel:
                 f"sparse_top_k is {top_k}, but {self._client.address} gives {said.sparse_top_k} weights a text."
             )
         if not given.get("content_filter", True):
-            raise ValueError(f"{self._client.address} weighs content words alone; leave out --no-content-filter.")
+            raise ValueError(
+                f"{self._client.address} weighs content words alone; leave out --no-content-filter. A store that was "
+                "encoded with it is searched by a server in the dense modes alone."
+            )
         return replace(said, dtype=dtype, sparse_top_k=top_k, options=said.options | given)
 
     def encode_batches(
@@ -143,12 +147,12 @@ class ServedModel:
                 "are not kept. Start it again as it was, or encode into another folder."
             )
         top_k = min(sparse_top_k or self.config.sparse_top_k, self.config.sparse_top_k)
-        output = DiffRetrieverOutput(
-            repr_hidden=torch.empty(len(texts), self._settings[is_query].num_masks, self.config.hidden_size)
-        ).on_side(is_query)
+        zeros = partial(torch.zeros, device="cpu")
+        shape = len(texts), self._settings[is_query].num_masks, self.config.hidden_size
+        output = DiffRetrieverOutput(repr_hidden=zeros(shape, dtype=torch.float32)).on_side(is_query)
         if compute_sparse:
-            output["sparse_indices"] = torch.zeros(len(texts), top_k, dtype=torch.long)
-            output["sparse_values"] = torch.zeros(len(texts), top_k)
+            output["sparse_indices"] = zeros((len(texts), top_k), dtype=torch.int64)
+            output["sparse_values"] = zeros((len(texts), top_k), dtype=torch.float32)
         for row, (text, found) in enumerate(zip(prepared, answer["vectors"], strict=True)):
             try:
                 self._take(output, row, found)
@@ -168,8 +172,8 @@ class ServedModel:
         if "sparse_indices" not in output:
             return
         top_k = output["sparse_indices"].shape[1]
-        indices = torch.tensor(found["sparse"]["indices"][:top_k], dtype=torch.long)
-        values = torch.tensor(found["sparse"]["values"][:top_k], dtype=torch.float32)
+        indices = torch.tensor(found["sparse"]["indices"][:top_k], dtype=torch.int64, device="cpu")
+        values = torch.tensor(found["sparse"]["values"][:top_k], dtype=torch.float32, device="cpu")
         if len(indices) != len(values):
             raise ValueError(f"{len(indices)} token ids with {len(values)} weights")
         if not bool(((indices >= 0) & (indices < self._settings[True].vocab_size)).all()):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from served import Handler, PlainEngine, Served, serving
-from store_helpers import folder_bytes, made_up_texts, silent, write_jsonl
+from store_helpers import folder_bytes, made_up_texts, other_defaults, silent, write_jsonl
 
 from diffretriever.cli.main import main
 from diffretriever.encode.encode_store import encode_store
@@ -87,6 +87,18 @@ def assert_same(found: Store, expected: Store) -> None:
         assert torch.allclose(one.repr_hidden, other.repr_hidden, atol=2e-6)
         assert torch.equal(one.sparse_indices, other.sparse_indices)
         assert torch.allclose(one.sparse_values, other.sparse_values, atol=5e-6)
+
+
+def test_another_default_device_and_dtype_of_torch(server: Served) -> None:
+    model, texts = served(server), ["a quiet river", "the light of the sea"]
+    expected = model.encode_texts(texts, True)
+    answer = model._client.ask(server.asked[-1][1]["data"])
+    model._client.ask = lambda data: answer  # type: ignore[method-assign]  # the server is another process
+    with other_defaults():
+        found = model.encode_texts(texts, True)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
 
 
 @pytest.mark.parametrize("is_query", [False, True])
@@ -219,7 +231,10 @@ def test_the_text_that_a_server_refuses_is_named(server: Served, corpus: Path, t
     [
         (401, r"refused the request: 401 no\. Is VLLM_API_KEY set, and right\?"),
         (404, r"refused the request: 404 no\. Is this vLLM, started on a folder of `diffretriever export-vllm`"),
-        (413, r"refused the request: 413 no\. Give a smaller --tokens-per-batch"),
+        (
+            413,
+            r"refused the request: 413 no\. `diffretriever encode` sends less at once with a smaller --tokens-per",
+        ),
     ],
 )
 def test_a_refusal_that_stays_is_told_at_once(status: int, told: str, server: Served) -> None:
