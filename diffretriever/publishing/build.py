@@ -415,7 +415,7 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     if release.is_local and not (SOURCE / release.adapter).is_dir():
         raise FileNotFoundError(
             f"build: {release_name} is made of {release.base} in DiffRetriever's source tree, which is not installed "
-            "with the package; run publish.py in a checkout, or give --base and --adapter."
+            "with the package; run publish.py in a checkout, or give `publish build` --base and --adapter."
         )
     if release.is_local and not (SOURCE / release.base).is_dir():
         raise FileNotFoundError(

@@ -105,7 +105,7 @@ class TextClient:
         if status in UNAUTHORISED:
             hint = f" Is {KEY_VARIABLE} set, and right?"
         elif status == TOO_LARGE:
-            hint = " Give a smaller --tokens-per-batch."
+            hint = " `diffretriever encode` sends less at once with a smaller --tokens-per-batch."
         elif status == NOT_THERE:
             hint = " Is this vLLM, started on a folder of `diffretriever export-vllm` with this package installed?"
         return EngineError(f"{self.address}: the server refused the request: {status} {words}.{hint}")

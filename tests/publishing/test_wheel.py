@@ -149,4 +149,4 @@ def test_the_package_works_alone(installed: Path, tmp_path: Path) -> None:
     assert {hit["id"] for hit in answer["hits"]} == {"a", "b"}
     assert (tmp_path / "trained" / "adapter_model.safetensors").is_file()
     assert f"{tiny} is made of checkpoints/llada-tiny in DiffRetriever's source tree" in said
-    assert "run publish.py in a checkout, or give --base and --adapter" in said
+    assert "run publish.py in a checkout, or give `publish build` --base and --adapter" in said
