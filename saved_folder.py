@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "diffretriever"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -61,11 +59,11 @@ def replacing(folder: Path) -> Iterator[Path]:
         raise
 
 
-def whole_state(state: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+def whole_state(state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Return the weights that a save writes, each a tensor of its own: a file has no room for a tied head.
 
     Args:
-        state: of the model, its adapters merged.
+        state: {name: tensor} of the model, its adapters merged.
         shapes: {name: shape} of `parameter_shapes`.
 
     Raises:
@@ -151,7 +149,7 @@ def _exchange(made: Path, folder: Path, aside: Path, earlier: set[str] | None) -
         if earlier is None or (name.endswith(".safetensors") and name not in earlier):
             raise ValueError(f"{folder / name} was not written by an earlier save, and is not overwritten.")
     for name in names:
-        _flush(made / name)
+        sync(made / name)
     stale = {name for name in earlier or () if (folder / name).exists()} - set(taken)
     moves = [(folder / name, aside / name) for name in (*reversed(taken), *sorted(stale))]  # config.json first
     moves += [(made / name, folder / name) for name in names]
@@ -161,16 +159,16 @@ def _exchange(made: Path, folder: Path, aside: Path, earlier: set[str] | None) -
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
             done.append((source, target))
-        _flush(folder)
+        sync(folder)
     except BaseException:
         for source, target in reversed(done):
             os.replace(target, source)
         raise
 
 
-def _flush(place: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    if place.is_dir() and os.name == "nt":  # Windows opens no folders
+def sync(place: Path) -> None:
+    """Force a file's content, or a folder's names, to the disk, where the system and the filesystem have that."""
+    if os.name != "posix":  # Windows opens no folders, and forces no file that is opened for reading
         return
     handle = os.open(place, os.O_RDONLY)
     try:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..model.saved_folder import sync
 from .locks import create_locked, machine_name, remove_if_free
 from .removal import refuse_link, remove_file, remove_folder
 
@@ -21,7 +22,6 @@ TEMPORARY = ".unfinished-"  # begins the name of every file that is still being 
 _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}.+-([0-9a-f]{{8}})-[0-9a-f]{{12}}", re.DOTALL)
 BLOCK = 8 * 1024 * 1024  # bytes handed to one write
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of folders, on network drives
 FORGOTTEN = 86400.0  # seconds after which a half-written file counts as left behind where locks do not tell
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -154,20 +154,6 @@ def publish_folder(made: Path, place: Path) -> None:
         raise
     sync(place.parent)
     remove_folder(old)
-
-
-def sync(path: Path) -> None:
-    """Force a file's content, or a folder's names, to the disk, where the system and the filesystem have that."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NO_SYNC or not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -107,6 +109,19 @@ def test_a_filesystem_that_cannot_force_a_folders_names(
 
     monkeypatch.setattr(os, "fsync", refuse)
     load_release("tiny-llada", "llada-q4p4").save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").is_file()
+
+
+def test_a_system_that_forces_no_file_opened_for_reading(load_release: Load, tmp_path: Path) -> None:
+    """As Windows."""
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    windows = SimpleNamespace(**{**vars(os), "name": "nt", "fsync": refuse})
+    model = load_release("tiny-llada", "llada-q4p4")
+    with mock.patch.dict(type(model).save_pretrained.__globals__["copy_files"].__globals__, {"os": windows}):
+        model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "config.json").is_file()
 
 
