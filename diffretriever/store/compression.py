@@ -25,7 +25,7 @@ from ..files.install import install_hint
 from ..files.lines import read_object
 from ..model.scoring import LEAST_LENGTH, Memory, PreparedQueries, check_width
 from ..progress import progress_bar
-from .manifest import MANIFEST_FILE, Manifest, ShardEntry
+from .manifest import LARGEST, MANIFEST_FILE, Manifest, ShardEntry
 from .segments import Rows, existing
 from .shard_file import DamagedShardError, ShardFile, write_shard
 from .store import Shard, Store, check_entry, check_tensors, entry_of, refuse_damaged
@@ -222,7 +222,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         if (folder / CODEBOOK_FILE).is_file():
             raise ValueError(f"{folder}: not finished; run the same `diffretriever compress` command again.")
         return None
-    content = read_object(file)
+    content = read_object(file, LARGEST)
     return content if content.get("format") == FORMAT else None
 
 

@@ -72,6 +72,13 @@ def test_eight_times_smaller(store: Store, small: Store) -> None:
     assert (small.folder / "codebook.safetensors").stat().st_size < 256 * WIDTH * 4 + 2000
 
 
+def test_a_store_may_have_a_manifest_larger_than_other_json(
+    store: Store, small: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.read_object, "__defaults__", (500,))  # bytes, for 256 MiB
+    assert [len(open_store(which.folder)) for which in (store, small)] == [500, 500]
+
+
 def test_another_default_device_and_dtype_of_torch(store: Store, small: Store, tmp_path: Path) -> None:
     asked, expected = queries(), Searcher(small).search(queries(), "multi_dense", 10)
     names = ["p0", "p1"]
