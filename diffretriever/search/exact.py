@@ -99,6 +99,9 @@ class ExactEngine:
         groups = [self._prepare(part, kind) for part in queries.batches(batch)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
         rank_range = partial(self._rank_range, groups, kind, top_k)
+        if rows_at_once(groups[0]):
+            lengths = self._lengths if kind == "single_dense" else None  # here: threads would each make their own
+            rank_range = partial(self._rank_few, groups[0], lengths, top_k)
         with closing(run_side_by_side(rank_range, self._ranges(), self._workers())) as found:
             for _, parts in found:
                 for kept, part in zip(best, parts, strict=True):
@@ -124,8 +127,6 @@ class ExactEngine:
 
     def _rank_range(self, groups: Sequence[PreparedQueries], kind: str, top_k: int, positions: range) -> list[TopK]:
         """Rank consecutive passages for groups of queries."""
-        if rows_at_once(groups[0]):
-            return [self._rank_few(groups[0], kind, top_k, positions)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
         with self._workspace() as workspace:
             for segment, start, stop in self._blocks(positions, groups[0]):
@@ -136,18 +137,20 @@ class ExactEngine:
                     kept.update(maxsim(vectors, mask, group, workspace.take), segment.offset + start)
         return best
 
-    def _rank_few(self, queries: PreparedQueries, kind: str, top_k: int, positions: range) -> TopK:
-        """Rank consecutive passages for a few queries on a CPU."""
+    def _rank_few(
+        self, queries: PreparedQueries, known: torch.Tensor | None, top_k: int, positions: range
+    ) -> list[TopK]:
+        """Rank consecutive passages for a few queries on a CPU; `known` is `_lengths` for means, else None."""
         best = TopK(len(queries), top_k)
         with self._workspace() as workspace:
             for segment, start, stop in self._blocks(positions, queries):
                 lengths = None
-                if kind == "single_dense":  # first: what it may have to read is then still near
-                    lengths = self._lengths_between(segment, start, stop, workspace)
+                if known is not None:  # first: what it may have to read is then still near
+                    lengths = self._lengths_between(known, segment, start, stop, workspace)
                 products = segment.similarities(slice(start, stop), queries, workspace.take)
                 scores = _scores(products, self._mask(segment, start, stop), lengths, stop - start, queries, workspace)
                 best.update(scores, segment.offset + start)
-        return best
+        return [best]
 
     @cached_property
     def _lengths(self) -> torch.Tensor:
@@ -155,9 +158,11 @@ class ExactEngine:
         with torch.inference_mode(False):  # see `Workspace.take`
             return torch.full((self._length,), torch.nan, dtype=torch.float32, device="cpu")
 
-    def _lengths_between(self, segment: Segment, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
+    def _lengths_between(
+        self, known: torch.Tensor, segment: Segment, start: int, stop: int, workspace: Workspace
+    ) -> torch.Tensor:
         """Return the lengths of the sums of passages' vectors, float32 [p]; they are computed once."""
-        lengths = self._lengths[segment.offset + start : segment.offset + stop]
+        lengths = known[segment.offset + start : segment.offset + stop]
         if lengths.isnan().any():
             step = max(1, CPU_FEW_BLOCK_NUMBERS // segment.block(0, 1).numel())  # fewer than are ranked at once
             for first, part in zip(range(start, stop, step), lengths.split(step), strict=True):
@@ -168,10 +173,11 @@ class ExactEngine:
         self, wanted: torch.Tensor, held: Sequence[tuple[Segment, torch.Tensor]], mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the same of the passages at rising positions."""
-        if self._lengths[wanted].isnan().any():
+        known = self._lengths
+        if known[wanted].isnan().any():
             vectors = torch.cat([segment.rows(rows).to(self.device) for segment, rows in held])
-            self._lengths[wanted] = sum_lengths(vectors, mask)
-        return self._lengths[wanted]
+            known[wanted] = sum_lengths(vectors, mask)
+        return known[wanted]
 
     def _workers(self) -> int:
         """Return how many ranges of passages are ranked at the same time."""
