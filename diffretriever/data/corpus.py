@@ -64,8 +64,7 @@ def read_small_corpus(source: str | Path) -> Iterator[Passage]:
     Raises:
         As `read_corpus`; also ValueError for an id that occurs twice.
     """
-    for where, record in _each_once(source, "corpus"):
-        yield Passage(_id_of(record, where), _text_of(record, where))
+    yield from (Passage(name, text) for name, text in _each_once(source, "corpus"))
 
 
 def read_queries(source: str | Path) -> Iterator[Query]:
@@ -74,19 +73,18 @@ def read_queries(source: str | Path) -> Iterator[Query]:
     Raises:
         As `read_corpus`; also ValueError for an id that occurs twice.
     """
-    for where, record in _each_once(source, "queries"):
-        yield Query(_id_of(record, where), _text_of(record, where))
+    yield from (Query(name, text) for name, text in _each_once(source, "queries"))
 
 
-def _each_once(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield records as `_records` does; refuse an id that occurs twice."""
+def _each_once(source: str | Path, kind: str) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of each record; refuse an id that occurs twice."""
     seen: dict[str, str] = {}
     for where, record in _records(source, kind):
         name = _id_of(record, where)
         if name in seen:
             raise ValueError(f"{where}: the id {name!r:.80} is already that of {seen[name]}; ids must differ.")
         seen[name] = where
-        yield where, record
+        yield name, _text_of(record, where)
 
 
 def _records(source: str | Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
