@@ -11,6 +11,8 @@ passages' weights and terms that weigh 1: its time is that of its own way of add
 from __future__ import annotations
 
 import argparse
+import atexit
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -116,6 +118,7 @@ def by_seismic(indices: torch.Tensor, values: torch.Tensor) -> Ask:
 def by_qdrant(indices: torch.Tensor, values: torch.Tensor) -> Ask:
     """Return Qdrant's engine in a folder."""
     folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     nothing = torch.ones(len(indices), 1, 1, dtype=torch.float16)
     upload({"repr_hidden": nothing, "sparse_indices": indices, "sparse_values": values}, folder, "peer")
     searcher = Searcher(QdrantEngine(folder, "peer"))

@@ -214,6 +214,7 @@ def measure_memory(model: Any, options: argparse.Namespace) -> None:
     for size in options.sizes:
         if len(options.sizes) > 1:
             command = [sys.executable, __file__, "memory", "--model", options.model, "--sizes", str(size)]
+            command += ["--device", options.device]
             print(
                 subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1], flush=True
             )
