@@ -155,13 +155,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file} has format {record.get('format')!r}, this publish.py reads format {FORMAT}; build it again."
         )
-    missing = {"release", "repo_id", "backbone", "files", "libraries", "fingerprint"} - record.keys()
-    if missing:
-        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; build the release again.")
-    fingerprint = record["fingerprint"]
-    if not (fingerprint is None or (isinstance(fingerprint, dict) and {"dtype", "texts"} <= fingerprint.keys())):
-        raise ValueError(f"{file}: `fingerprint` must be null or hold dtype and texts; build the release again.")
-    fill(_Record, record, str(file), others=True)
+    try:
+        fill(_Record, record, str(file), others=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; build the release again.") from error
     check_repo_id(f"{file}: `repo_id`", record["repo_id"])
     return record
 
