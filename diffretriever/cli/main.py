@@ -81,11 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see `exit_status`.
     """
-    open_what_is_closed()
-    replace_what_cannot_be_shown()  # before the parser, which may print a help
-    wait_asleep()  # as well: it may look for a device
+    prepare_process()
     options = build_parser().parse_args(arguments)
     return run(options, f"diffretriever {options.command}")
+
+
+def prepare_process() -> None:
+    """Do what comes before the parser, which may print a help or look for a device."""
+    open_what_is_closed()
+    replace_what_cannot_be_shown()
+    wait_asleep()
 
 
 @contextmanager

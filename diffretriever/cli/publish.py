@@ -14,7 +14,7 @@ from ..publishing import hub
 from ..publishing.releases import MAIN, RELEASES
 from ..search.modes import MODES
 from .arguments import RESUMED, add_command, usable_device
-from .console import no_loading_bars, open_what_is_closed, replace_what_cannot_be_shown
+from .console import no_loading_bars
 from .exit_status import DONE, IN_WORDS, WRONG_INPUT
 from .parser import Parser
 
@@ -275,10 +275,9 @@ def _refusals(job: Job, options: argparse.Namespace) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `publish.py` and return the exit status."""
-    from .main import run
+    from .main import prepare_process, run
 
-    open_what_is_closed()
-    replace_what_cannot_be_shown()
+    prepare_process()
     parser = Parser(prog=PROGRAM, description="Build, check and push DiffRetriever releases.", epilog=IN_WORDS)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} of diffretriever {__version__}")
     add_commands(parser)
