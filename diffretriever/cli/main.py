@@ -107,7 +107,7 @@ def interrupted_when_terminated() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)  # None: a C library's
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)  # None: a C library's
 
 
 def run(options: argparse.Namespace, program: str) -> int:

@@ -119,7 +119,7 @@ def connection(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    stop = signal.getsignal(signal.SIGTERM)
+    stop = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL  # None: a C library's
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address, include_dashboard=None if address else False, **options)

@@ -166,7 +166,8 @@ class StopOnSignal(TrainerCallback):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the signals while training."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        # `or`: of a C library's handler Python knows nothing, and cannot set it again
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
         for number in before:
             signal.signal(number, self._note)
         try:

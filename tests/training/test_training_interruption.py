@@ -89,6 +89,18 @@ def test_a_second_sigterm_does_not_kill() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_handler_that_python_did_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where R, or another program in C, has Python within it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    try:
+        with trainer.StopOnSignal().listening():
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def die_at(target: Any, name: str, call: int) -> Callable[[], None]:
     """Arranges that the process is killed at the n-th call of a function."""
 
