@@ -23,8 +23,9 @@ WINDOW = 8192  # texts that are sorted by length at a time
 FIRST_WINDOW = 512  # of a device that waits for it; each next one is four times as long
 AHEAD = 2  # batches that a device has to do while the host works on the results of an earlier one
 _MODES = Lock()  # over the modes of all models
-_THREADS = Lock()  # over the runs side by side of all threads
-_running: list[int] = []  # of each of these, torch's threads before the first of them
+# Over the runs side by side of all threads and releases, which may each have this module once more, and torch's threads
+# before the first of these runs, once for each.
+_THREADS, _running = vars(torch).setdefault("_diffretriever_running", (Lock(), []))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffretriever.model import batching
 from diffretriever.model.batching import count_workers, run_side_by_side
 
 TEXTS = [f"passage {number} " + "about water, light and energy " * (number % 7) for number in range(40)]
@@ -56,9 +58,11 @@ def test_the_threads_are_as_before(four_threads: None) -> None:
         assert pool.submit(torch.get_num_threads).result() == 4
 
 
-def test_the_threads_are_as_before_when_two_callers_overlap(four_threads: None) -> None:
+@pytest.mark.parametrize("code", ["the same", "a release's own"])
+def test_the_threads_are_as_before_when_two_callers_overlap(code: str, four_threads: None) -> None:
     """The second run begins with the first one's share, and would leave that to the process."""
     begun, ended = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    other = run_side_by_side if code == "the same" else runpy.run_path(str(batching.__file__))["run_side_by_side"]
 
     def work(rows: list[int]) -> None:
         begun[rows[0]].set()
@@ -66,8 +70,8 @@ def test_the_threads_are_as_before_when_two_callers_overlap(four_threads: None) 
 
     with ThreadPoolExecutor(2) as pool:
         runs = []
-        for caller in (0, 1):
-            runs.append(pool.submit(lambda rows: list(run_side_by_side(work, [rows, rows], workers=2)), [caller]))
+        for caller, run in enumerate((run_side_by_side, other)):
+            runs.append(pool.submit(lambda run, rows: list(run(work, [rows, rows], workers=2)), run, [caller]))
             assert begun[caller].wait(timeout=30)
         for caller in (0, 1):
             ended[caller].set()
