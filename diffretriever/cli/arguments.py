@@ -111,16 +111,21 @@ def count_or_none(text: str) -> int:
 
 
 def usable_device(text: str) -> str:
-    """Return the device that an argument names, where this machine has it; "auto" is left to the model's loading."""
+    """Return the device that an argument names, where this machine has it."""
     import torch
 
     try:
-        if text != "auto" and torch.empty(0, device=text).is_meta:
+        if torch.empty(0, device=text).is_meta:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         words = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"no such device on this machine: {text!r:.80} ({words:.200})") from error
     return text
+
+
+def usable_device_or_auto(text: str) -> str:
+    """Return the same, or "auto", which the model's loading reads."""
+    return text if text == "auto" else usable_device(text)
 
 
 def add_recipe_option(parser: Any, part: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_command, usable_device
+from .arguments import add_command, usable_device_or_auto
 from .exit_status import DONE
 from .load_model import DTYPES, add_length_options, add_mask_options, add_trust_option, lengths_of, load_model
 
@@ -24,7 +24,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--revision", help="of the release on the Hub")
     told = "of the written weights (default: %(default)s, as they are stored)"
     parser.add_argument("--dtype", dest="model_dtype", choices=("auto", *DTYPES), default="auto", help=told)
-    parser.add_argument("--device", type=usable_device, help="where the adapter is merged (default: as `encode`)")
+    parser.add_argument(
+        "--device", type=usable_device_or_auto, help="where the adapter is merged (default: as `encode`)"
+    )
     add_trust_option(parser)
     add_mask_options(parser)
     add_length_options(parser)

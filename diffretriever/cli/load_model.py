@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..files.lines import read_object
 from ..publishing.hub import find_folder
 from ..search.modes import MODES, SPARSE
-from .arguments import count, seconds, usable_device
+from .arguments import count, seconds, usable_device_or_auto
 from .console import no_loading_bars
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
         choices=DTYPES,
         help="to run the model in (default: bfloat16 on a GPU and a CPU with AMX, else float32)",
     )
-    parser.add_argument("--device", type=usable_device, help=where)
+    parser.add_argument("--device", type=usable_device_or_auto, help=where)
     add_trust_option(parser)
 
 

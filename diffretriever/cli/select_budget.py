@@ -97,7 +97,7 @@ def _run_adaptive(options: argparse.Namespace, method: str) -> int:
     print(table_text(found["table"]))
     print(to_text(found))
     del model
-    write_table(folder, found["table"], options.device or "cpu")
+    write_table(folder, found["table"], "cpu" if options.device in (None, "auto") else options.device)
     print(
         f"{folder / 'config.json'}: `query_budget_table` is written; a K_q given when the release is loaded "
         "(num_query_masks, --num-query-masks) stands in for it, and the passages' stores stay as they are."

@@ -20,7 +20,7 @@ def register(commands: Any) -> None:
     what = "train a LoRA adapter for retrieval on a frozen backbone"
     parser = add_command(commands, "train", what, run_train, again=RESUMED)
     add_recipe_option(parser, "training")
-    parser.add_argument("--model", required=True, help="a release without an adapter, or a backbone: folder or id")
+    parser.add_argument("--model", required=True, help="a release without an adapter; with --method, a backbone")
     add_method_option(parser)
     told = "an adapter to go on from, or a release that holds one: folder or Hub id (default: a new adapter)"
     parser.add_argument("--adapter", help=told)

@@ -228,3 +228,10 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(
     with pytest.raises(SystemExit, match="2"):
         main([*command.split(), "--device", device])
     assert f"argument --device: no such device on this machine: {device!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build name --output o", "check r", "push name --org o"])
+def test_a_single_device_is_no_spreading(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["publish", *command.split(), "--device", "auto"])
+    assert "argument --device: no such device on this machine: 'auto'" in capsys.readouterr().err
