@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SHIPPED = "diffretriever-llada-tiny-multi-q4-p4"
 PORT = 7860
+HITS, PAGE_HITS = 3, 10
 LEGEND = "fused scores stand before ids; [words in brackets] are the question's as well"
 
 
@@ -32,7 +33,7 @@ this machine can see. Nothing is written."""
     parser.add_argument("passages", type=Path, metavar="FILE", help=what)
     parser.add_argument("question", nargs="*", help="one or more questions (default: they are read, a line each)")
     add_model_options(parser, f"a release: Hub id or folder (default: {SHIPPED}, of the source tree)", default=None)
-    parser.add_argument("--top-k", type=count, default=3, help="passages a question (default: %(default)s)")
+    parser.add_argument("--top-k", type=count, help=f"passages a question (default: {HITS}, on the page {PAGE_HITS})")
     parser.add_argument(
         "--fusion-weight", type=float, default=0.5, help="the dense share of the fused score (default: %(default)s)"
     )
@@ -64,12 +65,13 @@ def run_demo(options: argparse.Namespace) -> int:
     if options.web:
         from .page import serve
 
-        serve(explainer, about, options.port)
+        serve(explainer, about, options.port, options.top_k or PAGE_HITS, options.fusion_weight)
         return DONE
     columns = shutil.get_terminal_size().columns
     print(f"{about}\n{LEGEND}\n", flush=True)
     for question in options.question or read_questions(str(options.passages)):
-        print(*explanation_lines(explainer.explain(question, options.top_k, options.fusion_weight), columns), sep="\n")
+        found = explainer.explain(question, options.top_k or HITS, options.fusion_weight)
+        print(*explanation_lines(found, columns), sep="\n")
         print(flush=True)
     return DONE
 

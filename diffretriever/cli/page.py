@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..search.explain import Explainer, Explanation
 
 LOOPBACK = "127.0.0.1"
-HITS = 10
 # A browser that keeps to this runs no script and fetches nothing, whatever stood in the page.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'self'; base-uri 'none'; "
@@ -85,14 +84,16 @@ class PageServer(socketserver.ThreadingTCPServer):
         explainer: what is searched.
         about: what it is, for the page.
         port: 0 takes a free one.
+        top_k: passages a question.
+        weight: the dense scores' share where a question does not say it.
     """
 
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, explainer: Explainer, about: str, port: int) -> None:
+    def __init__(self, explainer: Explainer, about: str, port: int, top_k: int, weight: float) -> None:
         super().__init__((LOOPBACK, port), _Handler)
-        self.explainer, self.about = explainer, about
+        self.explainer, self.about, self.top_k, self.weight = explainer, about, top_k, weight
         self.asking = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -122,10 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         fields = parse_qs(address.query)
-        question, weight = fields.get("q", [""])[0].strip(), _share(fields.get("dense", [""])[0])
+        question, weight = fields.get("q", [""])[0].strip(), _share(fields.get("dense", [""])[0], self.server.weight)
         try:
             with self.server.asking:
-                found = self.server.explainer.explain(question, HITS, weight) if question else None
+                found = self.server.explainer.explain(question, self.server.top_k, weight) if question else None
         except EXPECTED as error:  # a damaged store
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
             return
@@ -143,23 +144,23 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep questions out of the terminal."""
 
 
-def _share(text: str) -> float:
-    """Return the number from 0 to 1 that a field holds, else the middle."""
+def _share(text: str, usual: float) -> float:
+    """Return the number from 0 to 1 that a field holds, else the usual one."""
     try:
         found = float(text)
     except ValueError:
-        return 0.5
-    return found if 0.0 <= found <= 1.0 else 0.5
+        return usual
+    return found if 0.0 <= found <= 1.0 else usual
 
 
-def serve(explainer: Explainer, about: str, port: int) -> None:
-    """Serve the page until Ctrl-C.
+def serve(explainer: Explainer, about: str, port: int, top_k: int, weight: float) -> None:
+    """Serve the page until Ctrl-C; see `PageServer`.
 
     Raises:
         ValueError: the port is another program's, or none that this user may take.
     """
     try:
-        server = PageServer(explainer, about, port)
+        server = PageServer(explainer, about, port, top_k, weight)
     except (OSError, OverflowError) as error:
         raise ValueError(f"--port {port}: {LOOPBACK} cannot be listened to there ({error}); give another.") from error
     with server:

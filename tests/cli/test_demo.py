@@ -6,6 +6,7 @@ import io
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_what_does_not_go(
 
 @pytest.fixture(scope="module")
 def server(explainer: Explainer) -> Iterator[PageServer]:
-    with PageServer(explainer, "notes <1>", 0) as server:
+    with PageServer(explainer, "notes <1>", 0, top_k=10, weight=0.5) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -260,15 +261,23 @@ def test_a_browser_that_goes_away_leaves_no_trace(
 
 def test_a_port_that_is_taken_is_told(server: PageServer, explainer: Explainer) -> None:
     with pytest.raises(ValueError, match=rf"--port {server.port}: 127\.0\.0\.1 .*give another"):
-        serve(explainer, "notes", server.port)
+        serve(explainer, "notes", server.port, 10, 0.5)
 
 
-def test_the_page_ends_by_ctrl_c(
+def test_the_page_is_as_the_options_say_and_ends_by_ctrl_c(
     notes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: PageServer) -> None:
+    pages: list[str] = []
+
+    def answer_one(self: PageServer) -> None:
+        with ThreadPoolExecutor(1) as browser:
+            page = browser.submit(get, self, "/?q=chess")
+            self.handle_request()
+            pages.append(page.result()[1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PageServer, "serve_forever", stop)
-    assert run(notes, "--web", "--port", 0) == 0
+    monkeypatch.setattr(PageServer, "serve_forever", answer_one)
+    assert run(notes, "--web", "--port", 0, "--top-k", 2, "--fusion-weight", 0.7) == 0
+    assert 'value="0.7"' in pages[0]
+    assert pages[0].count(" · dense ") == 2
     assert re.match(r"http://127\.0\.0\.1:\d+ shows .*notes\.txt: 3 passages", capsys.readouterr().out)
