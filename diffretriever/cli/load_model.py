@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -168,12 +168,21 @@ def load_encoder(options: argparse.Namespace, **settings: Any) -> Any:
             raise ValueError("say who encodes: --model RELEASE, or --server URL.")
         return load_model(options, **settings)
     given = {name: getattr(options, name) for name in ("model", *CHOSEN_AT_THE_START)} | settings
-    if wrong := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]:
+    if wrong := flags_of(given):
         raise ValueError(f"--server runs a model as it was exported and started; leave out {', '.join(wrong)}.")
     from ..serving.client import TextClient
     from ..serving.served_model import ServedModel
 
     return ServedModel(TextClient(options.server, options.retry_for))
+
+
+def flags_of(values: Mapping[str, Any]) -> list[str]:
+    """Return the options that were given, as they are typed.
+
+    >>> flags_of({"model_dtype": "float32", "adapter": None, "trust_remote_code": False})
+    ['--model-dtype']
+    """
+    return [f"--{name.replace('_', '-')}" for name, value in values.items() if value not in (None, False)]
 
 
 def check_model(options: argparse.Namespace) -> str:

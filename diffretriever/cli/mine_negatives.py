@@ -10,9 +10,19 @@ from typing import Any
 from ..search.modes import MODES
 from .arguments import add_command, count, count_or_none
 from .exit_status import DONE
-from .load_model import RELEASE, add_batch_option, add_model_options, check_model, choose_modes, load_model
+from .load_model import (
+    CHOSEN_AT_THE_START,
+    RELEASE,
+    add_batch_option,
+    add_model_options,
+    check_model,
+    choose_modes,
+    flags_of,
+    load_model,
+)
 
 BM25 = "bm25"
+OF_A_RELEASE = (*CHOSEN_AT_THE_START, "device", "store", "tokens_per_batch")  # BM25 would pass them over
 
 
 def register(commands: Any) -> None:
@@ -42,6 +52,8 @@ def run_mine(options: argparse.Namespace) -> int:
     draws = Draws(options.negatives, options.depth, options.skip, options.seed)
     if options.model != BM25:
         choose_modes(check_model(options), [options.mode])  # before the data is read
+    elif wrong := flags_of({name: getattr(options, name) for name in OF_A_RELEASE}):
+        raise ValueError(f"BM25 has no {', '.join(wrong)}; say which release with --model, or leave that out.")
     files = PairFiles(options.pairs, options.output.parent)
     with nullcontext(options.corpus) if options.corpus else passages_of(files) as corpus:
         if options.model == BM25:

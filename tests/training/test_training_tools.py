@@ -95,6 +95,8 @@ def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "--depth 5 leaves fewer than --negatives 4 after --skip 2; raise it" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path), "--model", "not/there"]) == 2  # before the model is looked for
     assert f"Is a directory: '{tmp_path}'" in capsys.readouterr().err
+    assert main([*command, "--adapter", "runs/adapter", "--tokens-per-batch", "64"]) == 2  # BM25 would do without
+    assert "BM25 has no --adapter, --tokens-per-batch; say which release with --model" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(SystemExit):
         main([*command, "--negatives", "none"])
