@@ -17,12 +17,14 @@ from .console import check_questions, json_line, read_questions
 from .display import result_lines
 from .exit_status import DONE
 from .load_model import (
+    CHOSEN_AT_THE_START,
     RELEASE,
     add_model_options,
     add_server_options,
     check_encoder,
     check_model,
     choose_modes,
+    flags_of,
     load_encoder,
     ready_for_questions,
 )
@@ -120,8 +122,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--run-file needs --queries STORE, for the queries' ids.")
     if options.queries is None and options.model is None and options.server is None:
         raise ValueError("questions need --model, the release that encoded the passages, or --server, which serves it.")
-    if options.server is not None and options.queries is not None and (options.queries / MANIFEST_FILE).is_file():
-        raise ValueError(f"{options.queries} is a store, whose queries are encoded; leave out --server.")
+    if options.queries is not None and (options.queries / MANIFEST_FILE).is_file():
+        names = ("server", "model", *CHOSEN_AT_THE_START, "num_query_masks")
+        if wrong := flags_of({name: getattr(options, name) for name in names}):
+            raise ValueError(f"{options.queries} is a store, whose queries are encoded; leave out {', '.join(wrong)}.")
 
 
 def _queries(options: argparse.Namespace) -> Any:

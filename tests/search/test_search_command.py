@@ -236,6 +236,8 @@ def test_a_run_file_from_a_store_of_queries(
     assert results[0][0].id == results.ids[0][0]
     file.unlink()
     monkeypatch.setattr(Searcher, "search", lambda *_, **__: pytest.fail("it was searched"))
+    assert run(*given, "--model", RELEASE, "--num-query-masks", 2) == 2
+    assert "whose queries are encoded; leave out --model, --num-query-masks." in capsys.readouterr().err
     for place, side, told in ((2, "store", "the passage id 'p 1'"), (4, "queries", "the query id 'q 1'")):
         assert run(*given[:place], spaced / side, *given[place + 1 :]) == 2
         assert f"{told} cannot stand in a TREC run file" in capsys.readouterr().err
