@@ -158,7 +158,8 @@ def _searcher(options: argparse.Namespace) -> Searcher:
         return Searcher(engine, fusion=options.fusion)
     store = open_store(options.store)
     if options.run_file is not None:
-        check_run_ids(store.ids(), "passage")
+        ids = (name for shard in store.shards() for name in shard.file.strings("ids"))  # which `shard.ids` would keep
+        check_run_ids(ids, "passage")
     device = None if options.device == "auto" else options.device  # which spreads a model
     return Searcher(store, fusion=options.fusion, device=device, in_memory=options.in_memory)
 
