@@ -243,8 +243,8 @@ def check_entry(folder: Path, entry: ShardEntry) -> ShardFile:
     if file.size != entry.size or file.header_sha256 != entry.header_sha256:
         raise DamagedShardError(
             f"{file.path}: the shard is not the one that the manifest names (header hash {file.header_sha256[:12]}, "
-            f"expected {entry.header_sha256[:12]}); its `diffretriever encode` command, run again, mends the store; what "
-            "another command made must be made anew."
+            f"expected {entry.header_sha256[:12]}); its `diffretriever encode` command, run again, mends the store; "
+            "what another command made must be made anew."
         )
     return file
 
