@@ -179,10 +179,12 @@ METHODS = (CHECKPOINTS / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("number", range(README.count("```python\n")))
 def test_the_readmes_python_blocks(
-    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each runs as written, from the top of the tree, puts the right passage first, and prints what a comment says."""
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
+    if "smollm2" in block:
+        request.getfixturevalue("smollm2")
     monkeypatch.chdir(ROOT)
     exec(block, {"__name__": "__main__"})
     printed, said = (
