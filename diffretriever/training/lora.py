@@ -101,18 +101,16 @@ class InitialAdapter:
 
     Args:
         config_file, weights_file: where it was read from.
+        sha256: of the file of weights.
         weights: float32 or another dtype, by their original names.
         mask_rows: ids of the tokens whose rows of the embedding it brings; None where it brings none.
     """
 
     config_file: Path
     weights_file: Path
+    sha256: str
     weights: Mapping[str, torch.Tensor]
     mask_rows: list[int] | None
-
-    def sha256(self) -> str:
-        """Return the hash of the file of weights."""
-        return hash_file(self.weights_file)
 
     def put_into(self, model: Any) -> None:
         """Copy the weights into a model that `add_lora` has prepared.
@@ -133,7 +131,7 @@ def read_initial_adapter(folder: Path, recipe: AdapterRecipe) -> InitialAdapter:
     """Read an adapter to go on from; it must have the form of those that the recipe makes.
 
     Args:
-        folder: adapter_config.json and adapter_model.safetensors, as training writes them; a release has them, too.
+        folder: of adapter_config.json and adapter_model.safetensors, as training writes them.
         recipe: of the training that goes on.
 
     Raises:
@@ -156,4 +154,4 @@ def read_initial_adapter(folder: Path, recipe: AdapterRecipe) -> InitialAdapter:
             raise ValueError(f"{weights_file}: {name} holds NaN or infinite values")
     rows = fields.get("trainable_token_indices")
     rows = rows.get("embed_tokens") if isinstance(rows, dict) else rows
-    return InitialAdapter(config_file, weights_file, weights, rows or None)
+    return InitialAdapter(config_file, weights_file, hash_file(weights_file), weights, rows or None)

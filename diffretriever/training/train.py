@@ -84,7 +84,7 @@ def train_adapter(
     items = SampledItems(files, recipe.hard_negatives, recipe.seed)
     alone = measure_candidates(items, recipe)
     task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
-    record = run_record(recipe, files, release, processes) | {"initial_adapter": start and start.sha256()}
+    record = run_record(recipe, files, release, processes) | {"initial_adapter": start and start.sha256}
     kept = newest_whole(state, say)
     if is_main():
         check_same_run(kept, record)
