@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..files.lines import COMPRESSIONS
 from .corpus import read_queries
-from .qrels import read_qrels
+from .qrels import LARGEST_GRADE, read_qrels
 
 # MS MARCO passage ranking as it is distributed: split -> (queries, qrels); papers report the small dev set
 MS_MARCO = {
@@ -64,8 +64,8 @@ def read_benchmark(folder: str | Path, split: str, relevance_level: int | None =
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a benchmark in BEIR's or MS MARCO's layout.")
-    if relevance_level is not None and relevance_level < 1:
-        raise ValueError(f"the relevance level must be at least 1, got {relevance_level}.")
+    if relevance_level is not None and not 1 <= relevance_level <= LARGEST_GRADE:
+        raise ValueError(f"the relevance level must lie between 1 and {LARGEST_GRADE:,}, got {relevance_level:.6g}.")
     source, judgements, is_beir = _files(folder, split)
     qrels = read_qrels(judgements)
     texts, unjudged = {}, 0

@@ -16,6 +16,7 @@ NAMES = {
 ROLES = {name: role for role, names in NAMES.items() for name in names}
 BEIR = ("query", "passage", "grade")
 TREC = ("query", "", "passage", "grade")
+LARGEST_GRADE = 1_000_000  # trec_eval takes 8 bytes for each grade up to a query's largest
 WHOLE = re.compile(r"([+-]?[0-9]{1,9})(?:\.0*)?")
 
 
@@ -32,8 +33,8 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a malformed line, a grade that is no whole number, no judgement at all, or one pair with two
-            grades; names file and line.
+        ValueError: a malformed line, a grade that is no whole number or beyond a million, no judgement at all, or one
+            pair with two grades; names file and line.
     """
     qrels: dict[str, dict[str, int]] = {}
     columns: tuple[str, ...] | None = None
@@ -89,4 +90,6 @@ def _grade(text: str, where: str) -> int:
             f"{where}: the grade must be a whole number, as trec_eval's metrics ask, got {text!r:.80}. Make whole "
             "grades of shares; a header names its columns query-id, corpus-id and score."
         )
-    return int(whole[1])
+    if abs(grade := int(whole[1])) > LARGEST_GRADE:
+        raise ValueError(f"{where}: the grade {grade} is beyond {LARGEST_GRADE:,}; is it in another column?")
+    return grade

@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from ..data.qrels import LARGEST_GRADE
 from ..files.install import install_hint
 from .runs import cut
 
@@ -69,8 +70,8 @@ def parse_metric(text: str, relevance_level: int = 1) -> Any:
 
 
 def _positive(digits: str, text: str, what: str) -> int:
-    if int(digits) < 1:
-        raise ValueError(f"metric {text!r}: {what} must be at least 1.")
+    if not 1 <= int(digits) <= LARGEST_GRADE:
+        raise ValueError(f"metric {text!r:.80}: {what} must lie between 1 and {LARGEST_GRADE:,}.")
     return int(digits)
 
 

@@ -110,7 +110,7 @@ def test_judged_passages_that_the_corpus_lacks_are_counted(tmp_path: Path) -> No
 
 
 def test_a_level_below_1_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="relevance level must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="relevance level must lie between 1 and 1,000,000, got 0"):
         read_benchmark(write_beir(tmp_path, "q0\ta\t1\n"), "test", relevance_level=0)
 
 

@@ -30,6 +30,7 @@ def test_qrels_of_beir_and_of_trec(tmp_path: Path) -> None:
         ("q\td\t1\nq\td\t2\n", "line 2: query 'q' and passage 'd' were judged before, otherwise"),
         ("query-id\tcorpus-id\tscore\nq\td\t0.5\n", "line 2: the grade must be a whole number, .* got '0.5'"),
         (f"q\td\t{'9' * 5000}\n", "line 1: the grade must be a whole number"),
+        ("q\td\t1000001\n", "line 1: the grade 1000001 is beyond 1,000,000; is it in another column?"),
         ("q\td\tgood\n", "line 1: the grade must be a whole number"),
         ("what\tever\tthis\nq\td\t1\n", "line 1: the grade must be .* a header names its columns query-id, corpus-id"),
         ("query-id\tcorpus-id\nq\td\n", "line 1: expected columns for query id, passage id and grade, each once"),

@@ -154,8 +154,10 @@ def test_names(text: str, level: int, name: str) -> None:
         ("", "metric '' is not known"),
         ("nDCG@ten", "is not known"),
         ("Recall", "metric 'Recall' needs a cutoff, e.g. R@100"),
-        ("RR@0", "its cutoff must be at least 1"),
-        ("AP(rel=0)", "rel must be at least 1"),
+        ("RR@0", "its cutoff must lie between 1 and 1,000,000"),
+        ("RR@9999999999", "its cutoff must lie between 1 and 1,000,000"),
+        ("AP(rel=0)", "rel must lie between 1 and 1,000,000"),
+        ("AP(rel=9999999999)", "rel must lie between 1 and 1,000,000"),
         ("nDCG(rel=2)@10", "nDCG uses the grades themselves"),
     ],
 )
