@@ -175,6 +175,7 @@ def test_accelerate_reads_its_configs(name: str) -> None:
     assert (config.num_machines, config.num_processes) == {"one-gpu": (1, 1), "several-nodes": (2, 16)}.get(
         name, (1, 8)
     )
+    assert config.rdzv_backend == "static"  # which alone reads --machine_rank; accelerate's launcher takes it anyway
 
 
 def test_deepspeed_config_is_zero_2() -> None:
