@@ -104,9 +104,9 @@ class Served(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(engine: Any) -> Iterator[Served]:
+def serving(engine: Any, port: int = 0) -> Iterator[Served]:
     """Serve in a thread."""
-    with Served(engine) as server:
+    with Served(engine, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

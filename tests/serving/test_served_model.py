@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,19 +156,23 @@ def test_a_server_that_dies_half_way_loses_nothing(
     assert_same(found, encode(tiny, corpus, tmp_path / "here"))
 
 
-def test_a_server_that_is_started_again_is_found_again(tiny: Any, engine: PlainEngine) -> None:
+def test_a_server_that_is_started_again_is_found_again(
+    tiny: Any, engine: PlainEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts while the client waits to ask a second time, as nobody listened the first."""
     with serving(engine) as server:
         model = served(server, retry_for=20)
-        port = server.server_address[1]
-    found: list[Any] = []
-    asking = threading.Thread(target=lambda: found.append(model.encode_texts(["the seasons"], True)))
-    asking.start()
-    again = Served(engine, port)
-    with again:
-        threading.Thread(target=again.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        asking.join(20)
-        again.shutdown()
-    assert torch.allclose(found[0].repr_hidden, tiny.encode_texts(["the seasons"], True).repr_hidden, atol=2e-6)
+    again: list[Served] = []
+    with contextlib.ExitStack() as running:
+
+        def start(_: float) -> None:
+            monkeypatch.undo()
+            again.append(running.enter_context(serving(engine, server.server_address[1])))
+
+        monkeypatch.setattr(time, "sleep", start)
+        found = model.encode_texts(["the seasons"], True)
+    assert len(again[0].asked) == 1
+    assert torch.allclose(found.repr_hidden, tiny.encode_texts(["the seasons"], True).repr_hidden, atol=2e-6)
 
 
 def test_another_model_half_way_is_refused(server: Served, corpus: Path, tmp_path: Path) -> None:
