@@ -227,22 +227,38 @@ INDEXES: list[dict[str, Any]] = [{"hnsw": True}, {"quantization": "scalar"}, {"q
 
 
 @pytest.mark.parametrize("options", INDEXES, ids=str)
-def test_chosen_indexes_find_nearly_all_and_score_exactly(location: str, options: dict[str, Any]) -> None:
+def test_chosen_indexes_find_nearly_all_and_score_exactly(
+    location: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(in_a_folder, "SCANNED", 10)  # kilobytes: the graph is asked, though these are a hundred
+    asked: list[bool] = []
+
+    def noted(**fields: Any) -> Any:
+        asked.append(fields["params"].exact)
+        return request(**fields)
+
+    request = qdrant_edge.QueryRequest
+    monkeypatch.setattr(qdrant_edge, "QueryRequest", noted)
     passages, queries = vectors(2, 400, k=2, width=32), vectors(3, 20, k=2, width=32)
-    exact = Searcher(passages).search(queries, "multi_dense", 10)
+    exact = Searcher(passages).search(queries, "multi_dense", 400)
+    scores = [{hit.id: hit.score for hit in hits} for hits in exact]
     upload(passages, location, "some", **options)
-    engine = QdrantEngine(location, "some")
-    found = Searcher(engine).search(queries, "multi_dense", 10)
-    shared = [len(set(mine) & set(theirs)) for mine, theirs in zip(exact.ids, found.ids, strict=True)]
-    assert sum(shared) >= 0.9 * 200
-    scores = {(row, hit.id): hit.score for row, hits in enumerate(exact) for hit in hits}
-    for row, hits in enumerate(found):
-        for hit in hits:
-            assert hit.score == pytest.approx(scores.get((row, hit.id), hit.score), abs=1e-5)
-    engine.close()
-    engine = QdrantEngine(location, "some", search_params=qdrant_edge.SearchParams(exact=True))
-    assert Searcher(engine).search(queries, "multi_dense", 10).ids == exact.ids
-    engine.close()
+    params = {"as it was made": None, "no looking around": qdrant_edge.SearchParams(hnsw_ef=1)}
+    shared = {}
+    for name, given in params.items():
+        with contextlib.closing(QdrantEngine(location, "some", search_params=given)) as engine:
+            found = Searcher(engine).search(queries, "multi_dense", 10)
+        shared[name] = sum(len({*mine[:10]} & {*theirs}) for mine, theirs in zip(exact.ids, found.ids, strict=True))
+        if given is None:
+            for row, hits in enumerate(found):
+                assert [hit.score for hit in hits] == pytest.approx([scores[row][hit.id] for hit in hits], abs=1e-5)
+    assert shared["as it was made"] >= 0.9 * 200
+    assert (shared["no looking around"] < 0.9 * 200) == options.get("hnsw", False)  # there is a graph, and it is asked
+    assert not any(asked)
+    with contextlib.closing(
+        QdrantEngine(location, "some", search_params=qdrant_edge.SearchParams(exact=True))
+    ) as engine:
+        assert Searcher(engine).search(queries, "multi_dense", 10).ids == [ids[:10] for ids in exact.ids]
 
 
 def test_a_graph_is_built_where_it_was_chosen_alone(location: str) -> None:
