@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -576,9 +577,19 @@ def test_a_collection_that_was_hardly_begun_is_made_anew(location: str, left: li
 def test_requests_are_of_bounded_size(engine: QdrantEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CANDIDATES_PER_REQUEST", 7)
     monkeypatch.setattr(in_a_folder, "QUERIES_AT_ONCE", 2)
+    sizes: dict[str, list[int]] = {"QueryBatchRequest": [], "HasIdCondition": []}
+
+    def note(name: str, made: Any, parts: Any) -> Any:
+        sizes[name].append(len(parts))
+        return made(parts)
+
+    for name in sizes:
+        monkeypatch.setattr(qdrant_edge, name, partial(note, name, getattr(qdrant_edge, name)))
     queries = vectors(1, 9, k=4)
-    exact = Searcher(Store.open(tmp_path / "store")).search(queries, "fusion_multi_sparse_max", 30, candidates=None)
-    found = Searcher(engine).search(queries, "fusion_multi_sparse_max", 30, candidates=None)
+    exact = Searcher(Store.open(tmp_path / "store")).search(queries, "fusion_multi_sparse_max", 6, candidates=20)
+    found = Searcher(engine).search(queries, "fusion_multi_sparse_max", 6, candidates=20)
+    assert max(sizes["QueryBatchRequest"]) == 2  # queries
+    assert max(sizes["HasIdCondition"]) == 7  # passages whose scores are asked for
     assert torch.allclose(found.scores, exact.scores, atol=1e-6)
     assert found.ids == exact.ids
 
