@@ -172,6 +172,7 @@ def test_a_server_that_is_started_again_is_found_again(
         monkeypatch.setattr(time, "sleep", start)
         found = model.encode_texts(["the seasons"], True)
     assert len(again[0].asked) == 1
+    assert found.repr_hidden is not None
     assert torch.allclose(found.repr_hidden, tiny.encode_texts(["the seasons"], True).repr_hidden, atol=2e-6)
 
 
