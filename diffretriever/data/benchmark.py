@@ -65,7 +65,7 @@ def read_benchmark(folder: str | Path, split: str, relevance_level: int | None =
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a benchmark in BEIR's or MS MARCO's layout.")
     if relevance_level is not None and not 1 <= relevance_level <= LARGEST_GRADE:
-        raise ValueError(f"the relevance level must lie between 1 and {LARGEST_GRADE:,}, got {relevance_level:.6g}.")
+        raise ValueError(f"the relevance level must lie between 1 and {LARGEST_GRADE:,}, got {relevance_level}.")
     source, judgements, is_beir = _files(folder, split)
     qrels = read_qrels(judgements)
     texts, unjudged = {}, 0

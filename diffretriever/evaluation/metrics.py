@@ -25,7 +25,7 @@ DEFAULT_METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000", "AP")
 NAMES = {"ndcg": "nDCG", "rr": "RR", "mrr": "RR", "r": "R", "recall": "R", "ap": "AP", "map": "AP", "p": "P"}
 NAMES |= {"precision": "P", "success": "Success"}
 NEEDS_CUTOFF = ("R", "P", "Success")
-FORM = re.compile(r"(?P<name>[A-Za-z]+)(?:\(rel=(?P<rel>[0-9]+)\))?(?:@(?P<cutoff>[0-9]+))?")
+FORM = re.compile(r"(?P<name>[A-Za-z]+)(?:\(rel=(?P<rel>[0-9]{1,20})\))?(?:@(?P<cutoff>[0-9]{1,20}))?")
 
 
 def parse_metric(text: str, relevance_level: int = 1) -> Any:
@@ -41,7 +41,7 @@ def parse_metric(text: str, relevance_level: int = 1) -> Any:
         An ir_measures measure; `str` of it is the name used everywhere.
 
     Raises:
-        ValueError: no such metric.
+        ValueError: no such metric, or a cutoff or relevance level that is not between 1 and a million.
         ImportError: ir_measures is not installed.
 
     >>> parse_metric("MRR@10"), parse_metric("MAP", relevance_level=2)
@@ -57,11 +57,11 @@ def parse_metric(text: str, relevance_level: int = 1) -> Any:
         )
     settings = {}
     if found["cutoff"] is not None:
-        settings["cutoff"] = _positive(found["cutoff"], text, "its cutoff")
+        settings["cutoff"] = _in_range(int(found["cutoff"]), text, "its cutoff")
     elif name in NEEDS_CUTOFF:
         raise ValueError(f"metric {text!r} needs a cutoff, e.g. {name}@100.")
     if name != "nDCG":
-        level = relevance_level if found["rel"] is None else _positive(found["rel"], text, "rel")
+        level = _in_range(relevance_level if found["rel"] is None else int(found["rel"]), text, "rel")
         settings |= {} if level == 1 else {"rel": level}
     elif found["rel"] is not None:
         raise ValueError(f"metric {text!r}: nDCG uses the grades themselves, so it takes no `rel`.")
@@ -69,10 +69,10 @@ def parse_metric(text: str, relevance_level: int = 1) -> Any:
     return measure(**settings) if settings else measure
 
 
-def _positive(digits: str, text: str, what: str) -> int:
-    if not 1 <= int(digits) <= LARGEST_GRADE:
-        raise ValueError(f"metric {text!r:.80}: {what} must lie between 1 and {LARGEST_GRADE:,}.")
-    return int(digits)
+def _in_range(number: int, text: str, what: str) -> int:
+    if not 1 <= number <= LARGEST_GRADE:
+        raise ValueError(f"metric {text!r}: {what} must lie between 1 and {LARGEST_GRADE:,}.")
+    return number
 
 
 def _ir_measures() -> Any:
@@ -94,13 +94,17 @@ def evaluate_run(run: Mapping[str, Mapping[str, float]], qrels: Qrels, metrics: 
         {metric name: {query id: value}}, queries in the order of the qrels.
 
     Raises:
-        ValueError: there are no judgements.
+        ValueError: there are no judgements, or a grade is beyond a million.
 
     >>> evaluate_run({"q": {"a": 2.0, "b": 1.0}}, {"q": {"b": 1}}, [parse_metric("RR@10")])
     {'RR@10': {'q': 0.5}}
     """
     if not any(qrels.values()):
         raise ValueError("the qrels hold no judgement, so there is nothing to evaluate.")
+    if (largest := max(grade for grades in qrels.values() for grade in grades.values())) > LARGEST_GRADE:
+        raise ValueError(
+            f"the qrels hold the grade {largest}; the largest that pytrec_eval is given is {LARGEST_GRADE:,}."
+        )
     measures = _ir_measures()
     cut_off = {metric: metric.NAME == "RR" and "cutoff" in metric.params for metric in metrics}
     found = _pytrec_eval(run, qrels, [metric for metric in metrics if not cut_off[metric]])

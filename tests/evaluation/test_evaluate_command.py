@@ -101,7 +101,7 @@ def test_another_length_of_texts(evaluate: Command, tmp_path: Path) -> None:
         (["--bm25", "--tune-split", "train"], "no split 'train'"),
         (["--baseline", "absent.json"], "absent.json"),
         (["--relevance-level", "0"], "relevance level must lie between 1 and 1,000,000, got 0"),
-        (["--relevance-level", "1" + "0" * 30], "relevance level must lie between 1 and 1,000,000, got 1e+30"),
+        (["--relevance-level", "1" + "0" * 30], "relevance level must lie between 1 and 1,000,000, got 1000000"),
         (["--json", "."], "Is a directory"),
         (["--run-folder", f"{__file__}/runs"], "test_evaluate_command.py"),
     ],

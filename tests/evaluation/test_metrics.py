@@ -171,3 +171,11 @@ def test_a_wrong_name_is_said(text: str, words: str) -> None:
 def test_empty_qrels_are_refused(qrels: dict[str, Grades]) -> None:
     with pytest.raises(ValueError, match="the qrels hold no judgement"):
         evaluate_run({"q": {"a": 1.0}}, qrels, [parse_metric("AP")])
+
+
+def test_what_pytrec_eval_would_not_survive() -> None:
+    """It takes memory for every grade up to the largest."""
+    with pytest.raises(ValueError, match=r"the qrels hold the grade 4611686018427387904; the largest .* 1,000,000"):
+        evaluate_run({"q": {"a": 1.0}}, {"q": {"a": 2**62}}, [parse_metric("nDCG@10")])
+    with pytest.raises(ValueError, match="rel must lie between 1 and 1,000,000"):
+        parse_metric("AP", relevance_level=2**31)
