@@ -51,6 +51,9 @@ class AdapterRecipe:
     temperature: float = 0.01  # of the dense InfoNCE
     sparse_weight: float = 1.0
     denoising_weight: float = 0.0  # of restoring masked passages, beside the contrastive loss; 0 leaves it out
+    teacher: str | None = None  # a sentence-transformers model, folder or Hub id, whose rankings are learned, too
+    teacher_temperature: float = 0.05  # divides its scores
+    distillation_weight: float = 1.0  # of learning its rankings; without a teacher nothing
     rank: int = 16
     alpha: int = 64
     dropout: float = 0.05
@@ -213,11 +216,11 @@ def check_recipe(recipe: AdapterRecipe, where: str) -> None:
         raise ValueError(
             f"{where}: say the lengths of the texts (query_length, passage_length) or max_length, not both"
         )
-    for name in ("temperature", "learning_rate", "epochs", "max_grad_norm"):
+    for name in ("temperature", "teacher_temperature", "learning_rate", "epochs", "max_grad_norm"):
         value = getattr(recipe, name)
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{where}: {name} must be positive, got {value}")
-    for name in ("sparse_weight", "denoising_weight", "weight_decay"):
+    for name in ("sparse_weight", "denoising_weight", "distillation_weight", "weight_decay"):
         value = getattr(recipe, name)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{where}: {name} must not be negative, got {value}")

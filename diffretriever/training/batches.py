@@ -88,8 +88,8 @@ class Collator:
         Returns:
             "query" and "passage": {"chunks": [{"ids", "mask": int64 [b, L], "positions": [b, K]}], "order": [N]};
             "query_words" [Q, W] and "passage_words" [P, W'], padded with -1; "query_hashes" [Q], "positive_hashes"
-            [Q, N], "passage_hashes" [P, 2] (see `known_positives`); "tokens" and "cut", numbers for the log; "where",
-            the lines that the items are from.
+            [Q, N], "passage_hashes" [P, 2] (see `known_positives`); "query_texts" and "passage_texts"; "tokens" and
+            "cut", numbers for the log; "where", the lines that the items are from.
         """
         items: list[TrainingItem] = [each["item"] for each in drawn]
         queries = [item.query for item in items]
@@ -100,7 +100,7 @@ class Collator:
         for name, is_query, rows in (("query", True, prepared[0]), ("passage", False, prepared[1])):
             batch[name] = self.chunked([row[0] for row in rows], is_query)
             batch[f"{name}_words"] = padded_ids([row[1] for row in rows])
-        batch |= candidate_hashes(drawn)
+        batch |= candidate_hashes(drawn) | {"query_texts": queries, "passage_texts": positives + negatives}
         batch["tokens"] = sum(len(row[0]) for side in prepared for row in side)
         batch["cut"] = sum(row[2] for side in prepared for row in side)
         batch["where"] = [item.where for item in items]

@@ -17,6 +17,7 @@ from ..model.sparse_head import lexical_weights, logits_at
 from .adapter_recipe import AdapterRecipe
 from .candidates import gather_ids, gather_rows, known_positives
 from .denoising import passages_denoising_loss
+from .distillation import Teacher, distillation_loss
 from .lora import is_trained, lora_parameters
 from .methods import TextStates, read_states
 
@@ -126,6 +127,8 @@ def contrastive_loss(
     head: Head | None,
     temperature: float,
     sparse_weight: float,
+    teacher: torch.Tensor | None = None,
+    distillation_weight: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Return InfoNCE over dense scores / temperature, plus sparse_weight times that over sparse scores (paper Eq. 5).
 
@@ -135,20 +138,30 @@ def contrastive_loss(
         excluded: bool [Q, P], candidates that are left out.
         head: gives logits; None leaves the sparse side out.
         temperature: of the dense scores; the sparse ones have none.
-        sparse_weight: of the sparse loss.
+        sparse_weight: of the sparse losses.
+        teacher: float32 [Q, P], another model's scores, divided by its temperature, whose ranking both kinds learn.
+        distillation_weight: of learning it.
 
     Returns:
-        "loss" with gradient; "dense", "sparse" and "right" (share of queries whose positive scores best) without.
+        "loss" with gradient; "dense", "sparse", "right" (share of queries whose positive scores best) and, with a
+        teacher, "distillation" without.
     """
     scores = dense_scores(query, passage).masked_fill(excluded, -torch.inf)
-    loss = dense = info_nce(scores, targets, temperature)
-    sparse = dense.new_zeros(())
+    dense = info_nce(scores, targets, temperature)
+    sparse, taught = dense.new_zeros(()), dense.new_zeros(())
+    if teacher is not None:
+        taught = distillation_loss(scores / temperature, teacher, excluded)
     if head is not None:
         found = sparse_scores(query, passage, head).masked_fill(excluded, -torch.inf)
         sparse = info_nce(found, targets)
-        loss = dense + sparse_weight * sparse
+        if teacher is not None:
+            taught = taught + sparse_weight * distillation_loss(found, teacher, excluded)
+    loss = dense + sparse_weight * sparse
     right = (scores.argmax(dim=1) == targets).float().mean()
-    return {"loss": loss, "dense": dense.detach(), "sparse": sparse.detach(), "right": right.detach()}
+    parts = {"dense": dense, "sparse": sparse, "right": right}
+    if teacher is not None:
+        loss, parts["distillation"] = loss + distillation_weight * taught, taught
+    return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
 
 
 class ContrastiveModel(nn.Module):
@@ -159,12 +172,14 @@ class ContrastiveModel(nn.Module):
     Args:
         retriever: a DiffRetriever or a baseline after `add_lora`.
         recipe: temperature, weights, grad_cache_chunk.
+        teacher: scores each batch, where the recipe has one; it is no part of the module.
     """
 
-    def __init__(self, retriever: Any, recipe: AdapterRecipe) -> None:
+    def __init__(self, retriever: Any, recipe: AdapterRecipe, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.retriever = retriever
         self.recipe = recipe
+        self.teacher = teacher
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Compute the loss of one process's queries among all processes' passages.
@@ -185,11 +200,15 @@ class ContrastiveModel(nn.Module):
         targets = torch.arange(len(query.states), device=states.device) + start
         excluded = known_positives(batch["query_hashes"], batch["positive_hashes"], hashes, targets)
         head = partial(logits_at, self.retriever.lm_head) if self.retriever.config.sparse_top_k else None
+        taught = None
+        if self.teacher is not None:
+            taught = self.teacher(batch["query_texts"], batch["passage_texts"], states.device)
         kind = states.device.type
         with torch.autocast(kind, enabled=False):  # a score of bfloat16 precision over 0.01 would be noise
             found = contrastive_loss(
-                query, passage, targets, excluded, head, self.recipe.temperature, self.recipe.sparse_weight
-            )
+                query, passage, targets, excluded, head, self.recipe.temperature, self.recipe.sparse_weight,
+                taught, self.recipe.distillation_weight,
+            )  # fmt: skip
         if self.recipe.denoising_weight:
             denoising = passages_denoising_loss(self.retriever, batch["passage"]["chunks"])
             found["loss"] = found["loss"] + self.recipe.denoising_weight * denoising

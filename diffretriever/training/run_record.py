@@ -25,6 +25,7 @@ COMPARED = {
     "base": "another backbone's name: ",
     "data": "other data: ",
     "initial_adapter": "another --adapter: ",
+    "teacher": "another teacher: ",
     "release": "another release: ",
     "backbone": "other files of the backbone: ",
 }

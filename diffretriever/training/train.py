@@ -25,6 +25,7 @@ from .batches import SampledItems
 from .candidates import world
 from .checkpoints import newest_whole, remove_partial, step_of
 from .dev_evaluation import DevEvaluation
+from .distillation import Teacher
 from .lora import InitialAdapter, add_lora, load_lora
 from .measuring import measure_candidates, measure_texts
 from .methods import adapted, base_name
@@ -84,7 +85,9 @@ def train_adapter(
     items = SampledItems(files, recipe.hard_negatives, recipe.seed)
     alone = measure_candidates(items, recipe)
     task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
-    record = run_record(recipe, files, release, processes) | {"initial_adapter": start and start.sha256}
+    teacher = None if recipe.teacher is None else Teacher(recipe.teacher, recipe.teacher_temperature)
+    record = run_record(recipe, files, release, processes)
+    record |= {"initial_adapter": start and start.sha256, "teacher": teacher and teacher.sha256}
     kept = newest_whole(state, say)
     if is_main():
         check_same_run(kept, record)
@@ -97,7 +100,7 @@ def train_adapter(
         check_same_run(kept, record)
     lengths, retriever.config.cut_in_training = measure_texts(files, retriever.texts, recipe)
     say(describe(files, recipe), *alone, *lengths)
-    model = prepare_model(retriever, recipe, start)
+    model = prepare_model(retriever, recipe, start, teacher)
     trainer = RetrievalTrainer(model, items, recipe, arguments, record)
     if task is not None:
         trainer.add_callback(DevEvaluation(trainer, task, recipe))
@@ -125,8 +128,9 @@ def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
     """
     recipe.steps_per_epoch(files.report.counts)
     recipe.process_batch_size(processes)
-    for package in ("peft", *([] if recipe.report_to == "none" else [recipe.report_to])):
-        if importlib.util.find_spec(package) is None:
+    reporter = [] if recipe.report_to == "none" else [recipe.report_to]
+    for package in ("peft", *reporter, *([] if recipe.teacher is None else ["sentence-transformers"])):
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
             raise ImportError(f"this recipe needs the package {package}: pip install {package}")
     if processes == 1 and torch.cuda.device_count() > 1:  # transformers would split each batch, and its negatives
         raise ValueError(
@@ -140,7 +144,9 @@ def check_data(recipe: AdapterRecipe, files: PairFiles, processes: int) -> None:
         )
 
 
-def prepare_model(retriever: Any, recipe: AdapterRecipe, start: InitialAdapter | None = None) -> ContrastiveModel:
+def prepare_model(
+    retriever: Any, recipe: AdapterRecipe, start: InitialAdapter | None = None, teacher: Teacher | None = None
+) -> ContrastiveModel:
     """Freeze the release and add LoRA: to LLaDA's head, too, as the released adapters have it, and with a row for the
     [MASK] of a backbone that was trained without one; new, or what `start` holds."""
     torch.manual_seed(recipe.seed)
@@ -155,7 +161,7 @@ def prepare_model(retriever: Any, recipe: AdapterRecipe, start: InitialAdapter |
         checkpoint_layers(adapted(retriever))
     if recipe.compile_layers:
         compile_layers(adapted(retriever))
-    return ContrastiveModel(retriever, recipe)
+    return ContrastiveModel(retriever, recipe, teacher)
 
 
 def checkpoint_layers(retriever: Any) -> None:

@@ -1,0 +1,162 @@
+"""A teacher's rankings in the loss: the formula, the batch that the teacher is asked about, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from training_data import WORDS, batch_of, contrastive_model, gradients, made_up_pairs, small_recipe, write_lines
+from training_runs import arguments, assert_same_weights, write_recipe
+
+from diffretriever.cli.main import main
+from diffretriever.training.distillation import Teacher, distillation_loss
+from diffretriever.training.objective import Side, dense_scores, sparse_scores
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers model of random word vectors, averaged."""
+    return save_teacher(tmp_path_factory.mktemp("teacher"), seed=1)
+
+
+def save_teacher(folder: Path, seed: int) -> Path:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    vectors = torch.randn(len(WORDS) + 1, 8, generator=torch.Generator().manual_seed(seed)).numpy()
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors)]).save(str(folder))
+    return folder
+
+
+def test_the_loss_is_the_divergence_of_the_students_ranking_from_the_teachers() -> None:
+    scores, teacher = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).mul(4), torch.randn(3, 5).mul(3)
+    excluded = torch.zeros(3, 5, dtype=torch.bool)
+    excluded[0, 2] = excluded[2, 4] = True
+    expected = 0.0
+    for row in range(3):
+        kept = [column for column in range(5) if not excluded[row, column]]
+        student, taught = ([math.exp(float(each[row, column])) for column in kept] for each in (scores, teacher))
+        shares = [(s / sum(student), t / sum(taught)) for s, t in zip(student, taught, strict=True)]
+        expected += sum(t * (math.log(t) - math.log(s)) for s, t in shares) / 3
+    assert float(distillation_loss(scores, teacher, excluded)) == pytest.approx(expected, rel=1e-5)
+    assert float(distillation_loss(scores, scores + 7, excluded)) == pytest.approx(0, abs=1e-6)
+
+
+def test_gradients_pass_by_what_is_left_out() -> None:
+    scores = torch.randn(2, 4, requires_grad=True)
+    excluded = torch.tensor([[False, True, True, True], [False, False, True, False]])
+    distillation_loss(scores, torch.randn(2, 4), excluded).backward()
+    assert scores.grad is not None
+    assert torch.isfinite(scores.grad).all()
+    assert torch.all(scores.grad[excluded] == 0)
+    assert torch.all(scores.grad[1, [0, 1, 3]] != 0)
+
+
+@pytest.fixture(scope="module", params=["tiny-llada", "tiny-dream"])
+def release(request: pytest.FixtureRequest, build_release: Callable[..., Path]) -> Path:
+    return build_release(request.param)
+
+
+def test_dense_and_sparse_learn_the_teachers_scores_of_the_batch(
+    release: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    recipe = small_recipe(teacher=str(teacher_folder), distillation_weight=0.7, sparse_weight=0.5, dropout=0.0)
+    model = contrastive_model(release, recipe).eval()
+    records = made_up_pairs(4, negatives=1)
+    records[3]["positive"] = records[0]["positive"]  # left out of the other's candidates
+    batch = batch_of(model, records, tmp_path / "p.jsonl")
+    plain = model(batch)
+    model.teacher = Teacher(str(teacher_folder), temperature=0.1)
+    found = model(batch)
+    found["loss"].backward()
+    assert gradients(model)
+    query = Side(model.encode(batch["query"], True).states, batch["query_words"])
+    passage = Side(model.encode(batch["passage"], False).states, batch["passage_words"])
+    reference = SentenceTransformer(str(teacher_folder), device="cpu")
+    passages = [record["positive"] for record in records] + [record["negatives"][0] for record in records]
+    vectors = [
+        reference.encode(texts, normalize_embeddings=True) for texts in ([r["query"] for r in records], passages)
+    ]
+    teacher = torch.tensor(vectors[0] @ vectors[1].T) / 0.1
+    excluded = torch.zeros(4, 8, dtype=torch.bool)
+    excluded[0, 3] = excluded[3, 0] = True
+    head = model.retriever.lm_head
+    sparse = sparse_scores(query, passage, lambda states, columns: head(states)[..., columns])
+    dense = dense_scores(query, passage) / recipe.temperature
+    expected = distillation_loss(dense, teacher, excluded) + 0.5 * distillation_loss(sparse, teacher, excluded)
+    torch.testing.assert_close(found["distillation"], expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["loss"], plain["loss"] + 0.7 * found["distillation"], rtol=1e-5, atol=1e-5)
+    assert "distillation" not in plain
+    assert all("teacher" not in name for name in model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def command(build_release: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Return a function that gives the command line of a run of two steps."""
+    folder, release = tmp_path_factory.mktemp("distillation"), build_release("tiny-llada")
+    pairs = write_lines(folder / "pairs.jsonl", made_up_pairs(8))
+    recipe = write_recipe(folder / "recipe.yaml", max_steps=2, save_steps=2, dropout=0.0, hard_negatives=0)
+
+    def give(out: Path, *settings: Any) -> list[str]:
+        more = [word for setting in settings for word in ("--set", setting)]
+        return arguments(recipe, release, pairs, out, *more)
+
+    return give
+
+
+def test_a_run_with_a_teacher_is_resumed_with_that_teacher_alone(
+    command: Callable[..., list[str]], teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "teacher"
+    save_teacher(folder, seed=1)
+    assert main(command(tmp_path / "out", f"teacher={folder}")) == 0
+    assert main(command(tmp_path / "plain")) == 0
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "out", tmp_path / "plain")
+    capsys.readouterr()
+    assert main(command(tmp_path / "out", f"teacher={folder}")) == 0
+    assert "all 2 steps were done before" in capsys.readouterr().out
+    save_teacher(folder, seed=2)
+    assert main(command(tmp_path / "out", f"teacher={folder}")) == 2
+    assert "this run was started with another teacher: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["teacher=nowhere/at-all"], "teacher: nowhere/at-all is no model that sentence-transformers loads: "),
+        (["teacher=x", "teacher_temperature=0"], "teacher_temperature must be positive, got 0"),
+        (["distillation_weight=-1"], "distillation_weight must not be negative, got -1"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused(
+    command: Callable[..., list[str]], settings: list[str], told: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(command(tmp_path / "out", *settings)) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    found = importlib.util.find_spec
+    missing = "sentence_transformers"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    assert main(command(tmp_path / "out", "teacher=x")) == 2
+    assert (
+        "this recipe needs the package sentence-transformers: pip install sentence-transformers"
+        in capsys.readouterr().err
+    )
