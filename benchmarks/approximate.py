@@ -4,7 +4,8 @@ python benchmarks/approximate.py --store S --queries Q [--sizes 20000 100000] [-
 
 Up to the store's size the passages are the store's own; where more are asked for, the others are copies of its passages
 whose vectors were moved at random (`--noise` 0.5: to a cosine of 0.89), so that they lie as real ones do. They make a
-store of float16 vectors in `--scratch`, which is taken as it is the next time: for a large one, name an index a run.
+store of float16 vectors in `--scratch`, which is taken as it is the next time that the same is asked for: for a large
+one, name an index a run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from hardware import CLOCKS, describe
 
 from diffretriever.cli.parser import Parser
+from diffretriever.files.hashes import hash64
 from diffretriever.search import QdrantEngine, Results, Searcher, open_store, upload
 from diffretriever.store.manifest import MANIFEST_FILE
 from diffretriever.store.store import ShardContents, Store, write_store
@@ -53,8 +55,9 @@ def passages(real: torch.Tensor, count: int, noise: float) -> Iterator[torch.Ten
         yield F.normalize(moved, dim=-1).half()
 
 
-def made_store(folder: Path, real: torch.Tensor, count: int, noise: float) -> Store:
-    """Return a store of so many passages, which is written unless the folder holds it already."""
+def made_store(scratch: Path, real: torch.Tensor, count: int, noise: float) -> Store:
+    """Return a store of so many passages, which is written unless the scratch folder holds it already."""
+    folder = scratch / f"{count}-passages-noise-{noise:g}-of-{hash64(real.numpy().tobytes()):x}"
     if not (folder / MANIFEST_FILE).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
         ids, none = iter(range(count)), torch.zeros(BLOCK, 1)
@@ -109,7 +112,7 @@ def measure_index(name: str, store: Store, queries: torch.Tensor, exact: dict[st
 
 def measure_size(count: int, real: torch.Tensor, queries: torch.Tensor, options: argparse.Namespace) -> None:
     """Print what exact search and each index cost and find among so many passages."""
-    store = made_store(options.scratch / f"{count}-passages", real, count, options.noise)
+    store = made_store(options.scratch, real, count, options.noise)
     print(f"{count} passages, K_p {real.shape[1]}, H {real.shape[2]}; {len(queries)} queries, K_q {queries.shape[1]}")
     exact: dict[str, Results] = {}
     searcher = Searcher(store)
@@ -140,6 +143,7 @@ def main() -> None:
     print(f"{describe('cpu')}; {options.clock} time; {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as temporary:
         options.scratch = options.scratch or Path(temporary)
+        options.scratch.mkdir(parents=True, exist_ok=True)
         for count in options.sizes:
             measure_size(count, real, queries, options)
 

@@ -226,6 +226,8 @@ def main() -> None:
     if options.tiny:
         shape, options.lengths, options.sizes, options.rounds = SHAPES["tiny"], [4, 12], [20, 50], 1
     name = options.model_dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         write_backbone(Path(scratch) / "backbone", options.tokenizer, shape, getattr(torch, name))
         building.build(str(Path(scratch) / "backbone"), Path(scratch) / "release", max_length=PROMPT_ROOM)

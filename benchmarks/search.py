@@ -115,6 +115,8 @@ def measure_stored(passages: dict[str, torch.Tensor], queries: dict[str, torch.T
     count, one = len(passages["repr_hidden"]), first(queries, 1)
     ids = [str(number) for number in range(count)]
     contents = ShardContents(ids, passages["repr_hidden"], passages["sparse_indices"][:, :1], torch.ones(count, 1))
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         for form in options.stored:
             dtype = "float16" if form == "compressed" else form
