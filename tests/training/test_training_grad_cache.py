@@ -125,12 +125,8 @@ def test_gradient_checkpointing_inside_keeps_the_dropout(release: Path, tmp_path
     assert_equal(gradient_of(model, batch, 3), gradient_of(model, batch, 0), 2e-5)
 
 
-def test_memory_is_that_of_one_chunk(build_release: Callable[..., Path], tmp_path: Path) -> None:
-    """Counts the MLP activations of all layers and chunks that are alive at once."""
-    model = contrastive_model(build_release("tiny-llada"), small_recipe(grad_cache_chunk=2, dropout=0.0))
-    batch = batch_of(model, made_up_pairs(8, negatives=2), tmp_path / "p.jsonl")
-    chunks = len(batch["passage"]["chunks"]) + len(batch["query"]["chunks"])
-    layers = len(model.retriever.backbone.layers)
+def most_alive(model: ContrastiveModel, batch: dict[str, Any], chunk: int) -> int:
+    """Return how many of the MLP activations of all layers and chunks are alive at once in a step."""
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
@@ -139,14 +135,28 @@ def test_memory_is_that_of_one_chunk(build_release: Callable[..., Path], tmp_pat
         alive.append(weakref.ref(output))
         most = max(most, sum(reference() is not None for reference in alive))
 
-    for layer in model.retriever.backbone.layers:
-        layer.mlp.act_fn.register_forward_hook(note)
-    counts = {}
-    for chunk in (0, 2):
-        alive.clear()
-        most = 0
-        gradient_of(model, batch, chunk)
-        counts[chunk] = most
+    hooks = [layer.mlp.act_fn.register_forward_hook(note) for layer in model.retriever.backbone.layers]
+    gradient_of(model, batch, chunk)
+    for hook in hooks:
+        hook.remove()
+    return most
+
+
+def test_memory_is_that_of_one_chunk(build_release: Callable[..., Path], tmp_path: Path) -> None:
+    model = contrastive_model(build_release("tiny-llada"), small_recipe(grad_cache_chunk=2, dropout=0.0))
+    batch = batch_of(model, made_up_pairs(8, negatives=2), tmp_path / "p.jsonl")
+    chunks = len(batch["passage"]["chunks"]) + len(batch["query"]["chunks"])
+    layers = len(model.retriever.backbone.layers)
     assert chunks == 16
-    assert counts[0] == chunks * layers
-    assert counts[2] <= 2 * layers
+    assert most_alive(model, batch, 0) == chunks * layers
+    assert most_alive(model, batch, 2) <= 2 * layers
+
+
+def test_memory_of_a_recipe_with_checkpointing_is_that_of_one_layer(release: Path, tmp_path: Path) -> None:
+    found = {}
+    for checkpointing in (False, True):
+        model = contrastive_model(release, small_recipe(gradient_checkpointing=checkpointing, dropout=0.0))
+        batch = batch_of(model, made_up_pairs(4, negatives=2), tmp_path / "p.jsonl")
+        found[checkpointing] = most_alive(model, batch, 0)
+    assert found[False] == 2 * len(model.retriever.backbone.layers)  # of the queries and of the passages
+    assert found[True] <= 2

@@ -30,6 +30,7 @@ from training_runs import (
 from transformers import AutoModel
 
 from diffretriever.cli.main import main
+from diffretriever.training.batches import Collator
 from diffretriever.training.checkpoints import checkpoints, step_of
 from diffretriever.training.trainer import RetrievalTrainer
 
@@ -84,9 +85,18 @@ def _products(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("plain", ["tiny-dream"], indirect=True)
-def test_workers_change_nothing(plain: dict[str, Path], tmp_path: Path) -> None:
+def test_workers_change_nothing(plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collate, note = Collator.__call__, tmp_path / "processes"
+
+    def noted(self: Collator, drawn: Any) -> Any:
+        with note.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return collate(self, drawn)
+
+    monkeypatch.setattr(Collator, "__call__", noted)
     run(plain, tmp_path / "out", "workers=1")
     assert_same_weights(tmp_path / "out", plain["out"])
+    assert str(os.getpid()) not in note.read_text().split()
 
 
 @pytest.mark.parametrize(
