@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_encoder import save_encoder
 from training_data import WORDS, batch_of, contrastive_model, gradients, made_up_pairs, small_recipe, write_lines
 from training_runs import arguments, assert_same_weights, write_recipe
 
@@ -22,18 +22,7 @@ from diffretriever.training.objective import Side, dense_scores, sparse_scores
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentence-transformers model of random word vectors, averaged."""
-    return save_teacher(tmp_path_factory.mktemp("teacher"), seed=1)
-
-
-def save_teacher(folder: Path, seed: int) -> Path:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
-
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    vectors = torch.randn(len(WORDS) + 1, 8, generator=torch.Generator().manual_seed(seed)).numpy()
-    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors)]).save(str(folder))
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("teacher"), WORDS, seed=1)
 
 
 def test_the_loss_is_the_divergence_of_the_students_ranking_from_the_teachers() -> None:
@@ -118,7 +107,7 @@ def test_a_run_with_a_teacher_is_resumed_with_that_teacher_alone(
     command: Callable[..., list[str]], teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "teacher"
-    save_teacher(folder, seed=1)
+    save_encoder(folder, WORDS, seed=1)
     assert main(command(tmp_path / "out", f"teacher={folder}")) == 0
     assert main(command(tmp_path / "plain")) == 0
     with pytest.raises(AssertionError):
@@ -126,7 +115,7 @@ def test_a_run_with_a_teacher_is_resumed_with_that_teacher_alone(
     capsys.readouterr()
     assert main(command(tmp_path / "out", f"teacher={folder}")) == 0
     assert "all 2 steps were done before" in capsys.readouterr().out
-    save_teacher(folder, seed=2)
+    save_encoder(folder, WORDS, seed=2)
     assert main(command(tmp_path / "out", f"teacher={folder}")) == 2
     assert "this run was started with another teacher: " in capsys.readouterr().err
 
