@@ -1,8 +1,10 @@
-"""How far long work is: a bar on a terminal, elsewhere (a log file) a line now and then."""
+"""How far long work is: a bar on a terminal, elsewhere (a log file) a line now and then; others' bars kept back."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -63,3 +65,20 @@ def progress_bar(total: int, unit: str, what: str, show: bool = True, initial: i
     has_lines = sys.stderr is None or not (sys.stderr.isatty() or in_notebook())
     kind = Lines if has_lines else tqdm
     return kind(total=total, initial=initial, unit=unit, desc=what, disable=not show, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Keep back the bars with which transformers counts the weights that it loads; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    shown, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -78,20 +78,3 @@ def quiet_libraries() -> Iterator[None]:
         finally:
             for logger, level in loggers.items():
                 logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def no_loading_bars() -> Iterator[None]:
-    """Keep back the bars with which transformers counts the weights that it loads; downloads keep theirs."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    shown, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()
-    if downloads:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -10,10 +10,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..files.lines import read_object
+from ..progress import no_loading_bars
 from ..publishing.hub import find_folder
 from ..search.modes import MODES, SPARSE
 from .arguments import count, seconds, usable_device_or_auto
-from .console import no_loading_bars
 
 if TYPE_CHECKING:
     from ..store.manifest import Settings

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..progress import no_loading_bars
 from ..publishing import hub
 from ..publishing.releases import MAIN, RELEASES
 from ..search.modes import MODES
 from .arguments import RESUMED, add_command, usable_device
-from .console import no_loading_bars
 from .exit_status import DONE, IN_WORDS, WRONG_INPUT
 from .parser import Parser
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..progress import no_loading_bars
 from .arguments import add_command, add_fusion_option, count
 from .exit_status import DONE
 from .load_model import OURS, add_model_options, check_model, choose_modes, load_model
@@ -97,7 +98,8 @@ def _run_adaptive(options: argparse.Namespace, method: str) -> int:
     print(table_text(found["table"]))
     print(to_text(found))
     del model
-    write_table(folder, found["table"], "cpu" if options.device in (None, "auto") else options.device)
+    with no_loading_bars():  # of the release's copy
+        write_table(folder, found["table"], "cpu" if options.device in (None, "auto") else options.device)
     print(
         f"{folder / 'config.json'}: `query_budget_table` is written; a K_q given when the release is loaded "
         "(num_query_masks, --num-query-masks) stands in for it, and the passages' stores stay as they are."

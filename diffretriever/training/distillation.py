@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..progress import no_loading_bars
 from .candidates import gather_rows
 
 LEFT_OUT = -1e4  # in place of -inf, whose difference from itself is no number; its exponential is 0 all the same
@@ -44,7 +45,8 @@ class Teacher:
         from sentence_transformers import SentenceTransformer
 
         try:
-            self.model = SentenceTransformer(name, device="cpu")
+            with no_loading_bars():
+                self.model = SentenceTransformer(name, device="cpu")
         except (OSError, ValueError) as error:
             raise ValueError(f"teacher: {name} is no model that sentence-transformers loads: {error}") from error
         self.model.requires_grad_(False)

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffretriever.cli.console import no_loading_bars
 from diffretriever.cli.main import run
 from diffretriever.cli.threads import choose_threads, wait_asleep
-from diffretriever.progress import progress_bar
+from diffretriever.progress import no_loading_bars, progress_bar
 
 
 class Terminal(io.StringIO):

@@ -88,8 +88,9 @@ def test_what_is_learned_and_shown(learned: tuple[Path, Any, str], release: Path
 
 
 def test_a_release_learns_anew_and_analyze_budget_reads_it(
-    learned: tuple[Path, Any, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    learned: tuple[Path, Any, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """An earlier table takes no part in what is tried: the same is found; on whichever device it was tried."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     folder = shutil.copytree(learned[0], tmp_path / "adaptive-again")
@@ -99,7 +100,9 @@ def test_a_release_learns_anew_and_analyze_budget_reads_it(
     queries = read_small_task(data, "dev").benchmark.queries
     assert encode_with(before, queries, True, 3)["repr_hidden"].shape[1] == 3
     assert before.config.budgets(is_query=True) == [2]
+    capfd.readouterr()
     assert main(command(folder, data, out, "--device", "auto")) == 0
+    assert "Loading weights" not in capfd.readouterr().err
     assert json.loads(out.read_text()) == learned[1]
     assert main(["analyze-budget", "--input", str(out), "--learn", str(out), "--json", str(figures)]) == 0
     assert json.loads(figures.read_text())["num_query_masks"] == 4  # the release's own is the fixed one
