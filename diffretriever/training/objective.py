@@ -138,8 +138,9 @@ def contrastive_loss(
         excluded: bool [Q, P], candidates that are left out.
         head: gives logits; None leaves the sparse side out.
         temperature: of the dense scores; the sparse ones have none.
-        sparse_weight: of the sparse losses.
-        teacher: float32 [Q, P], another model's scores, divided by its temperature, whose ranking both kinds learn.
+        sparse_weight: of the sparse loss.
+        teacher: float32 [Q, P], another model's scores, divided by its temperature, whose ranking the dense scores
+            learn (the sparse ones, which know other things, lost by it).
         distillation_weight: of learning it.
 
     Returns:
@@ -147,20 +148,16 @@ def contrastive_loss(
         teacher, "distillation" without.
     """
     scores = dense_scores(query, passage).masked_fill(excluded, -torch.inf)
-    dense = info_nce(scores, targets, temperature)
-    sparse, taught = dense.new_zeros(()), dense.new_zeros(())
-    if teacher is not None:
-        taught = distillation_loss(scores / temperature, teacher, excluded)
+    loss = dense = info_nce(scores, targets, temperature)
+    sparse = dense.new_zeros(())
     if head is not None:
         found = sparse_scores(query, passage, head).masked_fill(excluded, -torch.inf)
         sparse = info_nce(found, targets)
-        if teacher is not None:
-            taught = taught + sparse_weight * distillation_loss(found, teacher, excluded)
-    loss = dense + sparse_weight * sparse
-    right = (scores.argmax(dim=1) == targets).float().mean()
-    parts = {"dense": dense, "sparse": sparse, "right": right}
+        loss = dense + sparse_weight * sparse
+    parts = {"dense": dense, "sparse": sparse, "right": (scores.argmax(dim=1) == targets).float().mean()}
     if teacher is not None:
-        loss, parts["distillation"] = loss + distillation_weight * taught, taught
+        parts["distillation"] = distillation_loss(scores / temperature, teacher, excluded)
+        loss = loss + distillation_weight * parts["distillation"]
     return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
 
 

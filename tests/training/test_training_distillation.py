@@ -16,7 +16,7 @@ from training_runs import arguments, assert_same_weights, write_recipe
 
 from diffretriever.cli.main import main
 from diffretriever.training.distillation import Teacher, distillation_loss
-from diffretriever.training.objective import Side, dense_scores, sparse_scores
+from diffretriever.training.objective import Side, dense_scores
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,10 @@ def release(request: pytest.FixtureRequest, build_release: Callable[..., Path]) 
     return build_release(request.param)
 
 
-def test_dense_and_sparse_learn_the_teachers_scores_of_the_batch(
-    release: Path, teacher_folder: Path, tmp_path: Path
-) -> None:
+def test_the_dense_scores_learn_the_teachers_of_the_batch(release: Path, teacher_folder: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    recipe = small_recipe(teacher=str(teacher_folder), distillation_weight=0.7, sparse_weight=0.5, dropout=0.0)
+    recipe = small_recipe(teacher=str(teacher_folder), distillation_weight=0.7, dropout=0.0)
     model = contrastive_model(release, recipe).eval()
     records = made_up_pairs(4, negatives=1)
     records[3]["positive"] = records[0]["positive"]  # left out of the other's candidates
@@ -79,10 +77,7 @@ def test_dense_and_sparse_learn_the_teachers_scores_of_the_batch(
     teacher = torch.tensor(vectors[0] @ vectors[1].T) / 0.1
     excluded = torch.zeros(4, 8, dtype=torch.bool)
     excluded[0, 3] = excluded[3, 0] = True
-    head = model.retriever.lm_head
-    sparse = sparse_scores(query, passage, lambda states, columns: head(states)[..., columns])
-    dense = dense_scores(query, passage) / recipe.temperature
-    expected = distillation_loss(dense, teacher, excluded) + 0.5 * distillation_loss(sparse, teacher, excluded)
+    expected = distillation_loss(dense_scores(query, passage) / recipe.temperature, teacher, excluded)
     torch.testing.assert_close(found["distillation"], expected.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["loss"], plain["loss"] + 0.7 * found["distillation"], rtol=1e-5, atol=1e-5)
     assert "distillation" not in plain
