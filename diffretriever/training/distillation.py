@@ -63,7 +63,8 @@ class Teacher:
         settings = {"convert_to_tensor": True, "show_progress_bar": False, "device": str(device)}
         query = model.encode_query(list(queries), **settings).float().clone()  # [Q, D]; made in inference mode
         passage, _ = gather_rows(model.encode_document(list(passages), **settings).float().clone())  # [P, D]
-        scores: torch.Tensor = model.similarity(query, passage)
+        with torch.autocast(device.type, enabled=False):  # bfloat16 would round by what the temperature makes large
+            scores: torch.Tensor = model.similarity(query, passage)
         return scores / self.temperature
 
 

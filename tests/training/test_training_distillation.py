@@ -84,6 +84,17 @@ def test_the_dense_scores_learn_the_teachers_of_the_batch(release: Path, teacher
     assert all("teacher" not in name for name in model.state_dict())
 
 
+def test_scores_are_float32_under_autocast(teacher_folder: Path) -> None:
+    teacher = Teacher(str(teacher_folder), temperature=0.05)
+    texts = [" ".join(WORDS[start : start + 4]) for start in range(0, 24, 4)]
+    plain = teacher(texts, texts[:3], torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = teacher(texts, texts[:3], torch.device("cpu"))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+    assert plain[0, 0] == pytest.approx(20)
+
+
 @pytest.fixture(scope="module")
 def command(build_release: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Return a function that gives the command line of a run of two steps."""
