@@ -140,7 +140,7 @@ def contrastive_loss(
         temperature: of the dense scores; the sparse ones have none.
         sparse_weight: of the sparse loss.
         teacher: float32 [Q, P], another model's scores, divided by its temperature, whose ranking the dense scores
-            learn (the sparse ones, which know other things, lost by it).
+            learn (where the sparse ones learned it, too, they came out worse: checkpoints/README.md).
         distillation_weight: of learning it.
 
     Returns:
