@@ -17,15 +17,18 @@ from .adapter_recipe import AdapterRecipe
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
-# Keys that do not touch the weights: they may change between an interruption and its resumption.
-FREE_KEYS = frozenset("save_steps keep_checkpoints log_steps eval_steps eval_passages report_to workers".split())
+# Keys that do not touch the weights: they may change between an interruption and its resumption. Of a teacher its own
+# weights are compared, not its name.
+FREE_KEYS = frozenset(
+    "save_steps keep_checkpoints log_steps eval_steps eval_passages report_to workers teacher".split()
+)
 # Sections of a record that must be the same when a run is resumed, and how a message begins on them.
 COMPARED = {
     "recipe": "",
     "base": "another backbone's name: ",
     "data": "other data: ",
     "initial_adapter": "another --adapter: ",
-    "teacher": "another teacher: ",
+    "teacher_weights": "another teacher: ",
     "release": "another release: ",
     "backbone": "other files of the backbone: ",
 }

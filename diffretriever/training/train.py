@@ -87,7 +87,7 @@ def train_adapter(
     task = read_small_task(dev, "dev", recipe.eval_passages) if dev is not None and is_main() else None
     teacher = None if recipe.teacher is None else Teacher(recipe.teacher, recipe.teacher_temperature)
     record = run_record(recipe, files, release, processes)
-    record |= {"initial_adapter": start and start.sha256, "teacher": teacher and teacher.sha256}
+    record |= {"initial_adapter": start and start.sha256, "teacher_weights": teacher and teacher.sha256}
     kept = newest_whole(state, say)
     if is_main():
         check_same_run(kept, record)
