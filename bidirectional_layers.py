@@ -251,7 +251,8 @@ class BidirectionalLayers(nn.Module):
 def device_of(layer: nn.Module) -> torch.device:
     """Return where a layer's input belongs: where it runs, which is not where the weights of an offloaded one are."""
     place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    return next(layer.parameters()).device if place is None else torch.device(place)
+    weight = layer.weight if isinstance(layer, nn.Embedding) else next(layer.parameters())  # the search takes longer
+    return weight.device if place is None else torch.device(place)
 
 
 def can_trim(layer: Any, implementation: str) -> bool:

@@ -388,6 +388,11 @@ class DiffRetrieverConfig(PretrainedConfig):
         own = self.num_query_masks if is_query else self.num_passage_masks
         return configured or paper_prompt("query" if is_query else "passage", num_masks or own)
 
+    def text_settings(self) -> str:
+        """Return all of it that tokenising follows, in writing."""
+        fields = vars(self)  # which transformers' own way to them takes many times as long to read
+        return repr([fields.get(name) for name in (*COUNTS, "query_prompt", "passage_prompt", "query_budget_table")])
+
     def check(self) -> None:
         """Raise ValueError for a field that no release can have."""
         for name in RULES:

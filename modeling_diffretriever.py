@@ -64,7 +64,7 @@ from .checked_files import (
     read_json,
     read_tensors,
 )
-from .configuration_diffretriever import COUNTS, DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
+from .configuration_diffretriever import DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
 from .release_code import load_other, other_code
 from .saved_folder import all_of_it, copy_files, replacing, sentence_transformers_files, whole_state
 from .scoring import score
@@ -108,7 +108,7 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         self.lm_head = nn.Linear(backbone_config.hidden_size, backbone_config.vocab_size, bias=False)
         self.tokenizer: Any = None
         self.loaded_from: LoadedFrom | None = None
-        self._texts: tuple[Any, RetrievalTokenizer] | None = None
+        self._texts: tuple[str, RetrievalTokenizer] | None = None
         self.post_init()
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -254,9 +254,7 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         """The prompt and tokenisation rules, following the config's budgets, prompts and lengths."""
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer; load it with from_pretrained, or set model.tokenizer.")
-        config = self.config
-        settings: tuple[Any, ...] = tuple(getattr(config, name) for name in COUNTS)
-        settings += (*(tuple(config.prompt(side).values()) for side in (True, False)), repr(config.query_budget_table))
+        config, settings = self.config, self.config.text_settings()
         if self._texts is None or self._texts[0] != settings or self._texts[1].tokenizer is not self.tokenizer:
             config.check()
             self._texts = (settings, RetrievalTokenizer(self.tokenizer, config, render_prompts(self.tokenizer, config)))
@@ -322,7 +320,7 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
             if len(content) != len(host_ids):
                 raise ValueError(f"content_token_ids has {len(content)} lists for {len(host_ids)} texts.")
         batch = self._pack(host_ids.long(), host_mask, positions, content, is_query)
-        return check_output(self, self._launch(batch, is_query, compute_sparse, sparse_top_k))
+        return self._output(self._launch(batch, compute_sparse, sparse_top_k), is_query)
 
     @torch.no_grad()
     def encode_prepared(
@@ -346,7 +344,7 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
             ValueError: an output is not finite.
         """
         batch = self._pack_prepared(prepared, is_query, compute_sparse)
-        return check_output(self, self._launch(batch, is_query, compute_sparse, sparse_top_k))
+        return self._output(self._launch(batch, compute_sparse, sparse_top_k), is_query)
 
     @torch.no_grad()
     def encode_batches(
@@ -380,8 +378,8 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
             yield from run_side_by_side(work, batches, count_workers(self) if len(batches) > 1 else 1)
             return
         pack: Callable[[Any], HostBatch] = lambda rows: self._pack_prepared(texts_of(rows), *options[:2]).pinned()  # noqa: E731
-        for rows, output in run_ahead(pack, lambda batch: self._launch(batch, *options), batches):
-            yield rows, check_output(self, output)
+        for rows, output in run_ahead(pack, lambda batch: self._launch(batch, *options[1:]), batches):
+            yield rows, self._output(output, is_query)
 
     def _pack_prepared(self, prepared: Sequence[PreparedText], is_query: bool, compute_sparse: bool) -> HostBatch:
         ids, mask = self.texts.pad([text.sequence for text in prepared])  # int64 [B, L] each
@@ -404,15 +402,16 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         exists = existing_masks(positions) if is_query and self.config.query_budget_table is not None else None
         return HostBatch(ids, None if mask.all() else (mask != 0).long(), positions, exists, columns, allowed)
 
-    def _launch(
-        self, batch: HostBatch, is_query: bool, compute_sparse: bool, sparse_top_k: int | None
-    ) -> DiffRetrieverOutput:
+    def _launch(self, batch: HostBatch, compute_sparse: bool, sparse_top_k: int | None) -> dict[str, torch.Tensor]:
         """Encode a batch on the model's device; nothing here waits for it, nor looks at what it computes."""
         top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
         top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
         with in_eval_mode(self):
-            found = vectors_of(self, batch.on(self.device), top_k if compute_sparse else None)
-        return DiffRetrieverOutput(**found).on_side(is_query)
+            return vectors_of(self, batch.on(self.device), top_k if compute_sparse else None)
+
+    def _output(self, found: dict[str, torch.Tensor], is_query: bool) -> DiffRetrieverOutput:
+        """Return what `_launch` found, once it is there: checked."""
+        return DiffRetrieverOutput(**check_output(self, found)).on_side(is_query)
 
     def encode_texts(
         self,
