@@ -17,6 +17,7 @@ EXAMPLES = {
     "fetch-backbone": "fetch-backbone smollm2-135m-instruct --output backbone",
     "pretrain": "pretrain --recipe llada-tiny --pairs pairs.jsonl --texts texts.jsonl --output runs/backbone",
     "train": "train --recipe paper-multi --model RELEASE --pairs train.jsonl --output runs/adapter",
+    "average-adapters": "average-adapters --adapters runs/first runs/second --output runs/mean",
     "mine-negatives": "mine-negatives --pairs pairs.jsonl --output train.jsonl",
     "select-budget": "select-budget --model RELEASE --pairs train.jsonl --output budget.json",
     "analyze-budget": "analyze-budget --input budget.json --json analysis.json",

@@ -14,6 +14,7 @@ from types import FrameType
 from .. import __version__
 from . import (
     analyze_budget,
+    average_adapters,
     compress,
     demo,
     encode,
@@ -52,6 +53,7 @@ COMMANDS = (
     fetch_backbone,
     pretrain,
     train,
+    average_adapters,
     mine_negatives,
     select_budget,
     analyze_budget,

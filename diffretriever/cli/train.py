@@ -54,7 +54,7 @@ def run_train(options: argparse.Namespace) -> int:
             options.output,
             options.dev,
             options.base,
-            None if options.adapter is None else read_initial_adapter(_find_adapter(options.adapter), recipe),
+            None if options.adapter is None else read_initial_adapter(find_adapter(options.adapter), recipe),
         )
     except Interrupted as stop:
         print(f"diffretriever train: {stop}", file=sys.stderr)
@@ -62,7 +62,7 @@ def run_train(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _find_adapter(name: str) -> Path:
+def find_adapter(name: str) -> Path:
     """Return the folder of an adapter, or of the one within a release."""
     from ..model.adapter_loading import CONFIG_FILE, WEIGHTS_FILE
 

@@ -104,6 +104,7 @@ COMMANDS = {
     "plot budget": "--input {here}/grid.json --output {out}/budget.svg",
     "pretrain": "--recipe {here}/pretrain.yaml --pairs {here}/pairs.jsonl --texts {here}/texts.jsonl --output {out}/m",
     "train": "--recipe {here}/train.yaml --model {here}/zero-shot --pairs {here}/pairs.jsonl --output {out}/made",
+    "average-adapters": "--adapters {here}/release {here}/release --output {out}/mean",
     "mine-negatives": "--model {here}/release --pairs {here}/pairs.jsonl --output {out}/mined.jsonl",
     "select-budget": "--model {here}/zero-shot --pairs {here}/pairs.jsonl --output {out}/b --num-queries 4 --budgets 1",
     "analyze-budget": "--input {here}/sweep.json --json {out}/analysis.json",
@@ -120,6 +121,7 @@ INPUTS: list[tuple[str, str]] = [
     if option in line.split()
 ]
 INPUTS += [
+    ("average-adapters", "--adapters"),
     ("mine-negatives", "--corpus"),
     ("train", "--dev"),
     ("pretrain", "--dev"),
@@ -213,6 +215,7 @@ INTERRUPTED = {
     "plot budget": "matplotlib.figure.Figure.savefig",
     "pretrain": "torch.optim.AdamW.step",
     "train": "transformers.AutoModel.from_pretrained",
+    "average-adapters": "diffretriever.training.averaging.check_fit",
     "mine-negatives": "transformers.AutoModel.from_pretrained",
     "select-budget": "transformers.AutoModel.from_pretrained",
     "analyze-budget": "scipy.stats.spearmanr",
