@@ -74,7 +74,8 @@ def _smollm2(kind: str, num_masks: int) -> Release:
     """Name a release of this source tree on a backbone that `diffretriever fetch-backbone` puts beside it."""
     adapter = f"checkpoints/diffretriever-smollm2-135m-{kind}/adapter"
     fused = "fusion_single_sparse_max" if kind == "single" else "fusion_multi_sparse_max"
-    return Release(f"checkpoints/{SMOLLM2}", adapter, num_masks, num_masks, 179, fused, "<empty_output>")
+    length = 179 if kind == "single" else 279
+    return Release(f"checkpoints/{SMOLLM2}", adapter, num_masks, num_masks, length, fused, "<empty_output>")
 
 
 SMOLLM2 = "smollm2-135m-instruct"

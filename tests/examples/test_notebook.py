@@ -7,6 +7,8 @@ cell's with the release on SmolLM2 (its backbone fetched, as examples/quickstart
 from __future__ import annotations
 
 import base64
+import io
+import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 from checkpoint_folders import ROOT
+from PIL import Image, PngImagePlugin
 from transformers import AutoModel
 
 nbformat = pytest.importorskip("nbformat")
@@ -64,7 +67,16 @@ def store() -> None:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     notebook.metadata = nbformat.read(NOTEBOOK, as_version=4).metadata
     nbformat.write(notebook, NOTEBOOK)
-    PICTURE.write_bytes(base64.b64decode(pictures(code_cells(execute(PICTURED))[2])[0]))
+    drawn = io.BytesIO(base64.b64decode(pictures(code_cells(execute(PICTURED))[2])[0]))
+    made_with = PngImagePlugin.PngInfo()
+    made_with.add_text("adapter", adapter_of(PICTURED))
+    Image.open(drawn).save(PICTURE, pnginfo=made_with, optimize=True)
+
+
+def adapter_of(release: Path) -> str:
+    """Return the SHA-256 of a release's adapter."""
+    files: dict[str, str] = json.loads((release / "release.json").read_text())["files"]
+    return files["adapter/adapter_model.safetensors"]
 
 
 def pictures(cell: Any) -> list[str]:
@@ -82,6 +94,11 @@ def test_stored_with_its_outputs() -> None:
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, 8))
     assert all(cell.outputs for cell in code_cells(notebook))
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/|IProgress not found\.", NOTEBOOK.read_text())
+
+
+def test_the_readmes_picture_is_of_the_release() -> None:
+    with Image.open(PICTURE) as picture:
+        assert picture.text["adapter"] == adapter_of(PICTURED)
 
 
 @pytest.fixture(scope="module")
