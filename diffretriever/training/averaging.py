@@ -85,7 +85,7 @@ def check_same(files: Sequence[Path], names: Sequence[str], rules: Mapping[str, 
     found = [read_json(file, rules) for file in files]
     for name in names:
         for file, fields in zip(files[1:], found[1:], strict=True):
-            if fields.get(name) != found[0].get(name):
+            if (fields.get(name) or None) != (found[0].get(name) or None):  # what is off may be left out
                 raise ValueError(
                     f"{file}: {name} is {fields.get(name)!r:.200}, in {files[0]} it is {found[0].get(name)!r:.200}; "
                     "a mean needs adapters of one kind"

@@ -74,6 +74,16 @@ def test_the_mean_is_a_releases_adapter(load_release: Callable[..., Any], tmp_pa
     torch.testing.assert_close(found.repr_hidden, expected.repr_hidden, rtol=0, atol=1e-6)
 
 
+def test_what_is_off_may_be_left_out(tmp_path: Path) -> None:
+    """Of adapter_config.json, the method's training writes more fields than ours."""
+    first, second = adapter(tmp_path / "first"), adapter(tmp_path / "second")
+    config = json.loads((second / "adapter_config.json").read_text())
+    assert not config["lora_bias"]
+    kept = {name: value for name, value in config.items() if value}
+    (second / "adapter_config.json").write_text(json.dumps(kept))
+    assert average(tmp_path / "mean", first, second) == 0
+
+
 @pytest.mark.parametrize(
     ("other", "told"),
     [
