@@ -389,8 +389,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         return configured or paper_prompt("query" if is_query else "passage", num_masks or own)
 
     def text_settings(self) -> str:
-        """Return all of it that tokenising follows, in writing."""
-        fields = vars(self)  # which transformers' own way to them takes many times as long to read
+        """Return what tokenising depends on, as a text to compare."""
+        fields = vars(self)  # transformers' own lookup takes many times as long
         return repr([fields.get(name) for name in (*COUNTS, "query_prompt", "passage_prompt", "query_budget_table")])
 
     def check(self) -> None:

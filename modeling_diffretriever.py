@@ -410,7 +410,7 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
             return vectors_of(self, batch.on(self.device), top_k if compute_sparse else None)
 
     def _output(self, found: dict[str, torch.Tensor], is_query: bool) -> DiffRetrieverOutput:
-        """Return what `_launch` found, once it is there: checked."""
+        """Check what `_launch` found, and wrap it."""
         return DiffRetrieverOutput(**check_output(self, found)).on_side(is_query)
 
     def encode_texts(
