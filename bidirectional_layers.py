@@ -206,6 +206,15 @@ class BidirectionalLayers(nn.Module):
     config: Any
     _recorded: RecordedLayers | None = None
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding, [V, H]."""
+        return self.backbone.embed_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids belong: where the embedding runs, which is not where the weights of an offloaded one are."""
+        return device_of(self.backbone.embed_tokens)
+
     def optimize_for(self, goal: str, compiled: bool = True) -> None:
         """Make the layers faster, once all weights are where they stay; the first texts of each kind then take longer.
 

@@ -15,15 +15,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from .checked_files import (
-    ROPE_SCALING,
-    SIZES,
-    check_fields,
-    check_heads,
-    check_rope_scaling,
-    read_json,
-    refuse_unknown,
-)
+from .checked_files import ROPE_SCALING, SIZES, check_fields, check_heads, check_rope_scaling, read_json, refuse_unknown
 from .query_budgets import MOST_MASKS, budgets_of, check_table, choose_budget, query_features
 from .scoring import SCORING_MODES
 
@@ -32,11 +24,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_diffretriever.DiffRetriever",
 }
 DIFFUSION_TYPES = ("llada", "dream")
-BACKBONE_TYPES = (
-    *DIFFUSION_TYPES,
-    "llama",
-    "qwen2",
-)  # the latter, trained without [MASK], are read at one all the same
+BACKBONE_TYPES = (*DIFFUSION_TYPES, "llama", "qwen2")  # the latter two, trained without [MASK], are read at it
 ROLES = ("system", "user", "assistant")
 # What a saved config.json says about its backbone: each transformers writes the rest, RoPE's base above all, in a way
 # of its own, and 4.54 would pass over 5.x's `rope_parameters` in silence.
@@ -81,6 +69,7 @@ RULES: dict[str, tuple[Any, ...]] = COUNTS | {
     "query_budget_table": ("object", None),
     "merge_adapter": ("flag", None),
     "recommended_mode": ("one of", *SCORING_MODES, None),
+    "recommended_fusion_weight": ("number", 0, 1, None),
 }
 # What else a config.json may hold: what transformers and its Trainer write. Others could change which weights and whose
 # code transformers loads, so they are the caller's to pass.
@@ -179,6 +168,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         sparse_top_k: how many sparse weights `encode` keeps when it is not told.
         recommended_mode: the scoring mode that serves the release best, which `diffretriever search` takes when it is
             told none; None is `single_dense` where both K are 1, else `multi_dense`.
+        recommended_fusion_weight: the dense scores' share that serves it best in the fusion modes, for `model.score`,
+            `search`, `demo` and `evaluate` where they are told none; None is half, as in the paper.
         backbone_config: the backbone as transformers' own Llama or Qwen2 config. Set in self-contained releases.
 
     Raises:
@@ -210,6 +201,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         passage_prompt: dict[str, str] | None = None,
         sparse_top_k: int = 128,
         recommended_mode: str | None = None,
+        recommended_fusion_weight: float | None = None,
         backbone_config: dict[str, Any] | PretrainedConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -236,6 +228,7 @@ class DiffRetrieverConfig(PretrainedConfig):
         self.passage_prompt = passage_prompt
         self.sparse_top_k = sparse_top_k
         self.recommended_mode = recommended_mode
+        self.recommended_fusion_weight = recommended_fusion_weight
         if isinstance(backbone_config, dict):
             backbone_config = _read_backbone_fields(backbone_config)
         self.backbone_config = backbone_config

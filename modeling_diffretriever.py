@@ -53,7 +53,7 @@ from .batching import (
     run_side_by_side,
     runs_apart,
 )
-from .bidirectional_layers import BidirectionalLayers, build_backbone, device_of, linear_shapes, parameter_shapes
+from .bidirectional_layers import BidirectionalLayers, build_backbone, linear_shapes, parameter_shapes
 from .chat_template import render_prompt, render_prompts
 from .checked_files import (
     check_fields,
@@ -67,7 +67,7 @@ from .checked_files import (
 from .configuration_diffretriever import DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
 from .release_code import load_other, other_code
 from .saved_folder import all_of_it, copy_files, replacing, sentence_transformers_files, whole_state
-from .scoring import score
+from .scoring import fusion_weight_of, score
 from .sparse_head import content_columns, vectors_of
 from .tokenization_helpers import PreparedText, RetrievalTokenizer, find_mask_id, name_mask_token
 
@@ -117,18 +117,9 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         if self.config.backbone_config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embed_tokens.weight
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding, [V, H]."""
-        return self.backbone.embed_tokens
-
     def get_output_embeddings(self) -> nn.Module:
         """Return the output head, [V, H]."""
         return self.lm_head
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids belong: where the embedding runs, which is not where the weights of an offloaded one are."""
-        return device_of(self.backbone.embed_tokens)
 
     # ---------------------------------------------------------------------------------------------- load and save
 
@@ -448,9 +439,15 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         found = encode_in_order(self, texts, is_query, batch_size, tokens_per_batch, show_progress_bar, **options)
         return DiffRetrieverOutput(**found).on_side(is_query)
 
-    def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
-        """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors."""
-        return score(queries, passages, mode)
+    def score(
+        self,
+        queries: Mapping[str, Any],
+        passages: Mapping[str, Any],
+        mode: str = "multi_dense",
+        fusion_weight: float | None = None,
+    ) -> torch.Tensor:
+        """Score every query against every passage, float32 [Q, P], as `scoring.score`; None is the release's weight."""
+        return score(queries, passages, mode, fusion_weight_of(self.config, fusion_weight))
 
 
 def _read_adapter(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 FUSED = {"fusion_single_sparse_max": "single_dense", "fusion_multi_sparse_max": "multi_dense"}  # and their dense side
 SCORING_MODES = ("single_dense", "multi_dense", "sparse_max", *FUSED)
+EVEN_FUSION = 0.5  # the dense scores' share where nothing else is asked for (paper §3.3)
 BLOCK_ELEMENTS = 64 * 1024 * 1024  # similarities held at once
 # A matrix product may round an element differently in its ragged edge than inside, and copies of a passage must tie:
 # passages, queries and dimensions are filled up to whole tiles.
@@ -26,7 +27,10 @@ Memory = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 def score(
-    queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense", fusion_weight: float = 0.5
+    queries: Mapping[str, Any],
+    passages: Mapping[str, Any],
+    mode: str = "multi_dense",
+    fusion_weight: float | None = None,
 ) -> torch.Tensor:
     """Score every query against every passage.
 
@@ -35,7 +39,7 @@ def score(
             `sparse_indices` and `sparse_values` [Q, T]. `repr_mask` [Q, K_q], if there, says which vectors exist.
         passages: the same with P and K_p.
         mode: one of SCORING_MODES.
-        fusion_weight: the dense scores' share in the fusion modes.
+        fusion_weight: the dense scores' share in the fusion modes; None is half, in `model.score` the release's own.
 
     Returns:
         float32 [Q, P], higher is more relevant.
@@ -44,7 +48,7 @@ def score(
         ValueError: unknown mode, missing fields, dimensions that do not go together, sides that are swapped.
     """
     check_mode(mode)
-    check_weight(fusion_weight)
+    weight = fusion_weight_of(None, fusion_weight)
     for side, name in ((queries, "queries"), (passages, "passages")):
         if not isinstance(side, Mapping):
             raise ValueError(f"`{name}` must be what encode or encode_texts returned, got {type(side).__name__}.")
@@ -61,7 +65,7 @@ def score(
             f"the sparse vectors are of {sparse.shape[0]} queries and {sparse.shape[1]} passages, the dense ones of "
             f"{dense.shape[0]} and {dense.shape[1]}."
         )
-    return fuse(dense, sparse, fusion_weight)
+    return fuse(dense, sparse, weight)
 
 
 def check_mode(mode: str) -> None:
@@ -74,6 +78,23 @@ def check_weight(weight: float) -> None:
     """Raise ValueError where a fusion's weight lies outside 0 to 1."""
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"`fusion_weight` must lie between 0 and 1, got {weight}.")
+
+
+def fusion_weight_of(config: Any, asked: float | None) -> float:
+    """Return the dense scores' share in the fusion modes: what is asked for, else the release's own, else half.
+
+    Args:
+        config: of the model; one without the field recommends none.
+        asked: None where nothing is.
+
+    Raises:
+        ValueError: it lies outside 0 to 1.
+    """
+    if asked is None:
+        asked = getattr(config, "recommended_fusion_weight", None)
+    weight = EVEN_FUSION if asked is None else asked
+    check_weight(weight)
+    return weight
 
 
 def check_width(queries: int, passages: int) -> None:

@@ -21,7 +21,7 @@ from diffretriever.cli.parser import Parser
 from diffretriever.data.benchmark import Benchmark, read_benchmark
 from diffretriever.data.corpus import read_corpus
 from diffretriever.evaluation.comparisons import BM25_ROW
-from diffretriever.evaluation.hybrid import EVEN, fuse_runs, fused_name, index_of
+from diffretriever.evaluation.hybrid import EVEN_FUSION, fuse_runs, fused_name, index_of
 from diffretriever.evaluation.metrics import evaluate_run, means, parse_metric
 from diffretriever.evaluation.runs import Run, ranking
 from diffretriever.evaluation.searching import judged_part, median_ms, reach, spread
@@ -71,7 +71,7 @@ def main() -> None:
     if options.bm25:
         found = index_of(corpus).search(benchmark.queries, reach(benchmark, DEPTH))
         runs[BM25_ROW] = judged_part(found, benchmark, DEPTH)
-        runs[fused_name("dense", EVEN)] = fuse_runs(runs["dense"], runs[BM25_ROW], EVEN, DEPTH)
+        runs[fused_name("dense", EVEN_FUSION)] = fuse_runs(runs["dense"], runs[BM25_ROW], EVEN_FUSION, DEPTH)
     values = {name: evaluate_run(run, benchmark.qrels, [METRIC]) for name, run in runs.items()}
     query = median_ms(lambda text: vectors_of(model.encode_query, [text]), spread(benchmark.queries, TIMED))
     print(f"{describe('cpu')}; {torch.get_num_threads()} threads; {time.strftime('%Y-%m-%d')}")

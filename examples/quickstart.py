@@ -20,13 +20,11 @@ from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
 
 from diffretriever.backbones.fetch import fetch_backbone
-from diffretriever.model.scoring import score
 
 EXAMPLES = Path(__file__).resolve().parent
 CHECKPOINTS = EXAMPLES.parent / "checkpoints"
 RELEASE, WHOLE = "diffretriever-smollm2-135m-multi-q4-p4", "diffretriever-llada-tiny-multi-q4-p4"
 BACKBONE = "smollm2-135m-instruct"
-DENSE_SHARES = {RELEASE: 0.7}  # of a fused score, where not half: chosen on dev queries (checkpoints/README.md)
 CORPUS = EXAMPLES / "corpus"  # some queries share their words with the answer, some hardly any
 
 MARKS = {True: "\N{CHECK MARK}", False: "\N{BALLOT X}"}
@@ -91,8 +89,7 @@ def main() -> None:
     names, texts, answers = list(corpus), list(corpus.values()), read_answers(CORPUS / "qrels" / "test.tsv")
     passages = model.encode_texts(texts, is_query=False)
     queries = model.encode_texts(list(questions.values()), is_query=True)
-    share = DENSE_SHARES.get(Path(release).name, 0.5)
-    scores = {name: score(queries, passages, mode, share) for name, mode in MODES.items()}  # [Q, P] each
+    scores = {name: model.score(queries, passages, mode) for name, mode in MODES.items()}  # [Q, P] each
     took = time.perf_counter() - started
 
     budgets = f"{model.config.num_query_masks} vectors a query, {model.config.num_passage_masks} a passage"

@@ -27,7 +27,7 @@ from ..model.batching import (
 )
 from ..model.configuration_diffretriever import LoadedFrom
 from ..model.modeling_diffretriever import DiffRetrieverOutput
-from ..model.scoring import SCORING_MODES, score
+from ..model.scoring import SCORING_MODES, fusion_weight_of, score
 from ..model.sparse_head import content_columns, sparse_vectors
 from ..model.tokenization_helpers import FramedTokenizer, PreparedText
 from .configuration import BaselineConfig
@@ -303,15 +303,21 @@ class Baseline(nn.Module):
         with in_eval_mode(self):  # for all threads together: none may switch dropout on while another encodes
             yield from run_side_by_side(work, batches, count_workers(self.backbone))
 
-    def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
-        """Score every query against every passage; float32 [Q, P]. See `scoring.score` for modes and errors.
+    def score(
+        self,
+        queries: Mapping[str, Any],
+        passages: Mapping[str, Any],
+        mode: str = "multi_dense",
+        fusion_weight: float | None = None,
+    ) -> torch.Tensor:
+        """Score every query against every passage, float32 [Q, P], as `scoring.score`; no `fusion_weight` is half.
 
         Vectors that do not exist are left out of means and of MaxSim.
         """
         if mode in SCORING_MODES and mode not in DENSE_ONLY_MODES and not self.config.has_sparse:
             known = " and ".join(DENSE_ONLY_MODES)
             raise ValueError(f"{type(self).__name__} has no sparse vectors for mode {mode!r}; its modes are {known}.")
-        return score(queries, passages, mode)
+        return score(queries, passages, mode, fusion_weight_of(self.config, fusion_weight))
 
     # ---------------------------------------------------------------------------------------------- save
 

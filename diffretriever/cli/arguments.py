@@ -84,7 +84,13 @@ def seconds(text: str) -> float:
 def add_fusion_options(parser: Any) -> None:
     """Add the options that say how the fusion modes fuse."""
     add_fusion_option(parser)
-    parser.add_argument("--fusion-weight", type=float, default=0.5, help="the dense share (default: %(default)s)")
+    add_weight_option(parser)
+
+
+def add_weight_option(parser: Any) -> None:
+    """Add --fusion-weight."""
+    told = "the dense share in the fusion modes (default: the release's own, else half)"
+    parser.add_argument("--fusion-weight", type=float, metavar="SHARE", help=told)
 
 
 def add_fusion_option(parser: Any) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_command, count, count_or_none
+from .arguments import add_command, add_weight_option, count, count_or_none
 from .console import check_questions, read_questions
 from .display import explanation_lines
 from .exit_status import DONE
@@ -34,9 +34,7 @@ this machine can see. Nothing is written."""
     parser.add_argument("question", nargs="*", help="one or more questions (default: they are read, a line each)")
     add_model_options(parser, f"a release: Hub id or folder (default: {SHIPPED}, of the source tree)", default=None)
     parser.add_argument("--top-k", type=count, help=f"passages a question (default: {HITS}, on the page {PAGE_HITS})")
-    parser.add_argument(
-        "--fusion-weight", type=float, default=0.5, help="the dense share of the fused score (default: %(default)s)"
-    )
+    add_weight_option(parser)
     parser.add_argument("--web", action="store_true", help="show a page at 127.0.0.1 instead, until Ctrl-C")
     parser.add_argument(
         "--port", type=count_or_none, default=PORT, help="of the page; 0 takes a free one (default: %(default)s)"
@@ -49,11 +47,11 @@ def run_demo(options: argparse.Namespace) -> int:
     Raises:
         ValueError: options that do not go together, a model without sparse vectors or other than the store's.
     """
-    from ..model.scoring import check_weight
+    from ..model.scoring import fusion_weight_of
     from ..search.explain import MODE
     from ..shipped import shipped_release
 
-    check_weight(options.fusion_weight)
+    fusion_weight_of(None, options.fusion_weight)  # a wrong one is said before the model is loaded
     check_questions(options.question)
     if options.web and options.question:
         raise ValueError("questions are asked on the page; leave them out with --web.")
@@ -61,16 +59,17 @@ def run_demo(options: argparse.Namespace) -> int:
     choose_modes(check_model(options), [MODE])
     explainer = _explainer(options)
     ready_for_questions(explainer.model)
+    weight = fusion_weight_of(explainer.model.config, options.fusion_weight)
     about = f"{options.passages}: {len(explainer):,} passages; {Path(options.model).name}"
     if options.web:
         from .page import serve
 
-        serve(explainer, about, options.port, options.top_k or PAGE_HITS, options.fusion_weight)
+        serve(explainer, about, options.port, options.top_k or PAGE_HITS, weight)
         return DONE
     columns = shutil.get_terminal_size().columns
     print(f"{about}\n{LEGEND}\n", flush=True)
     for question in options.question or read_questions(str(options.passages)):
-        found = explainer.explain(question, options.top_k or HITS, options.fusion_weight)
+        found = explainer.explain(question, options.top_k or HITS, weight)
         print(*explanation_lines(found, columns), sep="\n")
         print(flush=True)
     return DONE

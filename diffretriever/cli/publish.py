@@ -65,6 +65,8 @@ def _add_build(commands: Any) -> None:
     command.add_argument("--mask-token", help="an unused special token that serves as [MASK], for a Llama or Qwen2")
     told = "the scoring mode that serves it best, which search takes (default: the dense one)"
     command.add_argument("--recommended-mode", choices=MODES, help=told)
+    told = "the dense share that serves it best in the fusion modes, which search takes (default: half)"
+    command.add_argument("--recommended-fusion-weight", type=float, metavar="SHARE", help=told)
     told = "of the adapter in the release; bfloat16 halves it (default: as it was trained)"
     command.add_argument("--adapter-dtype", choices=("bfloat16",), help=told)
     command.add_argument("--with-backbone", action="store_true", help="copy a local backbone into the release")
@@ -121,7 +123,7 @@ def _add_fingerprint_options(command: argparse.ArgumentParser) -> None:
 def run_build(options: argparse.Namespace) -> int:
     """Run `publish build`."""
     from ..model.configuration_diffretriever import LENGTHS
-    from ..publishing.build import SETTINGS, build, build_known
+    from ..publishing.build import RECOMMENDED, SETTINGS, build, build_known
     from ..publishing.record import read_record
 
     if (options.release is None) == (options.base is None):
@@ -129,9 +131,7 @@ def run_build(options: argparse.Namespace) -> int:
     if options.release is not None and options.adapter is not None:
         raise ValueError(f"build: --adapter goes with --base; {options.release} has an adapter of its own.")
     settings = {
-        name: value
-        for name in (*SETTINGS, *LENGTHS, "recommended_mode")
-        if (value := getattr(options, name)) is not None
+        name: value for name in (*SETTINGS, *LENGTHS, *RECOMMENDED) if (value := getattr(options, name)) is not None
     }
     shared = {
         "name": options.name,

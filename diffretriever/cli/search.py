@@ -73,11 +73,11 @@ def run_search(options: argparse.Namespace) -> int:
         ValueError: options that do not go together, or a model that is not the store's.
     """
     from ..files.durable import check_place
-    from ..model.scoring import check_weight
+    from ..model.scoring import fusion_weight_of
 
     _as_flag(options)
     _check(options)
-    check_weight(options.fusion_weight)
+    fusion_weight_of(None, options.fusion_weight)  # a wrong one is said before the model is loaded
     if options.json not in (None, STDOUT):
         check_place(Path(options.json))
     queries = _queries(options) if options.queries else None
@@ -166,10 +166,13 @@ def _searcher(options: argparse.Namespace) -> Searcher:
 
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
     """Load the model, or find the server's, and refuse one that did not encode the passages."""
+    from ..model.scoring import fusion_weight_of
+
     if options.server is None:
         choose_modes(check_model(options), [options.mode] if options.mode else None)
     model = load_encoder(options, num_query_masks=options.num_query_masks)
     options.mode = options.mode or getattr(model.config, "default_mode", DENSE)
+    options.fusion_weight = fusion_weight_of(model.config, options.fusion_weight)
     if searcher.engine.settings is not None:
         check_encoder(model, searcher.engine.settings, _place(options))
     return ready_for_questions(model)
@@ -223,7 +226,9 @@ def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None])
 
 
 def _search_store(searcher: Searcher, queries: Any, options: argparse.Namespace) -> Run:
-    options.mode = options.mode or DENSE
+    from ..model.scoring import fusion_weight_of
+
+    options.mode, options.fusion_weight = options.mode or DENSE, fusion_weight_of(None, options.fusion_weight)
     return _results(searcher, queries, options).run()
 
 

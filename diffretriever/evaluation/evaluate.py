@@ -20,7 +20,7 @@ from ..store.manifest import MANIFEST_FILE, Manifest
 from ..store.plan import Plan
 from ..store.store import Store
 from .comparisons import compare, pairs_of
-from .hybrid import index_of
+from .hybrid import EVEN_FUSION, index_of
 from .metrics import evaluate_run
 from .options import Options
 from .report import Evaluation
@@ -54,6 +54,8 @@ def evaluate(
     notes += _notes_on_cuts(model, benchmark)
     if options.fusion == "runs" and FUSED.keys() & set(options.modes):
         notes.append("The fusion modes fuse the two sides' rankings alone, as the paper's tables do.")
+    if systems.fusion_weight != EVEN_FUSION and FUSED.keys() & set(options.modes):
+        notes.append(f"The fusion modes have the dense weight {systems.fusion_weight:g}.")
     if options.tune_split is not None:
         tuning = read_benchmark(benchmark.folder, options.tune_split, benchmark.relevance_level)
         weights = systems.choose_weights(tuning, measures[0])

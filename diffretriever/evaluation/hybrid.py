@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data.benchmark import Benchmark
-from ..model.scoring import check_weight, fuse
+from ..model.scoring import EVEN_FUSION, check_weight, fuse
 from ..search.searcher import Searcher
 from .bm25 import BM25
 from .comparisons import BM25_ROW
@@ -17,7 +17,6 @@ from .metrics import Qrels, evaluate_run, means
 from .runs import Run, ranking
 from .searching import judged_part, ranked_windows, reach
 
-EVEN = 0.5
 WEIGHTS = tuple(step / 10 for step in range(11))
 
 
@@ -82,7 +81,7 @@ def choose_weight(figures: Mapping[float, float]) -> float:
     >>> choose_weight({0.2: 0.7, 0.4: 0.7, 0.5: 0.6})
     0.4
     """
-    return max(figures, key=lambda weight: (figures[weight], -abs(weight - EVEN)))
+    return max(figures, key=lambda weight: (figures[weight], -abs(weight - EVEN_FUSION)))
 
 
 def tune_modes(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.benchmark import Benchmark
-from ..model.scoring import check_mode, check_weight
+from ..model.scoring import check_mode, fusion_weight_of
 from ..search.modes import FUSED, MODES
 from .comparisons import check_comparable
 from .hybrid import modes_to_fuse
@@ -21,13 +21,13 @@ class Options:
     Args:
         modes: scoring modes.
         metrics: names, see `parse_metric`.
-        fusion_weight: the dense scores' share in the fusion modes.
+        fusion_weight: the dense scores' share in the fusion modes; None is the model's own, else half.
         fusion: how these fuse, see `Searcher`; "runs" is that of the paper's tables.
         depth: passages a query, in the runs and in the metrics.
         bm25: also evaluate BM25, alone and fused with `bm25_with`.
         bm25_with: modes to fuse with BM25; None takes multi_dense and fusion_multi_sparse_max.
         tune_split: a split on which to choose the weights of the fusion modes and of the fusions with BM25; they become
-            rows of their own. None reports `fusion_weight` and, with BM25, 0.5 alone.
+            rows of their own. None reports `fusion_weight` and, with BM25, half alone.
         baseline: the rows of the single-vector evaluation, for the mark †; see `pairs_of`.
         counterpart: those of the matched autoregressive method, for the mark ‡.
         correction: of the significance tests, "bonferroni" or "holm".
@@ -37,7 +37,7 @@ class Options:
 
     modes: Sequence[str] = MODES
     metrics: Sequence[str] = DEFAULT_METRICS
-    fusion_weight: float = 0.5
+    fusion_weight: float | None = None
     fusion: str = "exact"
     depth: int = 1000
     bm25: bool = False
@@ -57,7 +57,7 @@ class Options:
         """
         for mode in self.modes:
             check_mode(mode)
-        check_weight(self.fusion_weight)
+        fusion_weight_of(None, self.fusion_weight)
         if self.depth < 1 or self.latency < 0:
             raise ValueError(f"the depth must be at least 1 and the latency at least 0: {self.depth}, {self.latency}.")
         if not self.modes or not self.metrics:

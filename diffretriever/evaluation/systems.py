@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.benchmark import Benchmark
+from ..model.scoring import fusion_weight_of
 from ..search.modes import FUSED
 from ..search.searcher import Searcher
 from .bm25 import BM25
 from .comparisons import BM25_ROW
-from .hybrid import EVEN, fuse_runs, fused_name, modes_to_fuse, tune_bm25, tune_modes, tuned_name
+from .hybrid import EVEN_FUSION, fuse_runs, fused_name, modes_to_fuse, tune_bm25, tune_modes, tuned_name
 from .options import Options
 from .runs import Run
 from .searching import judged_part, median_ms, query_latency, reach, search_benchmark, spread
@@ -52,6 +53,11 @@ class Systems:
     bm25: BM25 | None
     options: Options
 
+    @property
+    def fusion_weight(self) -> float:
+        """The dense scores' share in the fusion modes: what was asked for, else the model's own, else half."""
+        return fusion_weight_of(self.model.config, self.options.fusion_weight)
+
     def choose_weights(self, tuning: Benchmark, metric: Any) -> Weights:
         """Choose the weights of all fusions: those with the best mean of a metric on a split kept for this.
 
@@ -63,14 +69,14 @@ class Systems:
         modes = tune_modes(self.model, self.searcher, tuning, fusions, metric, depth)
         if self.bm25 is None:
             return Weights(modes)
-        ours = self._rank(tuning, {mode: (mode, self.options.fusion_weight) for mode in self._beside_bm25()})
+        ours = self._rank(tuning, {mode: (mode, self.fusion_weight) for mode in self._beside_bm25()})
         theirs = self._rank_bm25(self.bm25, tuning)
         bm25 = {mode: tune_bm25(run, theirs, tuning.qrels, metric, depth) for mode, run in ours.items()}
         return Weights(modes, bm25)
 
     def rank(self, benchmark: Benchmark, weights: Weights) -> dict[str, Run]:
         """Return {row of the table: run}: the modes, those at chosen weights, BM25, our modes fused with it."""
-        given = self.options.fusion_weight
+        given = self.fusion_weight
         rows = {mode: (mode, given) for mode in self.options.modes}
         rows |= {tuned_name(mode, best): (mode, best) for mode, best in weights.modes.items() if best != given}
         runs = self._rank(benchmark, rows)
@@ -78,7 +84,7 @@ class Systems:
             return runs
         runs[BM25_ROW] = self._rank_bm25(self.bm25, benchmark)
         for mode in self._beside_bm25():
-            for weight in dict.fromkeys([EVEN, weights.bm25.get(mode, EVEN)]):
+            for weight in dict.fromkeys([EVEN_FUSION, weights.bm25.get(mode, EVEN_FUSION)]):
                 fused = fuse_runs(runs[mode], runs[BM25_ROW], weight, self.options.depth)
                 runs[fused_name(mode, weight)] = fused
         return runs

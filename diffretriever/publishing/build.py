@@ -50,6 +50,7 @@ BACKBONE_SETTINGS = """config.json generation_config.json model.safetensors.inde
     tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja""".split()
 BUDGETS = ("num_query_masks", "num_passage_masks", "max_length")
 SETTINGS = (*BUDGETS, "mask_token")
+RECOMMENDED = ("recommended_mode", "recommended_fusion_weight")  # of a release as a whole; no adapter records them
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def build(
         adapter_dtype: of the adapter in the release, as torch names it; None leaves it as it was trained.
         recording: what to record in release.json; None records no fingerprint.
         settings: config fields (num_query_masks, num_passage_masks, max_length, query_length, passage_length); with an
-            adapter they must agree with what its retriever_config.json recorded. And recommended_mode.
+            adapter they must agree with what its retriever_config.json recorded. And the names of RECOMMENDED.
 
     Returns:
         The config that was written.
@@ -113,14 +114,15 @@ def build(
         _check_replaceable(out, Path(base).expanduser(), force)
     if with_backbone and not local:
         raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
-    recommended = settings.pop("recommended_mode", None)
+    recommended = {name: settings.pop(name, None) for name in RECOMMENDED}
     parts = _read_parts(base, adapter, settings)
     config, place = parts.config, BACKBONE_FOLDER if with_backbone else _path_from(parts.backbone, out)
     config.base_model_name_or_path = place if local else base
     config.base_model_revision = None if local else parts.backbone.name  # the Hub cache names snapshots by commit
     config.fetched_backbone = _fetched(parts.backbone)
     config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
-    config.recommended_mode = recommended
+    for field, value in recommended.items():
+        setattr(config, field, value)
     config.check()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
@@ -372,7 +374,7 @@ _OWN_FIELDS = (
     "query_prompt",
     "passage_prompt",
     "sparse_top_k",
-    "recommended_mode",
+    *RECOMMENDED,
 )
 
 
@@ -427,6 +429,6 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     recording = options.pop("recording", None) or Recording()
     if not release.is_local and recording.repo_id is None:
         recording = replace(recording, repo_id=release.adapter)
-    settings |= {"recommended_mode": release.recommended_mode}
+    settings |= {name: getattr(release, name) for name in RECOMMENDED}
     options = {**settings, **options, "name": options.get("name") or release_name}
     return build(places[0], out, places[1], recording=replace(recording, known_as=release_name), **options)

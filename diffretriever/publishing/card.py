@@ -205,6 +205,7 @@ def _template_fields(config: Any, facts: CardFacts, measured: dict[str, Any] | N
         "longest_input": _longest_input(config),
         "prompt_tokens": facts.prompt_tokens,
         "recommended": config.default_mode,
+        "fused_words": _fused_words(config.recommended_fusion_weight),
         "dense_words": "`single_dense`" if single else "MaxSim (`multi_dense`)",
         "paper": paper,
         "measured": measured,
@@ -219,6 +220,13 @@ def masks_phrase(config: Any) -> str:
         return "one `[MASK]` token"
     chosen = "" if len(budgets) == 1 else ", by its length and entropy"
     return f"{_query_masks(config)} (query{chosen}) or {k_p} (passage) `[MASK]` tokens"
+
+
+def _fused_words(weight: float | None) -> str:
+    """Say how the fusion modes weigh their sides."""
+    if weight is None:
+        return "averaged"
+    return f"{weight:g} of the one and {1 - weight:g} of the other, unless `fusion_weight` says otherwise"
 
 
 def _query_masks(config: Any) -> str:

@@ -47,6 +47,7 @@ class Release:
         max_length: tokens of prompt and text.
         mask_token: the special token that serves as [MASK] where the backbone has none.
         recommended_mode: the scoring mode that serves it best; None is `single_dense` for K = 1, else `multi_dense`.
+        recommended_fusion_weight: the dense scores' share that serves it best in the fusion modes; None is half.
     """
 
     base: str
@@ -56,6 +57,7 @@ class Release:
     max_length: int = 156
     recommended_mode: str | None = None
     mask_token: str | None = None
+    recommended_fusion_weight: float | None = None
 
     @property
     def is_local(self) -> bool:
@@ -74,8 +76,8 @@ def _smollm2(kind: str, num_masks: int) -> Release:
     """Name a release of this source tree on a backbone that `diffretriever fetch-backbone` puts beside it."""
     adapter = f"checkpoints/diffretriever-smollm2-135m-{kind}/adapter"
     fused = "fusion_single_sparse_max" if kind == "single" else "fusion_multi_sparse_max"
-    length = 179 if kind == "single" else 279
-    return Release(f"checkpoints/{SMOLLM2}", adapter, num_masks, num_masks, length, fused, "<empty_output>")
+    length, weight = (179, None) if kind == "single" else (279, 0.7)
+    return Release(f"checkpoints/{SMOLLM2}", adapter, num_masks, num_masks, length, fused, "<empty_output>", weight)
 
 
 SMOLLM2 = "smollm2-135m-instruct"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..model.scoring import fusion_weight_of
 from ..model.tokenization_helpers import content_words, split_words
 from ..store.segments import Segment, existing, query_vectors
 from .exact import ExactEngine
@@ -92,20 +93,21 @@ class Explainer:
     def __len__(self) -> int:
         return len(self._engine)
 
-    def explain(self, question: str, top_k: int = 10, weight: float = 0.5) -> Explanation:
+    def explain(self, question: str, top_k: int = 10, weight: float | None = None) -> Explanation:
         """Find a question's best passages.
 
         Args:
             question: its text.
             top_k: passages.
-            weight: the dense scores' share of the fused one: 1 ranks by the dense scores alone, 0 by the sparse ones.
+            weight: the dense scores' share of the fused one: 1 ranks by the dense scores alone, 0 by the sparse ones;
+                None is the model's own, else half.
 
         Raises:
             ValueError: the passages have no sparse vectors, or the weight lies outside 0 to 1.
         """
         query = query_vectors(self._searcher.encode(self.model, [question], [MODE]))
         sides = self._searcher.rank_sides(query, MODE, max(CANDIDATES, top_k))
-        hits = sides.fuse(weight, top_k)[0]
+        hits = sides.fuse(fusion_weight_of(self.model.config, weight), top_k)[0]
         terms = _terms(query.require_sparse(), 0)
         vectors = query.dense[0][query.mask[0]]  # [K_q, H]
         at = torch.searchsorted(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..model.scoring import check_weight, fuse
+from ..model.scoring import EVEN_FUSION, check_weight, fuse
 from ..store.segments import QueryVectors
 from .engine import Engine, Ranking
 from .results import Results, pad_rows
@@ -35,7 +35,7 @@ class Sides:
     sparse: list[torch.Tensor]
     query_ids: list[str] | None = None
 
-    def fuse(self, weight: float = 0.5, top_k: int = 10) -> Results:
+    def fuse(self, weight: float = EVEN_FUSION, top_k: int = 10) -> Results:
         """Rank the candidates by the hybrid score; each side is normalised over those that it has a score of.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..model.batching import check_count
-from ..model.scoring import check_mode, check_weight
+from ..model.scoring import EVEN_FUSION, check_mode, fusion_weight_of
 from ..store.identity import check_searchable, check_sides
 from ..store.segments import QueryVectors, query_vectors
 from .engine import Engine, Ranking
@@ -38,7 +38,7 @@ class Rankings:
         self._ranked: dict[str, Ranking] = {}
         self._sides: dict[str, Sides] = {}
 
-    def results(self, mode: str, top_k: int, fusion_weight: float = 0.5) -> Results:
+    def results(self, mode: str, top_k: int, fusion_weight: float = EVEN_FUSION) -> Results:
         """Return the best passages in one mode; see `Searcher.search`."""
         if mode in FUSED:
             return self.sides(mode).fuse(fusion_weight, top_k)
@@ -115,7 +115,7 @@ class Searcher:
         top_k: int = 10,
         *,
         candidates: int | None = CANDIDATES,
-        fusion_weight: float = 0.5,
+        fusion_weight: float | None = None,
     ) -> Results:
         """Find each query's best passages.
 
@@ -124,7 +124,7 @@ class Searcher:
             mode: one of MODES.
             top_k: passages a query.
             candidates: in the fusion modes, how many of each side are fused (see `rank_sides`); None takes all.
-            fusion_weight: in the fusion modes, the dense scores' share.
+            fusion_weight: in the fusion modes, the dense scores' share; None is half, whatever the model recommends.
 
         Returns:
             The results, best first, ties by position in the store. A passage without vectors, or in `sparse_max`
@@ -135,7 +135,7 @@ class Searcher:
                 vectors that are missing, not finite or of another dimension.
         """
         check_mode(mode)
-        check_weight(fusion_weight)
+        weight = fusion_weight_of(None, fusion_weight)
         top_k, candidates = check_count("top_k", top_k), _count_or_all("candidates", candidates)
         depth: int | None = top_k
         if mode in FUSED:  # every hit is a candidate, so fewer candidates than hits would cut the ranking short
@@ -143,7 +143,7 @@ class Searcher:
         vectors = self._vectors(queries)
         size = BATCH_NUMBERS // max(1, min(depth or len(self), len(self)))
         parts = list(vectors.batches(size)) or [vectors]
-        return Results.joined([self.rank(part, depth).results(mode, top_k, fusion_weight) for part in parts])
+        return Results.joined([self.rank(part, depth).results(mode, top_k, weight) for part in parts])
 
     def encode(self, model: Any, queries: Sequence[str], modes: Iterable[str]) -> Mapping[str, Any]:
         """Encode queries as the passages were encoded: with or without the content filter.

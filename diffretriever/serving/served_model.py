@@ -15,6 +15,8 @@ import torch
 
 from ..files.fields import fill
 from ..model.batching import DiffRetrieverOutput, encode_in_order, run_side_by_side
+from ..model.checked_files import check_fields
+from ..model.configuration_diffretriever import RULES
 from ..search.qdrant.calls import EngineError
 from ..store.manifest import Settings
 from .client import TextClient
@@ -46,11 +48,13 @@ class ServedModel:
         client: of the server.
 
     Attributes:
-        config: `hidden_size`, `sparse_top_k`, `default_mode` and `cut_in_training`, as a model's has them.
+        config: `hidden_size`, `sparse_top_k`, `default_mode`, `cut_in_training` and `recommended_fusion_weight`, as a
+            model's has them.
         device: where its tensors are not: no memory of this machine says how large a batch may be.
 
     Raises:
         EngineError, EngineAwayError: as `TextClient.ask`.
+        ValueError: the server recommends what no model can have.
     """
 
     def __init__(self, client: TextClient) -> None:
@@ -66,7 +70,9 @@ class ServedModel:
         passages = self._settings[False]
         sizes = {"hidden_size": passages.hidden_size, "sparse_top_k": passages.sparse_top_k}
         more = {"default_mode": said.get("mode"), "cut_in_training": said.get("cut_in_training")}
-        self.config = SimpleNamespace(**sizes, **more)
+        weight = {"recommended_fusion_weight": said.get("recommended_fusion_weight")}
+        check_fields(f"{client.address}: ", weight, RULES)
+        self.config = SimpleNamespace(**sizes, **more, **weight)
         self.device = torch.device("meta")
         rooms = passages.model_parts["text_tokens"]
         self.layouts = {True: SimpleNamespace(room=rooms["query"]), False: SimpleNamespace(room=rooms["passage"])}

@@ -176,7 +176,8 @@ def _description(
     for fields in settings.values():
         fields["options"] = fields["options"] | {"model_dtype": str(dtype).removeprefix("torch.")}
         fields["library_versions"] = fields["library_versions"] | versions
-    return {"settings": settings, "mode": config.default_mode, "cut_in_training": config.cut_in_training}
+    more = {name: getattr(config, name) for name in ("cut_in_training", "recommended_fusion_weight")}
+    return {"settings": settings, "mode": config.default_mode, **more}
 
 
 def _checked(data: Any) -> tuple[bool, list[str]]:

@@ -38,7 +38,7 @@ TOLD_ELSEWHERE = frozenset(
     "adapter_name_or_path backbone_config backbone_type base_model_name_or_path base_model_revision "
     "cut_in_training fetched_backbone mask_token max_length merge_adapter method normalize num_denoise_steps "
     "num_passage_masks num_passage_vectors num_query_masks num_query_vectors passage_length passage_prompt "
-    "query_budget_table query_length query_prompt recommended_mode sparse_top_k".split()
+    "query_budget_table query_length query_prompt recommended_fusion_weight recommended_mode sparse_top_k".split()
 )
 # Of tokenizer.json: what turns texts into ids and ids into texts.
 TOKENIZER_RULES = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")

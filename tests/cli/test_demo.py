@@ -81,6 +81,16 @@ def test_an_explanation_has_the_scores_of_model_score(
     assert len(explainer.explain(QUESTION, top_k=2).matches) == 2
 
 
+def test_the_weight_is_the_models_own(
+    model: Any, explainer: Explainer, monkeypatch: pytest.MonkeyPatch, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = [match.fused for match in explainer.explain(QUESTION).matches]
+    monkeypatch.setattr(model.config, "recommended_fusion_weight", 0.9)
+    own = [match.fused for match in explainer.explain(QUESTION).matches]
+    assert own == [match.fused for match in explainer.explain(QUESTION, weight=0.9).matches] != half
+    assert [match.fused for match in explainer.explain(QUESTION, weight=0.5).matches] == half
+
+
 def test_the_map_and_the_shared_words_make_the_two_scores(found: Explanation) -> None:
     """ "Chess" and "program" are a token each, so that their weights' products are the sparse score."""
     query = {word.text: word.weight for word in found.words}

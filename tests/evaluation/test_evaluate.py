@@ -260,6 +260,21 @@ def test_a_chosen_weight_that_is_the_given_one_adds_no_row(model: Any, benchmark
     assert second.rows[mode] == first.rows[f"{mode}@{chosen:g}"]
 
 
+def test_the_fusions_weight_is_the_models_own(
+    model: Any, benchmark: Benchmark, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode, note = "fusion_multi_sparse_max", "The fusion modes have the dense weight 0.9."
+    half, half_runs = evaluate(model, benchmark, store, options(modes=(mode,)))
+    monkeypatch.setattr(model.config, "recommended_fusion_weight", 0.9)
+    own, own_runs = evaluate(model, benchmark, store, options(modes=(mode,)))
+    asked, asked_runs = evaluate(model, benchmark, store, options(modes=(mode,), fusion_weight=0.5))
+    assert own_runs[mode] == searched(model, store, benchmark, mode, 10, 0.9) != half_runs[mode]
+    assert asked_runs == half_runs
+    assert (note in half.notes, note in own.notes, note in asked.notes) == (False, True, False)
+    dense, _ = evaluate(model, benchmark, store, options(modes=("multi_dense",)))
+    assert note not in dense.notes
+
+
 def test_one_query_is_not_tested(model: Any, store: Store, tmp_path: Path) -> None:
     folder = write_benchmark(tmp_path / "one")
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq-web\tdaemon\t1\n")

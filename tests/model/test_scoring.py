@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffretriever.model import scoring
+from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
 from diffretriever.model.scoring import SCORING_MODES, multi_dense, score, single_dense
 
 pytestmark = pytest.mark.once
@@ -230,6 +231,23 @@ def test_model_score_is_score(mode: str, load_release: Callable[..., Any]) -> No
     assert torch.equal(model.score(queries, passages, mode), score(queries, passages, mode))
     assert torch.allclose(model.score(queries, passages, mode), torch.tensor(brute(queries, passages, mode)), atol=2e-6)
     assert torch.equal(model.score(queries, passages), score(queries, passages, "multi_dense"))
+
+
+@pytest.mark.parametrize("mode", SCORING_MODES)
+def test_the_release_recommends_the_fusions_weight(mode: str, load_release: Callable[..., Any]) -> None:
+    model = load_release("tiny-llada", "llada-q4p4", recommended_fusion_weight=0.8)
+    queries = model.encode_texts(["a cat", "the sea"], is_query=True)
+    passages = model.encode_texts(["cats and dogs", "the sea is blue", "a quiet river"], is_query=False)
+    half = score(queries, passages, mode)
+    assert torch.equal(model.score(queries, passages, mode), score(queries, passages, mode, 0.8))
+    assert torch.equal(model.score(queries, passages, mode, 0.5), half)
+    assert torch.equal(model.score(queries, passages, mode), half) == ("fusion" not in mode)
+
+
+@pytest.mark.parametrize("weight", [1.5, -0.1, "0.5", True, float("nan")])
+def test_a_weight_that_no_fusion_has_is_not_recommended(weight: Any) -> None:
+    with pytest.raises(ValueError, match="config field `recommended_fusion_weight` must be a number of at"):
+        DiffRetrieverConfig(recommended_fusion_weight=weight)
 
 
 def without(side: Side, name: str) -> Side:

@@ -91,6 +91,20 @@ def test_what_a_release_holds(kind: str, adapter: str | None, tmp_path: Path) ->
         assert (out / name).read_bytes() == (ROOT / name).read_bytes()
 
 
+def test_what_is_recommended_stands_in_config_and_card(tmp_path: Path) -> None:
+    given = ["build", "--base", LLADA, "--adapter", MULTI, "--fingerprint", "never"]
+    given += ["--recommended-mode", "fusion_multi_sparse_max", "--output", str(tmp_path / "advises")]
+    assert publish.main([*given, "--recommended-fusion-weight", "0.7"]) == 0
+    fields = read(tmp_path / "advises" / "config.json")
+    assert (fields["recommended_mode"], fields["recommended_fusion_weight"]) == ("fusion_multi_sparse_max", 0.7)
+    assert load(tmp_path / "advises").config.recommended_fusion_weight == 0.7
+    told = "normalised per query, 0.7 of the one and 0.3 of the other, unless `fusion_weight` says otherwise |"
+    assert told in (tmp_path / "advises" / "README.md").read_text(encoding="utf-8")
+    building.build(LLADA, tmp_path / "silent", MULTI)
+    assert "recommended_fusion_weight" not in read(tmp_path / "silent" / "config.json")
+    assert "normalised per query, averaged |" in (tmp_path / "silent" / "README.md").read_text(encoding="utf-8")
+
+
 def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

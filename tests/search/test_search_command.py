@@ -176,6 +176,27 @@ def test_the_release_recommends_the_mode(folder: Path, tmp_path: Path, capsys: p
     assert re.search(r"recommended_mode.*best.*only .single_dense", capsys.readouterr().err)
 
 
+def test_the_release_recommends_the_fusions_weight(
+    model: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the mode, it makes no other model."""
+    other = tmp_path / "advises-a-weight"
+    shutil.copytree(RELEASE, other, symlinks=False)
+    fields = json.loads((other / "config.json").read_text())
+    fields |= {"base_model_name_or_path": str(RELEASE.parent / "llada-tiny"), "recommended_fusion_weight": 0.9}
+    (other / "config.json").write_text(json.dumps(fields))
+    passages, query = open_store(folder / "store"), model.encode_texts(["web pages"], is_query=True)
+    mode = "fusion_multi_sparse_max"
+    given = ["search", "--store", folder / "store", "--mode", mode]
+    scores = {}
+    for more, weight in (([], 0.9), (["--fusion-weight", 0.5], 0.5), (["--fusion-weight", 0], 0.0)):
+        assert run(*given, "--model", other, "web pages", "--json", "-", *more) == 0
+        expected = Searcher(passages).search(query, mode, fusion_weight=weight).scores[0]
+        scores[weight] = [hit["score"] for hit in json.loads(capsys.readouterr().out)["hits"]]
+        assert scores[weight] == pytest.approx([score for score in expected.tolist() if score > -torch.inf], abs=1e-5)
+    assert scores[0.9] != scores[0.5]
+
+
 def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = ROOT / "checkpoints" / "diffretriever-llada-tiny-single"
     assert run("search", "--model", other, "--store", folder / "store", "x") == 2
@@ -234,6 +255,9 @@ def test_a_run_file_from_a_store_of_queries(
         query: set(found) for query, found in results.run().items()
     }
     assert results[0][0].id == results.ids[0][0]
+    fused = Searcher(open_store(plain / "store")).search(open_store(plain / "queries"), MODES[4], 2, fusion_weight=0.5)
+    assert run(*given, "--mode", MODES[4]) == 0  # half: a store of queries does not hold what the release recommends
+    assert read_run(file) == {query: pytest.approx(found, abs=1e-5) for query, found in fused.run().items()}
     file.unlink()
     monkeypatch.setattr(Searcher, "search", lambda *_, **__: pytest.fail("it was searched"))
     assert run(*given, "--model", RELEASE, "--num-query-masks", 2) == 2

@@ -218,6 +218,20 @@ def test_vectors_that_cannot_be_are_refused(name: str, value: Any, server: Serve
         served(server).encode_texts(["the seasons"], False)
 
 
+@pytest.mark.parametrize("weight", [None, 0.7, "most"])
+def test_the_fusions_weight_is_the_served_releases(engine: PlainEngine, weight: Any) -> None:
+    def recommending(data: dict[str, Any]) -> dict[str, Any]:
+        found = engine(data)
+        return found | {"description": found["description"] | {"recommended_fusion_weight": weight}}
+
+    with serving(recommending) as server:
+        if weight != "most":
+            assert served(server).config.recommended_fusion_weight == weight
+            return
+        with pytest.raises(ValueError, match=r"http://.*: `recommended_fusion_weight` must be a number of at least 0"):
+            served(server)
+
+
 def test_the_text_that_a_server_refuses_is_named(server: Served, corpus: Path, tmp_path: Path) -> None:
     engine = server.engine
 
