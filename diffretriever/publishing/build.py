@@ -114,15 +114,14 @@ def build(
         _check_replaceable(out, Path(base).expanduser(), force)
     if with_backbone and not local:
         raise ValueError(f"--with-backbone: {base} is no local folder; a backbone on the Hub is named, not copied.")
-    recommended = {name: settings.pop(name, None) for name in RECOMMENDED}
+    recommended = [settings.pop(name, None) for name in RECOMMENDED]
     parts = _read_parts(base, adapter, settings)
     config, place = parts.config, BACKBONE_FOLDER if with_backbone else _path_from(parts.backbone, out)
     config.base_model_name_or_path = place if local else base
     config.base_model_revision = None if local else parts.backbone.name  # the Hub cache names snapshots by commit
     config.fetched_backbone = _fetched(parts.backbone)
     config.release_name, config.auto_map, config.architectures = name, AUTO_MAP, ["DiffRetriever"]
-    for field, value in recommended.items():
-        setattr(config, field, value)
+    config.recommended_mode, config.recommended_fusion_weight = recommended
     config.check()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
