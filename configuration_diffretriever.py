@@ -293,8 +293,8 @@ class DiffRetrieverConfig(PretrainedConfig):
         for name, value in recorded.items():
             if name not in self.overrides:
                 setattr(self, name, value)
-        if "query_budget_table" not in self.overrides:  # the release's was learned with its own adapter
-            self.query_budget_table = None
+        for name in {"query_budget_table", "recommended_fusion_weight"} - set(self.overrides):
+            setattr(self, name, None)  # the release's was chosen with its own adapter
 
     def _note_overrides(self, names: tuple[str, ...]) -> None:
         """Remember which fields the caller set; some would be nothing beside what the release has in their place."""

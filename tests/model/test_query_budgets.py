@@ -117,7 +117,7 @@ def test_ids_of_another_budget_are_refused(load_release: Callable[..., Any]) -> 
 def test_what_stands_in_for_the_table(build_release: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "with-a-table"
     shutil.copytree(build_release("tiny-llada", "llada-q4p4"), folder)
-    edit_json(folder / "config.json", query_budget_table=TABLE)
+    edit_json(folder / "config.json", query_budget_table=TABLE, recommended_fusion_weight=0.8)
 
     def loaded(**options: Any) -> Any:
         return AutoModel.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32, **options)
@@ -127,8 +127,11 @@ def test_what_stands_in_for_the_table(build_release: Callable[..., Path], tmp_pa
     assert (model.config.num_query_masks, model.config.num_masks(False)) == (4, 4)
     assert loaded(num_query_masks=2).encode_texts(TEXTS[:2], True).repr_hidden.shape[1] == 2
     assert loaded(query_budget_table=None).config.budgets(True) == [4]
-    single = loaded(adapter_name_or_path=str(PARITY / "adapters" / "llada-single"))
+    other = {"adapter_name_or_path": str(PARITY / "adapters" / "llada-single")}
+    single, given = loaded(**other), {"recommended_fusion_weight": 0.3}
     assert single.config.budgets(True) == [1]  # the table was learned with the release's own adapter
+    weights = [loaded(**more).config.recommended_fusion_weight for more in ({}, other, other | given)]
+    assert weights == [0.8, None, 0.3]  # and so was the weight
     model.save_pretrained(tmp_path / "saved")
     saved = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True, torch_dtype=torch.float32)
     assert saved.config.query_budget_table == TABLE
