@@ -22,9 +22,9 @@ def register(commands: Any) -> None:
 
 def run_average_adapters(options: argparse.Namespace) -> int:
     """Run `diffretriever average-adapters`."""
-    from ..training.averaging import average_adapters
+    from ..training.averaging import FILES, average_adapters
 
-    cosine = average_adapters([find_adapter(name) for name in options.adapters], options.output)
+    cosine = average_adapters([find_adapter(name, FILES) for name in options.adapters], options.output)
     count = len(options.adapters)
     print(f"{options.output}: the mean of {count} adapters, whose factors A have a cosine of {cosine:.2f} or more")
     return DONE

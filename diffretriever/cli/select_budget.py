@@ -63,7 +63,8 @@ def run_budget(options: argparse.Namespace) -> int:
     if options.data and options.num_queries:
         raise ValueError("--num-queries draws from --pairs; of a benchmark (--data), the whole split is asked.")
     task = _training_task(options) if options.pairs else _benchmark_task(options, "test")
-    found = select_budget(load_model(options), replace(task, fusion=options.fusion), sorted(set(options.budgets)))
+    model = load_model(options)
+    found = select_budget(model, _fused_as(model, task, options), sorted(set(options.budgets)))
     write_json(options.output, found)
     choice = found["choice"]
     print(f"nDCG@10 of {found['queries']} queries on {found['passages']} passages")
@@ -90,7 +91,7 @@ def _run_adaptive(options: argparse.Namespace, method: str) -> int:
     training, dev = _training_task(options), _benchmark_task(options, "dev")
     model = load_model(options)
     model.config.query_budget_table = None  # of an earlier run
-    training, dev = (replace(task, fusion=options.fusion) for task in (training, dev))
+    training, dev = (_fused_as(model, task, options) for task in (training, dev))
     found = learn_budgets(model, training, dev, sorted(set(options.budgets)))
     write_json(options.output, found)
     print(f"learned on {found['queries']} training queries, {found['passages']} passages; {found['metric']}:")
@@ -105,6 +106,13 @@ def _run_adaptive(options: argparse.Namespace, method: str) -> int:
         "(num_query_masks, --num-query-masks) stands in for it, and the passages' stores stay as they are."
     )
     return DONE
+
+
+def _fused_as(model: Any, task: SmallTask, options: argparse.Namespace) -> SmallTask:
+    """Return the task with the model's own weight of its fusion."""
+    from ..model.scoring import fusion_weight_of
+
+    return replace(task, fusion=options.fusion, fusion_weight=fusion_weight_of(model.config, None))
 
 
 def _training_task(options: argparse.Namespace) -> SmallTask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,11 @@ def run_train(options: argparse.Namespace) -> int:
     return DONE
 
 
-def find_adapter(name: str) -> Path:
-    """Return the folder of an adapter, or of the one within a release."""
+def find_adapter(name: str, files: Sequence[str] = ()) -> Path:
+    """Return the folder of an adapter, or of the one within a release; of the Hub's with these files, too."""
     from ..model.adapter_loading import CONFIG_FILE, WEIGHTS_FILE
 
-    files = [CONFIG_FILE, WEIGHTS_FILE]
+    files = [CONFIG_FILE, WEIGHTS_FILE, *files]
     folder = find_folder(name, [*files, *(f"adapter/{file}" for file in files)])
     within = folder / "adapter"
     return within if within.is_dir() and not (folder / CONFIG_FILE).is_file() else folder

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.benchmark import Benchmark, note_unknown_passages, read_benchmark
 from ..data.corpus import read_small_corpus
+from ..model.scoring import fusion_weight_of
 from ..search.modes import SPARSE
 from ..search.searcher import Searcher
 from .metrics import evaluate_run, means, parse_metric
@@ -36,11 +37,13 @@ class SmallTask:
         benchmark: the queries and their judgements.
         passages: {passage id: text}.
         fusion: how the fused score fuses, see `Searcher`.
+        fusion_weight: the dense scores' share of it; None is half.
     """
 
     benchmark: Benchmark
     passages: dict[str, str]
     fusion: str = "exact"
+    fusion_weight: float | None = None
 
     def evaluate(self, encode: Encode, names: Mapping[str, str] = NAMES) -> dict[str, float]:
         """Encode both sides and return {name: nDCG@10}.
@@ -65,9 +68,9 @@ class SmallTask:
             names: {name: scoring mode}.
         """
         benchmark, depth = self.benchmark, reach(self.benchmark, DEPTH)
-        ranked = searcher.rank(queries, depth)
+        ranked, weight = searcher.rank(queries, depth), fusion_weight_of(None, self.fusion_weight)
         return {
-            name: judged_part(ranked.results(mode, depth).run(list(benchmark.queries)), benchmark, DEPTH)
+            name: judged_part(ranked.results(mode, depth, weight).run(list(benchmark.queries)), benchmark, DEPTH)
             for name, mode in names.items()
         }
 

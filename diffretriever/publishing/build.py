@@ -64,6 +64,7 @@ class Recording:
         device: where to encode.
         repo_id: the Hub id for the card's code; None is the release's name.
         known_as: the name in the table of releases, if base and adapter are the table's own.
+        measured: whether it is the release whose figures were measured: also of the table's settings.
     """
 
     when: str = "never"
@@ -71,6 +72,7 @@ class Recording:
     device: str = "cpu"
     repo_id: str | None = None
     known_as: str | None = None
+    measured: bool = True
 
 
 def build(
@@ -310,7 +312,8 @@ def _describe(made: Path, parts: _Parts, linked: bool, recording: Recording) -> 
         read_object(made / "adapter" / CONFIG_FILE) if adapter_sha256 else None,
         adapter_sha256,
     )
-    measured = card.measured_figures(FIGURES, recording.known_as, adapter_sha256) if recording.known_as else None
+    known_as = recording.known_as if recording.measured else None
+    measured = card.measured_figures(FIGURES, known_as, adapter_sha256) if known_as else None
     write_text(made / record.CARD_FILE, card.render_card(config, facts, measured))
     origin = {
         "release": name,
@@ -429,5 +432,8 @@ def build_known(release_name: str, out: Path, **options: Any) -> DiffRetrieverCo
     if not release.is_local and recording.repo_id is None:
         recording = replace(recording, repo_id=release.adapter)
     settings |= {name: getattr(release, name) for name in RECOMMENDED}
+    chosen = {name: options[name] for name in (*SETTINGS, *LENGTHS, *RECOMMENDED, "adapter_dtype") if name in options}
+    as_measured = all(value is None or value == settings.get(name) for name, value in chosen.items())
+    recording = replace(recording, known_as=release_name, measured=as_measured)
     options = {**settings, **options, "name": options.get("name") or release_name}
-    return build(places[0], out, places[1], recording=replace(recording, known_as=release_name), **options)
+    return build(places[0], out, places[1], recording=recording, **options)

@@ -14,7 +14,8 @@ from safetensors.torch import save
 
 from ..baselines import Baseline
 from ..files.durable import write_json, write_whole
-from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, ROWS, WEIGHTS_FILE
+from ..model.adapter_loading import CONFIG_FILE, RETRIEVER_FILE, ROWS, WEIGHTS_FILE, read_prompt
+from ..model.chat_template import render_prompt
 from .adapter_recipe import AdapterRecipe
 from .lora import original_parameters
 from .methods import backbone_type
@@ -78,6 +79,28 @@ def adapter_config(recipe: AdapterRecipe, kind: str | None, base: str, weights: 
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+def check_prompts(model: Any) -> Any:
+    """Return the model; refuse prompts that a release could not have, as it reads them from the ids that are recorded.
+
+    Args:
+        model: a DiffRetriever, or a baseline, whose baseline.json has the words.
+
+    Raises:
+        ValueError: the tokenizer turns the ids' words into other ids.
+    """
+    for side, is_query in () if isinstance(model, Baseline) else (("query", True), ("passage", False)):
+        layout = model.texts.layouts[is_query]
+        try:
+            read_prompt(model.tokenizer, list(layout.prefix), list(layout.suffix), render_prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"{side}_prompt: an adapter records its token ids, and this tokenizer reads them back as other words "
+                "(some have a blank of their own behind {text}). Let the user's turn end with {text}, and put what "
+                "follows in front of it or into the assistant's turn."
+            ) from error
+    return model
 
 
 @singledispatch

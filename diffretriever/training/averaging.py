@@ -16,6 +16,7 @@ from ..files.durable import publish_folder, write_json, write_whole
 from ..files.hashes import hash_file
 from ..model.adapter_loading import (
     ADAPTER_FIELDS,
+    CONFIG_FILE,
     RETRIEVER_FIELDS,
     RETRIEVER_FILE,
     WEIGHTS_FILE,
@@ -25,6 +26,12 @@ from ..model.checked_files import read_json, read_tensors
 from .run_record import RUN_FILE
 
 RECORD_FILE = "average.json"
+# What a mean takes over from its first adapter: configs and tokenizer, and nothing of a run or its checkpoints.
+TAKEN_OVER = (
+    CONFIG_FILE, RETRIEVER_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+FILES = (WEIGHTS_FILE, RUN_FILE, *TAKEN_OVER)  # of an adapter that are read here
 # Fields of an adapter's config that say what its weights compute; the others are of training, or of where it was.
 COMPUTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
 # Of retriever_config.json; lengths may differ.
@@ -51,8 +58,8 @@ def average_adapters(folders: Sequence[Path], out: Path) -> float:
     Raises:
         FileExistsError: `out` is there.
         FileNotFoundError: a folder holds no adapter of DiffRetriever (one of a baseline is none).
-        ValueError: the adapters do not fit each other, did not go on from one, or hold weights that are not finite;
-            names the files.
+        ValueError: the adapters do not fit each other, were trained on other weights, did not go on from one, or hold
+            weights that are not finite; names the files.
     """
     if len(folders) < 2:
         raise ValueError(f"a mean needs two adapters or more, got {len(folders)}")
@@ -61,6 +68,7 @@ def average_adapters(folders: Sequence[Path], out: Path) -> float:
     files = [find_adapter_files(folder) for folder in folders]
     check_same([config for config, _ in files], COMPUTING, ADAPTER_FIELDS)
     check_same([folder / RETRIEVER_FILE for folder in folders], SETTINGS)
+    check_backbones(folders)
     weights = [read_tensors(file) for _, file in files]
     names = [str(file) for _, file in files]
     check_fit(names, weights)
@@ -71,9 +79,9 @@ def average_adapters(folders: Sequence[Path], out: Path) -> float:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".average-") as scratch:
         made = Path(scratch) / out.name
         made.mkdir()
-        for file in sorted(folders[0].iterdir()):
-            if file.is_file() and file.name not in (WEIGHTS_FILE, RUN_FILE):
-                shutil.copyfile(file, made / file.name)
+        for name in TAKEN_OVER:
+            if (folders[0] / name).is_file():
+                shutil.copyfile(folders[0] / name, made / name)
         write_json(made / RECORD_FILE, record)
         write_whole(made / WEIGHTS_FILE, [save(mean, metadata={"format": "pt"})])
         publish_folder(made, out)
@@ -90,6 +98,25 @@ def check_same(files: Sequence[Path], names: Sequence[str], rules: Mapping[str, 
                     f"{file}: {name} is {fields.get(name)!r:.200}, in {files[0]} it is {found[0].get(name)!r:.200}; "
                     "a mean needs adapters of one kind"
                 )
+
+
+def check_backbones(folders: Sequence[Path]) -> None:
+    """Raise ValueError where the run.json of two adapters say that they were trained on other weights.
+
+    Adapters of one seed begin with the same factors A on any backbone, which their cosine does not tell.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        release = read_json(folder / RUN_FILE).get("release") if (folder / RUN_FILE).is_file() else None
+        weights = release.get("weights_sha256") if isinstance(release, dict) else None
+        if isinstance(weights, str):
+            found.setdefault(weights, folder)
+    if len(found) > 1:
+        first, other, *_ = found.values()
+        raise ValueError(
+            f"{first} and {other} were trained on other weights of the backbone, as their {RUN_FILE} say; a mean needs "
+            "adapters of one backbone"
+        )
 
 
 def check_fit(names: Sequence[str], weights: Sequence[Mapping[str, torch.Tensor]]) -> None:

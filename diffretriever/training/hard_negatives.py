@@ -16,6 +16,7 @@ from ..data.pair_files import PairFiles
 from ..data.texts import text_key
 from ..evaluation.bm25 import BM25
 from ..files.durable import write_whole
+from ..model.scoring import fusion_weight_of
 from ..model.tokenization_helpers import without_lone_surrogates
 from ..progress import progress_bar
 from ..search.searcher import Searcher
@@ -113,7 +114,7 @@ def rank_by_release(model: Any, store: Any, mode: str) -> Ranker:
 
     def rank(queries: Sequence[str], depth: int) -> list[list[str]]:
         found = searcher.search(
-            searcher.encode(model, queries, [mode]), mode, depth
+            searcher.encode(model, queries, [mode]), mode, depth, fusion_weight=fusion_weight_of(model.config, None)
         ).positions  # [Q, depth], -1 where there is none
         return [[text or "" for text in searcher.engine.texts(row[row >= 0].tolist())] for row in found]
 

@@ -25,7 +25,6 @@ FREE_KEYS = frozenset(
 # Sections of a record that must be the same when a run is resumed, and how a message begins on them.
 COMPARED = {
     "recipe": "",
-    "base": "another backbone's name: ",
     "data": "other data: ",
     "initial_adapter": "another --adapter: ",
     "teacher_weights": "another teacher: ",

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from ..data.pair_files import PairFiles
 from ..evaluation.small_task import read_small_task
 from ..files.durable import write_json
+from ..files.lines import read_object
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.backbone_loading import save_tokenizer
 from ..model.bidirectional_layers import compile_layers
 from ..model.configuration_diffretriever import DIFFUSION_TYPES
-from .adapter_output import save_adapter
+from .adapter_output import check_prompts, save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batches import SampledItems
 from .candidates import world
@@ -32,7 +33,7 @@ from .methods import adapted, base_name
 from .objective import ContrastiveModel
 from .run_record import RUN_FILE, check_same_run, release_identity, run_record
 from .step_bar import StepBar
-from .trainer import RetrievalTrainer, StopOnSignal, training_arguments
+from .trainer import RetrievalTrainer, StepsOfNow, StopOnSignal, training_arguments
 
 
 class Interrupted(Exception):
@@ -73,10 +74,10 @@ def train_adapter(
         start: an adapter to go on from, of `read_initial_adapter`; None: a new one.
 
     Raises:
-        FileNotFoundError, ValueError: wrong input, before the model is loaded where that can be known.
-        FloatingPointError: the loss is not finite; the last checkpoint stays.
+        FileNotFoundError, FileExistsError, ValueError: wrong input, or an `out` that is taken; before the model is
+            loaded where that can be known.
+        FloatingPointError, OSError: the loss is not finite, a checkpoint could not be saved; the last one stays.
         Interrupted: SIGTERM or SIGINT.
-        OSError: a checkpoint could not be saved; the previous one stays.
     """
     state = out / "state"
     files = PairFiles(pair_files, state)
@@ -88,16 +89,16 @@ def train_adapter(
     teacher = None if recipe.teacher is None else Teacher(recipe.teacher, recipe.teacher_temperature)
     record = run_record(recipe, files, release, processes)
     record |= {"initial_adapter": start and start.sha256, "teacher_weights": teacher and teacher.sha256}
-    kept = newest_whole(state, say)
+    kept, before = earlier_run(out, state)
     if is_main():
-        check_same_run(kept, record)
+        check_same_run(before, record)
         remove_partial(state)
     arguments = training_arguments(recipe, files.report.counts, state, processes)
-    retriever = load(attn_implementation=recipe.attention(), **recipe.model_settings())
+    retriever = check_prompts(load(attn_implementation=recipe.attention(), **recipe.model_settings()))
     record["base"] = base or base_name(retriever)
     if is_main():
         record["release"] = release_identity(retriever)
-        check_same_run(kept, record)
+        check_same_run(before, record)
     lengths, retriever.config.cut_in_training = measure_texts(files, retriever.texts, recipe)
     say(describe(files, recipe), *alone, *lengths)
     model = prepare_model(retriever, recipe, start, teacher)
@@ -108,6 +109,21 @@ def train_adapter(
     if is_main():
         save_result(retriever, recipe, out, record)
     files.close()
+
+
+def earlier_run(out: Path, state: Path) -> tuple[tuple[Path, dict[str, Any]] | None, ...]:
+    """Return the checkpoint to go on from, None to begin, and what this run must be the same as: that, or the run whose
+    adapter the folder holds.
+
+    Raises:
+        FileExistsError: it holds an adapter of no run that is known.
+    """
+    kept = newest_whole(state, say)
+    if kept is not None or not (out / WEIGHTS_FILE).exists():
+        return kept, kept
+    if not (out / RUN_FILE).is_file():
+        raise FileExistsError(f"{out} holds an adapter that was not trained there; choose another --output")
+    return None, (out / RUN_FILE, read_object(out / RUN_FILE))
 
 
 def save_result(retriever: Any, recipe: AdapterRecipe, out: Path, record: dict[str, Any]) -> None:
@@ -194,7 +210,7 @@ def run(trainer: RetrievalTrainer, last: Path | None) -> None:
         say(f"going on from {last}")
     stop = StopOnSignal()
     bar = StepBar(trainer)
-    for callback in (stop, bar):
+    for callback in (stop, bar, StepsOfNow()):
         trainer.add_callback(callback)
     try:
         with closing(bar), stop.listening():

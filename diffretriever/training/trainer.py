@@ -154,6 +154,14 @@ class RetrievalTrainer(Trainer):
         load_lora(retriever, load_file(file), file)
 
 
+class StepsOfNow(TrainerCallback):
+    """Has a resumed run save and log as its recipe says now; transformers takes the checkpoint's steps."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the recipe's steps in the checkpoint's place."""
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+
+
 class StopOnSignal(TrainerCallback):
     """After SIGTERM or SIGINT, ends the step, saves a checkpoint and stops.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def test_figures_are_those_of_evaluate(folder: Path, load_release: Callable[...,
     evaluation, _ = evaluate(model, read_benchmark(folder, "dev"), store, options)
     for name, mode in NAMES.items():
         assert found[name] == pytest.approx(means(evaluation.rows[mode])["nDCG@10"], abs=1e-6), name
+
+
+def test_the_fusions_weight(folder: Path) -> None:
+    task = read_small_task(folder, "dev")
+    found = {weight: replace(task, fusion_weight=weight).evaluate(encode) for weight in (None, 0.0, 0.5, 1.0)}
+    assert found[None] == found[0.5]
+    assert found[1.0]["fused"] == pytest.approx(found[1.0]["dense"])
+    assert found[0.0]["fused"] == pytest.approx(found[0.0]["sparse"])
 
 
 def test_a_corpus_of_another_benchmark(folder: Path) -> None:

@@ -186,6 +186,23 @@ def test_our_measured_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
+    "given",
+    [{"recommended_fusion_weight": 0.3}, {"query_length": 9, "passage_length": 9}, {"adapter_dtype": "bfloat16"}],
+)
+def test_other_settings_than_the_measured_have_no_figures(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "diffretriever-llada-tiny-single"
+    building.build_known(name, tmp_path / "changed", **given)
+    text = (tmp_path / "changed" / "README.md").read_text()
+    assert "Measured with this code" not in text
+    assert "model-index" not in metadata(text)
+    as_it_is = {"num_query_masks": 1, "max_length": 120, "recommended_mode": "fusion_single_sparse_max"}
+    building.build_known(name, tmp_path / "same", **as_it_is)
+    assert "Measured with this code" in (tmp_path / "same" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"adapter_sha256": "0" * 64}, "the figures of ours were measured with another adapter .* measure again"),

@@ -43,8 +43,9 @@ def test_the_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tmp_path / "first", lambda value: value + 0.1 * value.std() * torch.randn_like(value), max_length=99
     )
     second = adapter(tmp_path / "second", lambda value: value.bfloat16())
-    (first / "run.json").write_text("{}")
-    (first / "tokenizer.json").write_text("{}")
+    taken_over = {file.name for file in first.iterdir()}
+    for name in ("tokenizer.json", "run.json", "optimizer.pt", "trainer_state.json", "manifest.json"):
+        (first / name).write_text("{}")  # the last three as a checkpoint has them
     assert average(tmp_path / "mean", first, second, second) == 0
     assert "the mean of 3 adapters, whose factors A have a cosine of " in capsys.readouterr().out
     found, parts = load_file(tmp_path / "mean" / WEIGHTS), [load_file(folder / WEIGHTS) for folder in (first, second)]
@@ -54,11 +55,38 @@ def test_the_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-9)
         assert value.dtype == torch.float32
     names = {file.name for file in (tmp_path / "mean").iterdir()}
-    assert names == {file.name for file in first.iterdir()} - {"run.json"} | {"average.json"}
+    assert names == taken_over | {"tokenizer.json", "average.json"}
     assert json.loads((tmp_path / "mean" / "retriever_config.json").read_text())["max_length"] == 99
     record = json.loads((tmp_path / "mean" / "average.json").read_text())
     assert record["adapters"] == [hash_file(folder / WEIGHTS) for folder in (first, second, second)]
     assert 0.9 < record["least_cosine"] < 1
+
+
+def test_adapters_of_other_backbones_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one seed their factors A begin alike, whatever the backbone."""
+    first, second = adapter(tmp_path / "first"), adapter(tmp_path / "second")
+    for folder, weights in ((first, "a" * 64), (second, "b" * 64)):
+        (folder / "run.json").write_text(json.dumps({"release": {"weights_sha256": weights}}))
+    assert average(tmp_path / "mean", first, second) == 2
+    told = f"{first} and {second} were trained on other weights of the backbone, as their run.json say"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "mean").exists()
+    (second / "run.json").write_text(json.dumps({"release": {"weights_sha256": "a" * 64}}))
+    assert average(tmp_path / "mean", first, second, adapter(tmp_path / "of-no-known-run")) == 0
+
+
+def test_adapters_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is read is asked for, of an adapter and of one in a release."""
+    there = {"an/adapter": tmp_path / "there", "a/release": tmp_path / "release" / "adapter"}
+
+    def download(name: str, files: list[str]) -> Path:
+        for file in (path for path in adapter(there[name]).iterdir()):
+            if str(file.relative_to(tmp_path / ("release" if name == "a/release" else "there"))) not in files:
+                file.unlink()
+        return tmp_path / "release" if name == "a/release" else there[name]
+
+    monkeypatch.setattr("diffretriever.cli.train.find_folder", download)
+    assert average(tmp_path / "mean", *there) == 0  # type: ignore[arg-type]
 
 
 def test_the_mean_is_a_releases_adapter(load_release: Callable[..., Any], tmp_path: Path) -> None:

@@ -277,6 +277,44 @@ def test_without_a_whole_checkpoint_the_run_begins_anew(
     assert [path.name for path in checkpoints.checkpoints(out / "state")] == ["checkpoint-4", "checkpoint-8"]
 
 
+def test_save_steps_of_now_count(whole: dict[str, Path], tmp_path: Path) -> None:
+    """transformers would go on with the checkpoint's."""
+    out = tmp_path / "out"
+    shutil.copytree(whole["out"], out)
+    shutil.rmtree(out / "state" / "checkpoint-8")
+    assert main([*command(whole, out), "--set", "save_steps=1", "--set", "log_steps=1"]) == 0
+    assert_same_weights(out, whole["out"])
+    assert [path.name for path in checkpoints.checkpoints(out / "state")] == ["checkpoint-7", "checkpoint-8"]
+
+
+def test_a_finished_adapter_is_not_written_over(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same run may be done anew; another, or what no run has made, is not replaced."""
+    out = tmp_path / "out"
+    shutil.copytree(whole["out"], out, ignore=shutil.ignore_patterns("state"))
+    before = (out / "adapter_model.safetensors").read_bytes()
+    assert main([*command(whole, out), "--set", "temperature=0.5"]) == 2
+    told = f"{out / 'run.json'}: this run was started with `temperature` 0.05, not 0.5. Choose another --output"
+    assert told in capsys.readouterr().err
+    assert main(command(whole, out)) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    shutil.rmtree(out / "state")
+    (out / "run.json").unlink()
+    assert main(command(whole, out)) == 2
+    assert f"{out} holds an adapter that was not trained there; choose another --output" in capsys.readouterr().err
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_renamed_backbone_is_the_same(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(PARITY / "backbones" / "tiny-llada", tmp_path / "renamed")
+    building.build(str(tmp_path / "renamed"), tmp_path / "zero-shot")
+    assert main(arguments(whole["recipe"], tmp_path / "zero-shot", whole["pairs"], whole["out"])) == 0
+    assert "all 8 steps were done before" in capsys.readouterr().out
+
+
 def test_another_recipe_or_other_data_is_no_resumption(
     whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ from training_runs import (
 from transformers import AutoModel
 
 from diffretriever.cli.main import main
+from diffretriever.publishing import build as building
 from diffretriever.training.batches import Collator
 from diffretriever.training.checkpoints import checkpoints, step_of
 from diffretriever.training.trainer import RetrievalTrainer
@@ -248,3 +249,26 @@ def test_two_processes_stop_after_the_same_step_and_go_on(build_release: Callabl
     said = (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
     assert f"going on from {tmp_path / 'out' / 'state' / f'checkpoint-{step}'}" in said
     assert_same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_prompt_that_no_release_could_have_is_refused(
+    plain_run: Callable[[str], dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This tokenizer puts a blank before words, also behind the text, so that the recorded ids read as other words."""
+    plain = plain_run("tiny-llada")
+    building.build(str(ROOT / "checkpoints" / "llada-tiny"), tmp_path / "zero-shot", max_length=120)
+    given = arguments(plain["recipe"], tmp_path / "zero-shot", plain["pairs"], tmp_path / "out")
+    prompt = '{system: "", user: "Question: {text}%s", assistant: "The word is:"}'
+    assert main([*given, "--set", f"query_prompt={prompt % ' in one word.'}"]) == 2
+    assert "query_prompt: an adapter records its token ids, and this tokenizer reads" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert main([*given, "--set", f"query_prompt={prompt % ''}", "--set", "max_steps=1"]) == 0
+    publish = [
+        "publish",
+        "build",
+        "--base",
+        str(ROOT / "checkpoints" / "llada-tiny"),
+        "--output",
+        str(tmp_path / "made"),
+    ]
+    assert main([*publish, "--adapter", str(tmp_path / "out"), "--fingerprint", "never"]) == 0

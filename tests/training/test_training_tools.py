@@ -118,9 +118,11 @@ def test_draws_keep_the_order_and_skip_the_best() -> None:
     assert Draws(count=2, depth=2, seed=0).draw(["p3"], ["p3"], 0) == []
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_release_ranks_as_its_scores_do(mode: str, load_release: Callable[..., Any], tmp_path: Path) -> None:
-    model = load_release("tiny-llada", "llada-q4p4")
+@pytest.mark.parametrize(("mode", "weight"), [*((mode, None) for mode in MODES), (MODES[-1], 0.95)])
+def test_a_release_ranks_as_its_scores_do(
+    mode: str, weight: float | None, load_release: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = load_release("tiny-llada", "llada-q4p4", recommended_fusion_weight=weight)
     records = made_up_pairs(23)
     queries, passages = [record["query"] for record in records[:5]], [record["positive"] for record in records]
     with passages_of(PairFiles([write_lines(tmp_path / "pairs.jsonl", records)])) as corpus:
