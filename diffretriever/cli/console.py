@@ -53,6 +53,8 @@ def check_questions(questions: Sequence[str]) -> None:
 def read_questions(place: str) -> Iterator[str]:
     """Yield questions, a line each of standard input; on a terminal with a prompt, and a word of what is asked."""
     asking = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # one byte of another encoding ends no session
     if asking:
         print(f"{place}: a question a line; Ctrl-D ends.", file=sys.stderr)
     while True:

@@ -45,7 +45,8 @@ def run_import(options: argparse.Namespace) -> int:
     compared = compare_with_model(files, model, settings, options.compare, fewer)
     store = import_vectors(files, options.output, settings, options.shard_size, fewer)
     what = "queries" if options.queries else "passages"
-    told = f"the first {compared} are what the model gives" if compared else "not compared with the model (no texts)"
+    why = "no texts" if options.compare else "as asked"
+    told = f"the first {compared} are what the model gives" if compared else f"not compared with the model ({why})"
     print(f"{options.output}: {len(store)} {what}; {told}")
     return DONE
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from ..search.modes import MODES
 from .arguments import add_command, count, count_or_none
@@ -20,6 +22,10 @@ from .load_model import (
     flags_of,
     load_model,
 )
+
+if TYPE_CHECKING:
+    from ..data.pair_files import PairFiles
+    from ..training.hard_negatives import Draws
 
 BM25 = "bm25"
 OF_A_RELEASE = (*CHOSEN_AT_THE_START, "device", "store", "tokens_per_batch")  # BM25 would pass them over
@@ -44,9 +50,8 @@ def register(commands: Any) -> None:
 def run_mine(options: argparse.Namespace) -> int:
     """Run `diffretriever mine-negatives`."""
     from ..data.pair_files import PairFiles
-    from ..evaluation.evaluate import encoded_corpus
     from ..files.durable import check_place
-    from ..training.hard_negatives import Draws, mine_negatives, passages_of, rank_by_bm25, rank_by_release
+    from ..training.hard_negatives import Draws
 
     check_place(options.output)
     draws = Draws(options.negatives, options.depth, options.skip, options.seed)
@@ -54,7 +59,22 @@ def run_mine(options: argparse.Namespace) -> int:
         choose_modes(check_model(options), [options.mode])  # before the data is read
     elif wrong := flags_of({name: getattr(options, name) for name in OF_A_RELEASE}):
         raise ValueError(f"BM25 has no {', '.join(wrong)}; say which release with --model, or leave that out.")
-    files = PairFiles(options.pairs, options.output.parent)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=options.output.parent, prefix=".mine-") as scratch:  # for compressed pairs
+        counts = _mine(PairFiles(options.pairs, Path(scratch)), draws, options)
+    print(
+        f"{options.output}: {counts['queries']} queries, {counts['negatives']} negatives; "
+        f"{counts['queries_without_negatives']} queries have none"
+    )
+    return DONE
+
+
+def _mine(files: PairFiles, draws: Draws, options: argparse.Namespace) -> Mapping[str, int]:
+    """Write the pairs with negatives; return what is counted of them."""
+    from ..evaluation.evaluate import encoded_corpus
+    from ..training.hard_negatives import mine_negatives, passages_of, rank_by_bm25, rank_by_release
+
+    files.refuse_ids_of_two_files()
     with nullcontext(options.corpus) if options.corpus else passages_of(files) as corpus:
         if options.model == BM25:
             counts = mine_negatives(files, rank_by_bm25(corpus), options.output, draws)
@@ -64,8 +84,4 @@ def run_mine(options: argparse.Namespace) -> int:
             with encoded_corpus(model, corpus, options.store, progress=True, tokens_per_batch=batch) as store:
                 counts = mine_negatives(files, rank_by_release(model, store, options.mode), options.output, draws)
     files.close()
-    print(
-        f"{options.output}: {counts['queries']} queries, {counts['negatives']} negatives; "
-        f"{counts['queries_without_negatives']} queries have none"
-    )
-    return DONE
+    return counts

@@ -110,6 +110,8 @@ def _as_flag(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     if (options.store is None) == (options.qdrant is None):
         raise ValueError("say where the passages are: --store FOLDER or --qdrant LOCATION, one of them.")
+    if options.in_memory and options.store is None:
+        raise ValueError("--in-memory is for a store; Qdrant keeps its vectors where its collection says.")
     ways = [bool(options.question), options.interactive, options.queries is not None]
     if sum(ways) != 1:
         raise ValueError('ask one way: "a question", --interactive or --queries STORE.')

@@ -124,7 +124,7 @@ class PairFiles:
         self.names = [str(path) for path in paths]
         self.paths = [_plain_file(Path(path), number, scratch) for number, path in enumerate(paths)]
         self.report = DataReport()
-        self._offsets, self._lines, self._hashes, self.lengths = (array("q") for _ in range(4))
+        self._offsets, self._lines, self._hashes, self.lengths, self._identities = (array("q") for _ in range(5))
         for number in range(len(self.paths)):
             self._scan(number)
         if not self.report.items:
@@ -152,6 +152,7 @@ class PairFiles:
         report.counts.append(len(self._offsets) - before)
         report.fingerprints[self.names[number]] = digest.hexdigest()
         self._refuse_repeated(number, before, identities)
+        self._identities += identities
 
     def _count(self, item: TrainingItem) -> None:
         report, count = self.report, len(item.negatives)
@@ -170,6 +171,18 @@ class PairFiles:
                 f"{self.names[number]}, line {second}: its id is also that of line {first}; give each query one line, "
                 "with all its positives"
             )
+
+    def refuse_ids_of_two_files(self) -> None:
+        """Raise ValueError for an id that queries of two files have, which one file of all could not keep apart."""
+        given = np.asarray(self._identities)
+        repeated = repeated_hashes(array("q", given[given >= 0].tolist()))  # a query without an id has a number below 0
+        if len(repeated):
+            first, second = (self._where(int(number)) for number in np.flatnonzero(given == repeated[0])[:2])
+            raise ValueError(f"{second}: its id is also that of {first}; give each query of all files an id of its own")
+
+    def _where(self, number: int) -> str:
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return f"{self.names[file]}, line {self._lines[number]}"
 
     def __len__(self) -> int:
         return len(self._offsets)

@@ -27,8 +27,8 @@ def read_tsv(file: Path, ids: Collection[str], texts: Collection[str]) -> Iterat
         texts: names of the text's column.
 
     Raises:
-        ValueError: another number of columns, three or more without names, or a quoted field that is not closed or
-            could also be read otherwise; the message names file and line.
+        ValueError: another number of columns, three or more without names, a first line that names the id's alone, or a
+            quoted field that is not closed or could also be read otherwise; the message names file and line.
     """
     lines = ((number, line) for number, line in read_lines(file))
     first = next(((number, line) for number, line in lines if line), None)
@@ -38,6 +38,11 @@ def read_tsv(file: Path, ids: Collection[str], texts: Collection[str]) -> Iterat
     everywhere = all(QUOTED.fullmatch(field) for field in line.split("\t"))
     names = [name.strip().lower() for name in _split(line, everywhere) or []]
     headed = not {*ids}.isdisjoint(names) and not {*texts}.isdisjoint(names)
+    if not headed and len(names) == 2 and names[0] in ids:
+        raise ValueError(
+            f"{file}, line {number}: {', '.join(names)!r:.200} look like names of columns, of which none is a text's; "
+            f"name it one of {', '.join(texts)}."
+        )
     columns = names if headed else ["id", "text"]
     if len(set(columns)) < len(columns):
         raise ValueError(f"{file}, line {number}: two columns have one name: {', '.join(columns)!r:.200}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ COLUMNS = {
 OPTIONAL = {"text"}
 LENGTH_ERROR = 0.01  # of a vector that was normalised in bfloat16
 SAME = 0.99  # cosine of one text's vectors, made twice
+SAME_WEIGHTS = 0.9  # of its sparse vectors, where a weight that rounding moves may fall out of the T largest
 
 
 class Rows(NamedTuple):
@@ -282,7 +284,8 @@ def compare_with_model(files: Sequence[Path], model: Any, settings: Settings, co
     if rows is None or rows.texts is None or not count:
         return 0
     texts = rows.texts[:count]
-    own = model.encode_texts(texts, is_query=settings.side == "query").repr_hidden.float().cpu()  # [n, K, H]
+    found = model.encode_texts(texts, is_query=settings.side == "query", compute_sparse=settings.sparse_top_k > 0)
+    own = found.repr_hidden.float().cpu()  # [n, K, H]
     exists = torch.arange(own.shape[1], device="cpu") < rows.counts[: len(texts), None]
     cosines = F.cosine_similarity(own, rows.vectors[: len(texts)], dim=-1).masked_fill(~exists, 1.0).amin(dim=1)
     for row in (cosines < SAME).nonzero().flatten()[:1].tolist():
@@ -290,4 +293,22 @@ def compare_with_model(files: Sequence[Path], model: Any, settings: Settings, co
             f"{rows.where[row]}: its vectors are not those that this model has for its text (cosine "
             f"{float(cosines[row]):.3f}); was it another release, side, prompt or length?"
         )
+    if settings.sparse_top_k:
+        _compare_sparse(rows, found.sparse_indices, found.sparse_values)
     return len(texts)
+
+
+def _compare_sparse(rows: Rows, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """Raise ValueError where a row's sparse vector is not the model's own, of `indices` and `values` [n, T]."""
+    for row in range(len(indices)):
+        ours, theirs = (
+            {term: weight for term, weight in zip(terms[row].tolist(), weights[row].tolist(), strict=True) if weight}
+            for terms, weights in ((indices, values), (rows.indices, rows.values))
+        )
+        product = sum(weight * theirs.get(term, 0.0) for term, weight in ours.items())
+        lengths = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+        if product < SAME_WEIGHTS * lengths or bool(ours) != bool(theirs):
+            raise ValueError(
+                f"{rows.where[row]}: its sparse weights are not those that this model has for its text (cosine "
+                f"{product / lengths if lengths else 0.0:.3f}); are they of another tokenizer, or not of its words?"
+            )

@@ -125,7 +125,14 @@ def test_repeated_ids_are_named_with_both_lines(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pairs.jsonl, line 4: its id is also that of line 2; give each query one"):
         PairFiles([path])
     other = write_lines(tmp_path / "other.jsonl", records[:2])
-    assert len(PairFiles([other, write_lines(tmp_path / "third.jsonl", records[:2])])) == 4  # ids are a file's own
+    third = write_lines(tmp_path / "third.jsonl", [*records[2:3], {"query": "q", "positive": "p"}, *records[:2]])
+    files = PairFiles([other, third, write_lines(tmp_path / "none.jsonl", [{"query": "q", "positive": "p"}])])
+    assert len(files) == 7  # ids are a file's own
+    with pytest.raises(
+        ValueError, match=r"third.jsonl, line [34]: its id is also that of .*other.jsonl, line [12]; give"
+    ):
+        files.refuse_ids_of_two_files()
+    PairFiles([path.with_name("none.jsonl"), other]).refuse_ids_of_two_files()
 
 
 def test_absent_and_empty_files(tmp_path: Path) -> None:

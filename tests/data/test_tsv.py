@@ -72,6 +72,7 @@ def test_pandas_without_a_header(tmp_path: Path) -> None:
         ('id\ttext\n1\t"open\nand on\n', "line 2: a field opens with a quotation mark, and no such field ends"),
         ('id\ttext\n1\t"open\nand "so" on\n', "line 2: a field opens with a quotation mark, and no such field ends"),
         ('1\t"open\nand on\n', "line 1: a field opens with a quotation mark, and no such field ends"),
+        ("_id\tquestion\nq1\tchess\n", "line 1: '_id, question' look like names of columns, of which none is a text's"),
         ("0\t7\tpassage\n", "line 1: expected 2 columns between tabs, id and text, got 3"),
     ],
 )

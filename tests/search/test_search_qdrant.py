@@ -608,3 +608,12 @@ def test_vectors_that_are_not_finite_are_not_uploaded(location: str) -> None:
     passages["repr_hidden"][3, 1, 0] = torch.nan
     with pytest.raises(ValueError, match="the vectors of '3' hold NaN or infinite values"):
         upload(passages, location, "passages")
+
+
+def test_other_vectors_of_the_same_texts_are_refused(location: str, tmp_path: Path) -> None:
+    """Compressed, imported anew or encoded again: half of each would be in the collection."""
+    store, other = make_store(tmp_path / "store"), make_store(tmp_path / "other", seed=1)
+    assert upload(store, location, "passages") == 30
+    assert upload(store, location, "passages") == 0
+    with pytest.raises(ValueError, match=r"was made from other passages or another model:\n  other `vectors`"):
+        upload(other, location, "passages")

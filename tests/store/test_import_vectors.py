@@ -103,6 +103,8 @@ def test_without_texts_nothing_is_compared(made: Made, tmp_path: Path, capsys: p
     assert main(made.command(made.write(tmp_path / "v.parquet", text=None), tmp_path / "store")) == 0
     assert "not compared with the model (no texts)" in capsys.readouterr().out
     assert next(iter(Store.open(tmp_path / "store").shards())).text(0) is None
+    assert main(made.command(made.write(tmp_path / "v.parquet"), tmp_path / "unasked", "--compare", "0")) == 0
+    assert "not compared with the model (as asked)" in capsys.readouterr().out
 
 
 def _changed(values: list[Any], row: int, value: Any) -> list[Any]:
@@ -132,6 +134,14 @@ def _refused(made: Made) -> dict[str, tuple[dict[str, Any], str]]:
         ),
         "token": ({"sparse_indices": _changed(indices, 3, [10**9] * len(indices[3]))}, "row 4: token 10000000"),
         "weight": ({"sparse_values": _changed(values, 3, [-1.0] * len(indices[3]))}, "row 4: token"),
+        "another's words": (
+            {"sparse_indices": [[7, 9]] * COUNT, "sparse_values": [[0.01, 0.01]] * COUNT},
+            "row 1: its sparse weights are not those that this model has for its text (cosine 0.000)",
+        ),
+        "no weights": (
+            {"sparse_indices": _changed(indices, 2, []), "sparse_values": _changed(values, 2, [])},
+            "row 3: its sparse weights are not those",
+        ),
         "another's": ({"text": made.columns["text"][::-1]}, "row 1: its vectors are not those that this model has for"),
     }  # fmt: skip
 

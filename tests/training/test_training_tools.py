@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
 import math
@@ -85,6 +86,23 @@ def test_negatives_come_from_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixt
         }  # fmt: skip
     assert main([*command, str(write_lines(tmp_path / "bad.jsonl", [{"_id": "1", "txt": "a"}]))]) == 2
     assert "bad.jsonl, line 1: the text is missing" in capsys.readouterr().err
+
+
+def test_compressed_pairs_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their unpacked copies do not stay; what is written is read again, so ids are each query's own."""
+    pytest.importorskip("bm25s")
+    names = [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"]
+    for start, name in enumerate(names):
+        records = [record | {"query_id": str(2 * start + row)} for row, record in enumerate(made_up_pairs(3))]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        name.write_bytes(gzip.compress(lines.encode()))
+    out = tmp_path / "out" / "mined.jsonl"
+    assert main(["mine-negatives", "--pairs", *map(str, names), "--output", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert f"{names[1]}, line 1: its id is also that of {names[0]}, line 3; give each query of all files" in told
+    assert main(["mine-negatives", "--pairs", str(names[0]), "--output", str(out)]) == 0
+    assert [file.name for file in out.parent.iterdir()] == ["mined.jsonl"]
+    assert main(["mine-negatives", "--pairs", str(out), "--output", str(out)]) == 0
 
 
 def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,8 @@ class CollectionRecord:
         sparse: whether they have sparse vectors.
         texts_sha256: hash of their ids and texts; None for vectors that came without a store.
         settings: what they were encoded with; None for vectors that came without a store.
+        vectors_sha256: hash of all that the store holds, vectors first; None as well in a collection of an earlier
+            version.
 
     Raises:
         ValueError: there are no passages.
@@ -35,6 +37,7 @@ class CollectionRecord:
     sparse: bool = False
     texts_sha256: str | None = None
     settings: Settings | None = None
+    vectors_sha256: str | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self, {"count": 1, "hidden_size": 1})

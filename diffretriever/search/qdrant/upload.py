@@ -109,15 +109,17 @@ def describe(passages: Any, segments: Sequence[Segment]) -> CollectionRecord:
     if not count:
         raise ValueError("there are no passages to upload; an index holds at least one.")
     stored = not isinstance(passages, Mapping)
-    digest = hashlib.sha256()
+    texts, vectors = hashlib.sha256(), hashlib.sha256()
     for entry in passages.manifest.shards if stored else ():
-        digest.update(entry.texts_sha256.encode())
+        texts.update(entry.texts_sha256.encode())
+        vectors.update(entry.header_sha256.encode())  # which has the hash of each of the shard's arrays
     return CollectionRecord(
         count,
         hidden_size=segments[0].block(0, 1).shape[2],
         sparse=all(segment.sparse is not None for segment in segments),
-        texts_sha256=digest.hexdigest() if stored else None,
+        texts_sha256=texts.hexdigest() if stored else None,
         settings=passages.manifest.settings if stored else None,
+        vectors_sha256=vectors.hexdigest() if stored else None,
     )
 
 
@@ -129,6 +131,8 @@ def _refuse_other(collection: Collection, ours: CollectionRecord) -> None:
     for name in ("hidden_size", "count", "sparse", "texts_sha256"):
         if getattr(there, name) != getattr(ours, name):
             lines.append(tell_difference(name, getattr(there, name), getattr(ours, name)))
+    if None not in (there.vectors_sha256, ours.vectors_sha256) and there.vectors_sha256 != ours.vectors_sha256:
+        lines.append(tell_difference("vectors_sha256", there.vectors_sha256, ours.vectors_sha256))
     if lines:
         where = f"{collection.place}: collection {collection.name!r} was made from other passages or another model:"
         raise ValueError("\n  ".join([where, *lines, "Choose another collection name, or delete that collection."]))
