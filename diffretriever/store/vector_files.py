@@ -305,6 +305,8 @@ def _compare_sparse(rows: Rows, indices: torch.Tensor, values: torch.Tensor) -> 
             {term: weight for term, weight in zip(terms[row].tolist(), weights[row].tolist(), strict=True) if weight}
             for terms, weights in ((indices, values), (rows.indices, rows.values))
         )
+        if theirs:  # files may keep fewer weights than the model does
+            ours = dict(sorted(ours.items(), key=lambda pair: -pair[1])[: len(theirs)])
         product = sum(weight * theirs.get(term, 0.0) for term, weight in ours.items())
         lengths = math.hypot(*ours.values()) * math.hypot(*theirs.values())
         if product < SAME_WEIGHTS * lengths or bool(ours) != bool(theirs):

@@ -99,6 +99,15 @@ def test_queries_may_have_fewer_vectors_where_the_release_chooses(
     assert counts.tolist() == [len(vectors) for vectors in made.columns["dense"]]
 
 
+def test_fewer_sparse_weights_are_still_the_models(made: Made, tmp_path: Path) -> None:
+    few = {}
+    for name in ("sparse_indices", "sparse_values"):
+        rows = zip(made.columns["sparse_values"], made.columns[name], strict=True)
+        largest = [[value for _, value in sorted(zip(*row, strict=True), reverse=True)[:2]] for row in rows]
+        few[name] = largest
+    assert main(made.command(made.write(tmp_path / "v.parquet", **few), tmp_path / "store")) == 0
+
+
 def test_without_texts_nothing_is_compared(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(made.command(made.write(tmp_path / "v.parquet", text=None), tmp_path / "store")) == 0
     assert "not compared with the model (no texts)" in capsys.readouterr().out
