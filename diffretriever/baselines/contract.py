@@ -112,7 +112,13 @@ class RetrievalModel(Protocol):
     ) -> Mapping[str, Any]:
         """Return any number of texts' vectors."""
 
-    def score(self, queries: Mapping[str, Any], passages: Mapping[str, Any], mode: str = "multi_dense") -> torch.Tensor:
+    def score(
+        self,
+        queries: Mapping[str, Any],
+        passages: Mapping[str, Any],
+        mode: str = "multi_dense",
+        fusion_weight: float | None = None,
+    ) -> torch.Tensor:
         """Return float32 [Q, P]."""
 
     def encode_batches(
