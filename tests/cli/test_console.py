@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffretriever.cli.console import read_questions
 from diffretriever.cli.main import run
 from diffretriever.cli.threads import choose_threads, wait_asleep
 from diffretriever.progress import no_loading_bars, progress_bar
@@ -97,3 +98,9 @@ def test_bars_of_loading_come_back() -> None:
     with no_loading_bars():
         assert not transformers_logging.is_progress_bar_enabled()
     assert transformers_logging.is_progress_bar_enabled() == before
+
+
+def test_a_byte_of_another_encoding_ends_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = io.TextIOWrapper(io.BytesIO(b"chess\ncaf\xe9\n\nsql engine\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdin", given)
+    assert list(read_questions("store")) == ["chess", "caf\N{REPLACEMENT CHARACTER}", "sql engine"]

@@ -213,6 +213,7 @@ def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[st
         (["--model", "m", "--store", "s", " "], "a question is empty"),
         (["--model", "m", "--store", "s", "x", ""], "a question is empty"),
         (["--store", "s", "x"], "questions need --model"),
+        (["--model", "m", "--qdrant", "q", "--in-memory", "x"], "--in-memory is for a store"),
         (["--store", "s", "--queries", "q"], "--queries needs --run-file"),
         (["--store", "s", "--queries", "q", "--run-file", "r", "--json", "j"], "--json is for questions"),
     ],
