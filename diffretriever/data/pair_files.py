@@ -180,9 +180,11 @@ class PairFiles:
             first, second = (self._where(int(number)) for number in np.flatnonzero(given == repeated[0])[:2])
             raise ValueError(f"{second}: its id is also that of {first}; give each query of all files an id of its own")
 
+    def _file_of(self, number: int) -> int:
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
     def _where(self, number: int) -> str:
-        file = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return f"{self.names[file]}, line {self._lines[number]}"
+        return f"{self.names[self._file_of(number)]}, line {self._lines[number]}"
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -195,11 +197,11 @@ class PairFiles:
         """
         if not 0 <= number < len(self):
             raise IndexError(f"item {number} of {len(self)}")
-        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        file = self._file_of(number)
         last = number + 1 == self._starts[file + 1]
         end = os.path.getsize(self.paths[file]) if last else self._offsets[number + 1]
         raw = os.pread(self._descriptor(file), max(end - self._offsets[number], 0), self._offsets[number])
-        where = f"{self.names[file]}, line {self._lines[number]}"
+        where = self._where(number)
         line = raw.split(b"\n", 1)[0]
         if hash64(line) != self._hashes[number]:
             raise ValueError(

@@ -64,7 +64,7 @@ class Recording:
         device: where to encode.
         repo_id: the Hub id for the card's code; None is the release's name.
         known_as: the name in the table of releases, if base and adapter are the table's own.
-        measured: whether it is the release whose figures were measured: also of the table's settings.
+        measured: whether its settings are the table's, too, with which the release's figures were measured.
     """
 
     when: str = "never"

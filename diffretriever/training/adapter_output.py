@@ -90,7 +90,9 @@ def check_prompts(model: Any) -> Any:
     Raises:
         ValueError: the tokenizer turns the ids' words into other ids.
     """
-    for side, is_query in () if isinstance(model, Baseline) else (("query", True), ("passage", False)):
+    if isinstance(model, Baseline):
+        return model
+    for side, is_query in (("query", True), ("passage", False)):
         layout = model.texts.layouts[is_query]
         try:
             read_prompt(model.tokenizer, list(layout.prefix), list(layout.suffix), render_prompt)
