@@ -284,7 +284,7 @@ def maxsim(
     """
     check_width(queries.width, vectors.shape[2])
     if memory is not None and rows_at_once(queries):
-        return maxsim_of(similarities(vectors.flatten(0, 1), queries, memory), mask, vectors.shape[1], queries, memory)
+        return maxsim_of(similarities(vectors.flatten(0, 1), queries, memory), mask, vectors.shape[1], queries)
     count, k_p, width = vectors.shape
     rows, columns = _whole_tiles(vectors.reshape(-1, width), memory), len(queries.matrix)
     out = None if memory is None else memory("similarity", (len(rows), columns))
@@ -300,16 +300,14 @@ def maxsim(
     return _mean(torch.sum(best, dim=1, out=out), queries)
 
 
-def maxsim_of(
-    similarity: torch.Tensor, mask: torch.Tensor | None, k_p: int, queries: PreparedQueries, memory: Memory
-) -> torch.Tensor:
+def maxsim_of(similarity: torch.Tensor, mask: torch.Tensor | None, k_p: int, queries: PreparedQueries) -> torch.Tensor:
     """MaxSim of a block of passages from the similarities with a few queries.
 
     Passages lie in a row's last dimension, so that the maximum and the mean over few vectors run over many passages.
 
     Args:
         similarity: float32 [C, p·K_p], as from `similarities`; changed where vectors are missing.
-        mask, queries, memory: as for `maxsim`.
+        mask, queries: as for `maxsim`.
         k_p: vectors a passage.
 
     Returns:
@@ -317,8 +315,7 @@ def maxsim_of(
     """
     if mask is not None:
         similarity.masked_fill_(~mask.reshape(1, -1), -torch.inf)
-    passages = similarity.unflatten(1, (-1, k_p))
-    best = torch.amax(passages, dim=2, out=memory("best", tuple(passages.shape[:2])))  # [C, p]
+    best = F.max_pool1d(similarity[None], k_p)[0]  # [C, p], in a third of the time that `amax` takes
     first, *others = best[: queries.num_vectors * len(queries)].view(queries.num_vectors, len(queries), -1)
     if queries.exists is not None:
         for vector, there in zip((first, *others), queries.exists, strict=True):

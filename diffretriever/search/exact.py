@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from ..model.batching import check_count, run_side_by_side
 from ..model.scoring import (
+    LEAST_LENGTH,
     ROW_TILE,
     PreparedQueries,
     cosines_of,
@@ -23,6 +24,7 @@ from ..model.scoring import (
 from ..store.manifest import Settings
 from ..store.segments import QueryVectors, Segment, existing, resident, segments_of
 from .engine import Ranking
+from .rough import longest_vectors, most_wrong, possible_best, rough_products_pay, rough_similarities
 from .sparse import Postings, build_postings, join_rows, sparse_of
 from .topk import MAX_POSITIONS, TopK
 from .workspace import Workspace
@@ -36,6 +38,9 @@ MOST_THREADS = 16  # of which a block takes account; memory stays bounded
 RANGE_NUMBERS, RANGES_A_WORKER = 8 * 1024 * 1024, 8  # least numbers, and most ranges, that a thread ranks on its own
 MAX_COLUMNS = 256  # query vectors multiplied with a block at once
 FEW = 64  # up to so many passages for each chosen one, the index that is there is faster than one of the chosen
+ROUGH_RANGE = 1024 * 1024  # passages whose rough scores are held at once
+ROUGH_SHARE = 32  # passages for each one asked for, from which rough scores are worth their while
+MOST_CHOSEN = 4  # where more than one passage in so many may be among the best, to score all takes no longer
 
 
 class ExactEngine:
@@ -98,11 +103,13 @@ class ExactEngine:
         batch = max(1, MAX_COLUMNS // columns)
         groups = [self._prepare(part, kind) for part in queries.batches(batch)]
         best = [TopK(len(group), top_k, self.device) for group in groups]
-        rank_range = partial(self._rank_range, groups, kind, top_k)
+        rank_range, ranges = partial(self._rank_range, groups, kind, top_k), self._ranges()
         if rows_at_once(groups[0]):
             lengths = self._lengths if kind == "single_dense" else None  # here: threads would each make their own
             rank_range = partial(self._rank_few, groups[0], lengths, top_k)
-        with closing(run_side_by_side(rank_range, self._ranges(), self._workers())) as found:
+            if top_k * ROUGH_SHARE < len(ranges[0]) and rough_products_pay(self._segments):
+                rank_range = partial(self._rank_roughly_first, rank_range, groups[0], kind, self._longest, top_k)
+        with closing(run_side_by_side(rank_range, ranges, self._workers())) as found:
             for _, parts in found:
                 for kept, part in zip(best, parts, strict=True):
                     kept.merge(part)
@@ -111,7 +118,11 @@ class ExactEngine:
 
     def scores_at(self, queries: QueryVectors, kind: str, positions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See `Engine.scores_at`; the vectors of the chosen passages alone are read."""
-        scores_of = self._sparse_scores if kind == "sparse_max" else partial(self._dense_scores, kind)
+
+        def dense_scores(query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
+            return self._dense_scores(kind, self._prepare(query, kind), wanted)[:, 0]
+
+        scores_of = self._sparse_scores if kind == "sparse_max" else dense_scores
         pairs = zip(queries.batches(1), positions, strict=True)
         return [
             scores_of(query, wanted) if len(wanted) else torch.empty(0, dtype=torch.float32, device="cpu")
@@ -148,15 +159,65 @@ class ExactEngine:
                 if known is not None:  # first: what it may have to read is then still near
                     lengths = self._lengths_between(known, segment, start, stop, workspace)
                 products = segment.similarities(slice(start, stop), queries, workspace.take)
-                scores = _scores(products, self._mask(segment, start, stop), lengths, stop - start, queries, workspace)
+                scores = _scores(products, self._mask(segment, start, stop), lengths, stop - start, queries)
                 best.update(scores, segment.offset + start)
         return [best]
+
+    def _rank_roughly_first(
+        self,
+        rank_all: Callable[[range], list[TopK]],
+        queries: PreparedQueries,
+        kind: str,
+        longest: torch.Tensor,
+        top_k: int,
+        positions: range,
+    ) -> list[TopK]:
+        """Rank consecutive passages of bfloat16: rough scores say which may be among the best, exact ones rank these.
+
+        Args:
+            rank_all: `_rank_few` of the same queries, where too many may be.
+            queries, kind, top_k, positions: what is asked for.
+            longest: `_longest`.
+        """
+        best = TopK(len(queries), top_k)
+        for start in range(positions.start, positions.stop, ROUGH_RANGE):
+            part = range(start, min(start + ROUGH_RANGE, positions.stop))
+            chosen = possible_best(*self._rough_scores(queries, kind, longest, part), min(top_k, len(part))) + start
+            if MOST_CHOSEN * len(chosen) < len(part):
+                best.update_at(self._dense_scores(kind, queries, chosen), chosen)
+            else:
+                best.merge(*rank_all(part))
+        return [best]
+
+    def _rough_scores(
+        self, queries: PreparedQueries, kind: str, known: torch.Tensor, positions: range
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rough scores of consecutive passages, and the most that each may be off, both float32 [P, Q]."""
+        scores, wrong, unit = [], [], most_wrong(queries)
+        with self._workspace() as workspace:
+            for segment, start, stop in self._blocks(positions, queries):
+                block, mask = segment.block(start, stop), self._mask(segment, start, stop)
+                longest = known[segment.offset + start : segment.offset + stop]
+                if longest.isnan().any():
+                    longest.copy_(longest_vectors(block, mask))
+                room, lengths = longest[:, None] * unit, None
+                if kind == "single_dense":
+                    lengths = self._lengths_between(self._lengths, segment, start, stop, workspace)
+                    room = room * (block.shape[1] / lengths.clamp(min=LEAST_LENGTH))[:, None]
+                products = rough_similarities(block.flatten(0, 1), queries, workspace.take)
+                scores.append(_scores(products, mask, lengths, stop - start, queries).clone())
+                wrong.append(room)
+        return torch.cat(scores), torch.cat(wrong)
 
     @cached_property
     def _lengths(self) -> torch.Tensor:
         """Of the sums of the passages' vectors, float32 [P]; NaN where not known yet."""
-        with torch.inference_mode(False):  # see `Workspace.take`
-            return torch.full((self._length,), torch.nan, dtype=torch.float32, device="cpu")
+        return _not_known(self._length)
+
+    @cached_property
+    def _longest(self) -> torch.Tensor:
+        """Of the longest of each passage's vectors, float32 [P]; NaN where not known yet."""
+        return _not_known(self._length)
 
     def _lengths_between(
         self, known: torch.Tensor, segment: Segment, start: int, stop: int, workspace: Workspace
@@ -198,9 +259,9 @@ class ExactEngine:
             return PreparedQueries.of(*mean_vectors(vectors, mask))
         return PreparedQueries.of(vectors, mask)
 
-    def _dense_scores(self, kind: str, query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
-        """Return the dense scores of one query with the passages at rising positions, float32 [C]."""
-        prepared, scores = self._prepare(query, kind), torch.empty(len(wanted), dtype=torch.float32, device="cpu")
+    def _dense_scores(self, kind: str, prepared: PreparedQueries, wanted: torch.Tensor) -> torch.Tensor:
+        """Return the dense scores of Q queries with the passages at rising positions, float32 [C, Q]."""
+        scores = torch.empty(len(wanted), len(prepared), dtype=torch.float32, device="cpu")
         step = self._step(self._segments[0], prepared)
         with self._workspace() as workspace:
             for part, found in zip(wanted.split(step), scores.split(step), strict=True):
@@ -209,13 +270,13 @@ class ExactEngine:
                 if rows_at_once(prepared):  # as in a ranking, to the same last bit
                     lengths = self._lengths_at(part, held, mask) if kind == "single_dense" else None
                     products = [segment.similarities(rows, prepared, workspace.take).clone() for segment, rows in held]
-                    made = _scores(torch.cat(products, dim=1), mask, lengths, len(part), prepared, workspace)
+                    made = _scores(torch.cat(products, dim=1), mask, lengths, len(part), prepared)
                 else:
                     vectors = torch.cat([segment.rows(rows).to(self.device) for segment, rows in held])
                     if kind == "single_dense":
                         vectors, mask = mean_vectors(vectors, mask, workspace.take)
                     made = maxsim(vectors, mask, prepared, workspace.take)
-                found.copy_(made[:, 0])
+                found.copy_(made)
         return scores
 
     def _sparse_scores(self, query: QueryVectors, wanted: torch.Tensor) -> torch.Tensor:
@@ -319,9 +380,14 @@ def _scores(
     lengths: torch.Tensor | None,
     count: int,
     queries: PreparedQueries,
-    workspace: Workspace,
 ) -> torch.Tensor:
     """Return the scores of `count` passages from their vectors' products: cosines with lengths, else MaxSim."""
     if lengths is not None:
         return cosines_of(products, mask, lengths, queries)
-    return maxsim_of(products, mask, products.shape[1] // count, queries, workspace.take)
+    return maxsim_of(products, mask, products.shape[1] // count, queries)
+
+
+def _not_known(count: int) -> torch.Tensor:
+    """Return float32 [P] of NaN, to be filled in."""
+    with torch.inference_mode(False):  # see `Workspace.take`
+        return torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")

@@ -30,7 +30,7 @@ class TopK:
         self.k = k
         self._keys = torch.empty((num_queries, 0), dtype=torch.int64, device=device)  # [Q, <= k], falling
         self._floor: torch.Tensor | None = None  # [Q], the worst kept score once k are kept
-        self._waiting: list[tuple[torch.Tensor, int]] = []  # scores [P, Q] to look through, and the first position
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # scores [P, Q] to look through, positions [P]
         self._num_waiting = 0  # scores
 
     def update(self, scores: torch.Tensor, first_position: int) -> None:
@@ -43,7 +43,19 @@ class TopK:
         Raises:
             ValueError: a score of this block or of one before it is NaN.
         """
-        self._waiting.append((scores.clone(), first_position))
+        self.update_at(scores, torch.arange(first_position, first_position + len(scores), device=scores.device))
+
+    def update_at(self, scores: torch.Tensor, positions: torch.Tensor) -> None:
+        """Take in chosen passages; they, too, must come by rising position.
+
+        Args:
+            scores: float32 [P, Q].
+            positions: int64 [P].
+
+        Raises:
+            ValueError: as for `update`.
+        """
+        self._waiting.append((scores.clone(), positions))
         self._num_waiting += scores.numel()
         if self._num_waiting >= WAITING:
             self._look_through()
@@ -52,8 +64,7 @@ class TopK:
         """Keep the best of what waits: few scores at a time would cost more in calls than in work."""
         if not self._waiting:
             return
-        places = (torch.arange(first, first + len(block), device=block.device) for block, first in self._waiting)
-        scores, positions = torch.cat([block for block, _ in self._waiting]), torch.cat(list(places))
+        scores, positions = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting, self._num_waiting = [], 0
         lost = None  # NaN is not
         if self._floor is not None:  # a later position loses a tie, so only a better score can enter
