@@ -29,6 +29,8 @@ from ..model.chat_template import render_prompts
 from ..model.configuration_diffretriever import AUTO_MAP, DIFFUSION_TYPES, LENGTHS, DiffRetrieverConfig, paper_prompt
 from ..model.modeling_diffretriever import ADAPTER_FILES, read_adapter, read_settings
 from ..model.tokenization_helpers import RetrievalTokenizer, name_mask_token
+from ..store.identity import hash_weights
+from ..training.run_record import AVERAGE_FILE, RUN_FILE, trained_weights
 from . import card, probe, record
 from .hub import find_folder
 from .releases import (
@@ -210,6 +212,7 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
         ours, theirs = (partial(name_in, backbone_type) for name_in in (backbones.our_name, backbones.original_name))
         embedding = None if backbone_type in DIFFUSION_TYPES else shapes["backbone.embed_tokens.weight"]
         read_adapter(adapter_folder, linear_shapes(shapes), ours, theirs, embedding)
+        _check_trained_on(adapter_folder, backbone)
         fields = _with_recorded(adapter_folder, tokenizer, settings, backbone_type)
     config = DiffRetrieverConfig(
         backbone_type=backbone_type,
@@ -224,6 +227,19 @@ def _read_parts(base: str, adapter: str | None, settings: dict[str, Any]) -> _Pa
     if adapter is not None and adapter_folder is not None and not Path(adapter).expanduser().is_dir():
         origin = {"repo_id": adapter, "revision": adapter_folder.name}
     return _Parts(backbone, adapter_folder, origin, config, tokenizer)
+
+
+def _check_trained_on(adapter: Path, backbone: Path) -> None:
+    """Refuse an adapter whose record says that it was trained on other weights of the same shape."""
+    wanted = trained_weights(adapter)
+    if wanted is None or not any(backbone.glob("*.safetensors")):
+        return
+    if (found := hash_weights(backbone)) != wanted:
+        raise ValueError(
+            f"{adapter} was trained on other weights than {backbone} has (their hash is {found[:12]}, in the adapter's "
+            f"record it is {wanted[:12]}); give --base the backbone of its training. If these are the same weights in "
+            f"other files, build from a copy of the adapter without its {RUN_FILE} or {AVERAGE_FILE}."
+        )
 
 
 def _with_recorded(

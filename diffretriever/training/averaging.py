@@ -23,15 +23,14 @@ from ..model.adapter_loading import (
     find_adapter_files,
 )
 from ..model.checked_files import read_json, read_tensors
-from .run_record import RUN_FILE
+from .run_record import AVERAGE_FILE, RUN_FILE, trained_weights
 
-RECORD_FILE = "average.json"
 # What a mean takes over from its first adapter: configs and tokenizer, and nothing of a run or its checkpoints.
 TAKEN_OVER = (
     CONFIG_FILE, RETRIEVER_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-FILES = (WEIGHTS_FILE, RUN_FILE, *TAKEN_OVER)  # of an adapter that are read here
+FILES = (WEIGHTS_FILE, RUN_FILE, AVERAGE_FILE, *TAKEN_OVER)  # of an adapter that are read here
 # Fields of an adapter's config that say what its weights compute; the others are of training, or of where it was.
 COMPUTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
 # Of retriever_config.json; lengths may differ.
@@ -50,7 +49,7 @@ def average_adapters(folders: Sequence[Path], out: Path) -> float:
     Args:
         folders: of adapters as `diffretriever train` writes them, two or more; one that is named twice counts twice.
         out: the folder to make: the mean in float32, settings and tokenizer of the first, and `average.json`, which
-            has the SHA-256 of each adapter's weights.
+            has the SHA-256 of each adapter's weights and of the backbone's, where known.
 
     Returns:
         The least cosine of two adapters' factors A.
@@ -68,13 +67,15 @@ def average_adapters(folders: Sequence[Path], out: Path) -> float:
     files = [find_adapter_files(folder) for folder in folders]
     check_same([config for config, _ in files], COMPUTING, ADAPTER_FIELDS)
     check_same([folder / RETRIEVER_FILE for folder in folders], SETTINGS)
-    check_backbones(folders)
+    backbone = common_weights(folders)
     weights = [read_tensors(file) for _, file in files]
     names = [str(file) for _, file in files]
     check_fit(names, weights)
     cosine = least_cosine(names, weights)
     mean = {key: torch.stack([part[key].float() for part in weights]).mean(dim=0) for key in weights[0]}
     record = {"adapters": [hash_file(file) for _, file in files], "least_cosine": cosine}
+    if backbone is not None:
+        record["release"] = {"weights_sha256": backbone}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".average-") as scratch:
         made = Path(scratch) / out.name
@@ -82,7 +83,7 @@ def average_adapters(folders: Sequence[Path], out: Path) -> float:
         for name in TAKEN_OVER:
             if (folders[0] / name).is_file():
                 shutil.copyfile(folders[0] / name, made / name)
-        write_json(made / RECORD_FILE, record)
+        write_json(made / AVERAGE_FILE, record)
         write_whole(made / WEIGHTS_FILE, [save(mean, metadata={"format": "pt"})])
         publish_folder(made, out)
     return cosine
@@ -100,16 +101,17 @@ def check_same(files: Sequence[Path], names: Sequence[str], rules: Mapping[str, 
                 )
 
 
-def check_backbones(folders: Sequence[Path]) -> None:
-    """Raise ValueError where the run.json of two adapters say that they were trained on other weights.
+def common_weights(folders: Sequence[Path]) -> str | None:
+    """Return the hash of the weights that all adapters were trained on, None where none says it.
 
     Adapters of one seed begin with the same factors A on any backbone, which their cosine does not tell.
+
+    Raises:
+        ValueError: two were trained on other weights, as their records say.
     """
     found: dict[str, Path] = {}
     for folder in folders:
-        release = read_json(folder / RUN_FILE).get("release") if (folder / RUN_FILE).is_file() else None
-        weights = release.get("weights_sha256") if isinstance(release, dict) else None
-        if isinstance(weights, str):
+        if (weights := trained_weights(folder)) is not None:
             found.setdefault(weights, folder)
     if len(found) > 1:
         first, other, *_ = found.values()
@@ -117,6 +119,7 @@ def check_backbones(folders: Sequence[Path]) -> None:
             f"{first} and {other} were trained on other weights of the backbone, as their {RUN_FILE} say; a mean needs "
             "adapters of one backbone"
         )
+    return next(iter(found), None)
 
 
 def check_fit(names: Sequence[str], weights: Sequence[Mapping[str, torch.Tensor]]) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..data.pair_files import PairFiles
+from ..model.checked_files import read_json
 from ..store.differences import tell_difference
 from ..store.identity import describe_model
 from ..store.manifest import flat, is_recorded_only
 from .adapter_recipe import AdapterRecipe
 
 RUN_FILE = "run.json"
+AVERAGE_FILE = "average.json"  # a mean of adapters has it instead
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 # Keys that do not touch the weights: they may change between an interruption and its resumption. Of a teacher its own
 # weights are compared, not its name.
@@ -31,6 +33,26 @@ COMPARED = {
     "release": "another release: ",
     "backbone": "other files of the backbone: ",
 }
+
+
+def trained_weights(adapter: Path) -> str | None:
+    """Return the hash of the backbone's weights that an adapter was trained on (`hash_weights`).
+
+    Args:
+        adapter: its folder, in which a training has its run.json and a mean its average.json.
+
+    Returns:
+        None where nothing there says it.
+
+    Raises:
+        ValueError: a record is no JSON object.
+    """
+    for name in (RUN_FILE, AVERAGE_FILE):
+        release = read_json(adapter / name).get("release") if (adapter / name).is_file() else None
+        weights = release.get("weights_sha256") if isinstance(release, dict) else None
+        if isinstance(weights, str):
+            return weights
+    return None
 
 
 def run_record(recipe: AdapterRecipe, files: PairFiles, model: str, processes: int) -> dict[str, Any]:

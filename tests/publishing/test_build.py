@@ -32,6 +32,7 @@ import publish
 from diffretriever.model import backbone_loading
 from diffretriever.model.configuration_diffretriever import DiffRetrieverConfig
 from diffretriever.publishing import build as building
+from diffretriever.store.identity import hash_weights
 
 LLADA, DREAM = str(PARITY / "backbones" / "tiny-llada"), str(PARITY / "backbones" / "tiny-dream")
 SINGLE, MULTI = str(PARITY / "adapters" / "llada-single"), str(PARITY / "adapters" / "llada-q4p4")
@@ -201,6 +202,19 @@ def test_without_a_record_the_budgets_must_be_given(tmp_path: Path) -> None:
     assert (config.num_query_masks, config.max_length) == (4, 200)
     assert config.query_prompt is not None
     assert config.query_prompt["assistant"] == 'The words are: "'
+
+
+@pytest.mark.parametrize("record", ["run.json", "average.json"])
+def test_an_adapter_of_other_weights_of_the_same_shape(record: str, tmp_path: Path) -> None:
+    adapter, other = copy_adapter("llada-single", tmp_path / "adapter"), copy_backbone("llada", tmp_path / "other")
+    (adapter / record).write_text(json.dumps({"release": {"weights_sha256": hash_weights(Path(LLADA))}}))
+    building.build(LLADA, tmp_path / "release", str(adapter))
+    edit_weights(other / "model.safetensors", lambda tensors: next(iter(tensors.values())).add_(1))
+    with pytest.raises(ValueError, match=r"adapter was trained on other weights than .*other has"):
+        building.build(str(other), tmp_path / "of-another", str(adapter))
+    assert not (tmp_path / "of-another").exists()
+    (adapter / record).unlink()
+    building.build(str(other), tmp_path / "of-another", str(adapter))
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def test_adapters_of_other_backbones_have_none(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "mean").exists()
     (second / "run.json").write_text(json.dumps({"release": {"weights_sha256": "a" * 64}}))
     assert average(tmp_path / "mean", first, second, adapter(tmp_path / "of-no-known-run")) == 0
+    (second / "run.json").write_text(json.dumps({"release": {"weights_sha256": "b" * 64}}))
+    assert average(tmp_path / "again", tmp_path / "mean", second) == 2  # the mean knows what it is of
+    assert "mean and" in capsys.readouterr().err
 
 
 def test_adapters_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
