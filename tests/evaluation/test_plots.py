@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from itertools import combinations
@@ -226,7 +227,17 @@ def test_the_command_writes_pictures(plot: Command, tmp_path: Path, ending: str)
             {"multi_dense": {"nDCG@10": [], "latency_ms": 1}},
             "'nDCG@10' of multi_dense is []; expected a num",
         ),
+        (
+            "quality",
+            {"multi_dense": {"nDCG@10": math.nan, "latency_ms": 1}},
+            "'nDCG@10' of multi_dense is nan; expected a number",
+        ),
         ("scaling", {"points": []}, 'expected a list "points"'),
+        (
+            "scaling",
+            {"points": [POINTS[0], {**POINTS[1], "bytes": math.inf}]},
+            "point 1 (from 0): 'bytes' is inf; expected a number",
+        ),
         (
             "scaling",
             {"points": [POINTS[0], {**POINTS[1], "bytes": 0}]},
@@ -242,6 +253,8 @@ def test_the_command_writes_pictures(plot: Command, tmp_path: Path, ending: str)
         ("budget", {"grid": [{"num_query_masks": 1, "fused": 0.5}]}, "entry 0 (from 0) of the grid needs"),
         ("budget", {"grid": [GRID[0], GRID[0]]}, "K_q = 1, K_p = 1 stands there twice"),
         ("budget", {"grid": [{**GRID[0], "fused": "high"}]}, "entry 0 (from 0) of the grid needs"),
+        ("budget", {"grid": [{**GRID[0], "fused": math.nan}]}, "'fused', numbers; it has {'num_query_masks': 1"),
+        ("budget", {"1,4": -math.inf}, "got '1,4': -inf"),
         ("budget", {"grid": [7]}, "entry 0 (from 0) of the grid is no object"),
         ("budget", {"grid": []}, '"grid" must be a list with at least one entry'),
         ("budget", {"one,four": 0.5}, "got 'one,four': 0.5"),
@@ -271,7 +284,7 @@ def test_wrong_files_and_a_missing_package(
     assert plot("budget", "--input", tmp_path / "broken.json", "--output", tmp_path / "picture.png") == 2
     assert "broken.json: not valid JSON" in capsys.readouterr().err
     assert plot("budget", "--input", grid, "--score", "speed", "--output", tmp_path / "picture.png") == 2
-    assert "it has num_query_masks, num_passage_masks, fused, dense" in capsys.readouterr().err
+    assert "'speed', numbers; it has {'num_query_masks': 1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot("budget", "--input", grid, "--output", tmp_path / "picture.png") == 2
     assert 'plots need matplotlib: pip install -e ".[retrieval]"' in capsys.readouterr().err

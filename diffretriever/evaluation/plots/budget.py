@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.lines import read_object
-from .style import new_figure
+from .style import is_number, new_figure
 
 Grid = dict[tuple[int, int], float]
 PAIR = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*")
@@ -39,10 +39,10 @@ def read_grid(path: str | Path, score: str = "fused") -> tuple[Grid, str]:
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: entry {number} (from 0) of the grid is no object.")
         budget = entry.get("num_query_masks"), entry.get("num_passage_masks")
-        if not all(isinstance(count, int) and count > 0 for count in budget) or not _is_number(entry.get(score)):
+        if not all(isinstance(count, int) and count > 0 for count in budget) or not is_number(entry.get(score)):
             raise ValueError(
-                f"{path}: entry {number} (from 0) of the grid needs num_query_masks, num_passage_masks and {score!r}; "
-                f"it has {', '.join(entry)}."
+                f"{path}: entry {number} (from 0) of the grid needs num_query_masks, num_passage_masks and {score!r}, "
+                f"numbers; it has {entry!r:.200}."
             )
         _add(grid, (int(budget[0] or 0), int(budget[1] or 0)), float(entry[score]), path)
     return grid, f"{score} {content.get('metric', '')}".strip()
@@ -52,7 +52,7 @@ def _short_form(path: str | Path, content: Mapping[str, Any]) -> Grid:
     grid: Grid = {}
     for key, value in content.items():
         found = PAIR.fullmatch(key)
-        if found is None or not _is_number(value):
+        if found is None or not is_number(value):
             raise ValueError(f'{path}: expected a list "grid", or entries like "1,4": 0.7; got {key!r}: {value!r:.60}.')
         _add(grid, (int(found[1]), int(found[2])), float(value), path)
     if not grid:
@@ -64,10 +64,6 @@ def _add(grid: Grid, budget: tuple[int, int], value: float, path: str | Path) ->
     if budget in grid:
         raise ValueError(f"{path}: K_q = {budget[0]}, K_p = {budget[1]} stands there twice.")
     grid[budget] = value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def plot_budget(grid: Grid, score: str = "score", title: str | None = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from ...files.lines import read_object
 from ..comparisons import BM25_ROW
 from ..report import LATENCY
-from .style import COLOURS, LINE_WIDTH, MARKER_SIZE, MARKERS, new_figure, plain_axes
+from .style import COLOURS, LINE_WIDTH, MARKER_SIZE, MARKERS, is_number, new_figure, plain_axes
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_evaluations(paths: Sequence[str | Path], metric: str) -> list[Timed]:
             if metric not in row:
                 raise ValueError(f"{path}: {mode} has no {metric!r}, only {', '.join(row)}.")
             for name in (LATENCY, metric):
-                if isinstance(row[name], bool) or not isinstance(row[name], (int, float)):
+                if not is_number(row[name]):
                     raise ValueError(f"{path}: {name!r} of {mode} is {row[name]!r:.60}; expected a number.")
             points.append(Timed(Path(path).stem, mode, float(row[LATENCY]), float(row[metric])))
     return points

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ...files.durable import check_place, write_whole
 from ...files.install import install_hint
@@ -15,6 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MARKER_SIZE, LINE_WIDTH = 6.5, 1.6  # points, in all pictures
 FORMATS = (".png", ".svg", ".pdf")
+LARGEST = sys.float_info.max
 
 
 def checked_points(
@@ -42,9 +44,14 @@ def checked_points(
             raise ValueError(f"{place}: 'system' is {found.get('system')!r}; expected a text.")
         for field in numbers:
             value = found.get(field)
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            if not is_number(value) or value <= 0:
                 raise ValueError(f"{place}: {field!r} is {value!r}; expected a number above 0.")
     return points
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value of a file can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def new_figure(width: float, height: float) -> Any:
