@@ -50,6 +50,9 @@ def add_command(
     return parser
 
 
+COLLECTION, TIMEOUT = "passages", 60.0
+
+
 def add_qdrant_options(parser: Any, required: bool) -> None:
     """Add the options that say where a Qdrant collection is."""
     parser.add_argument(
@@ -58,9 +61,14 @@ def add_qdrant_options(parser: Any, required: bool) -> None:
         help="a Qdrant server's address (http://… or https://…; its key is read from the environment variable "
         "QDRANT_API_KEY), or a folder, for Qdrant's engine in this process",
     )
-    parser.add_argument("--collection", default="passages", help="its name (default: %(default)s)")
+    parser.add_argument("--collection", help=f"its name (default: {COLLECTION})")
     parser.add_argument("--api-key", "--api", action=_RefusedKey, help=argparse.SUPPRESS)
-    parser.add_argument("--timeout", type=seconds, default=60.0, help="seconds for an answer (default: %(default)s)")
+    parser.add_argument("--timeout", type=seconds, help=f"seconds for an answer (default: {TIMEOUT:g})")
+
+
+def collection_of(options: argparse.Namespace) -> tuple[str, float]:
+    """Return the Qdrant collection's name and the seconds for an answer."""
+    return options.collection or COLLECTION, options.timeout or TIMEOUT
 
 
 class _RefusedKey(argparse.Action):

@@ -36,9 +36,7 @@ this machine can see. Nothing is written."""
     parser.add_argument("--top-k", type=count, help=f"passages a question (default: {HITS}, on the page {PAGE_HITS})")
     add_weight_option(parser)
     parser.add_argument("--web", action="store_true", help="show a page at 127.0.0.1 instead, until Ctrl-C")
-    parser.add_argument(
-        "--port", type=count_or_none, default=PORT, help="of the page; 0 takes a free one (default: %(default)s)"
-    )
+    parser.add_argument("--port", type=count_or_none, help=f"of the page; 0 takes a free one (default: {PORT})")
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -55,6 +53,8 @@ def run_demo(options: argparse.Namespace) -> int:
     check_questions(options.question)
     if options.web and options.question:
         raise ValueError("questions are asked on the page; leave them out with --web.")
+    if options.port is not None and not options.web:
+        raise ValueError("--port is the page's; give --web as well, or leave it out.")
     options.model = options.model or shipped_release(SHIPPED)
     choose_modes(check_model(options), [MODE])
     explainer = _explainer(options)
@@ -64,7 +64,7 @@ def run_demo(options: argparse.Namespace) -> int:
     if options.web:
         from .page import serve
 
-        serve(explainer, about, options.port, options.top_k or PAGE_HITS, weight)
+        serve(explainer, about, PORT if options.port is None else options.port, options.top_k or PAGE_HITS, weight)
         return DONE
     columns = shutil.get_terminal_size().columns
     print(f"{about}\n{LEGEND}\n", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..search.modes import QUANTIZATIONS
-from .arguments import RESUMED, add_command, add_qdrant_options, count
+from .arguments import RESUMED, add_command, add_qdrant_options, collection_of, count
 from .exit_status import DONE
 
 
@@ -28,16 +28,17 @@ def run_index(options: argparse.Namespace) -> int:
     from ..store.compression import open_store
 
     store = open_store(options.store)
+    collection, timeout = collection_of(options)
     sent = upload(
         store,
         options.qdrant,
-        options.collection,
+        collection,
         texts=not options.no_texts,
         quantization=options.quantization,
         hnsw=options.hnsw,
         batch_size=options.batch_size,
-        timeout=options.timeout,
+        timeout=timeout,
         show_progress_bar=True,
     )
-    print(f"{options.qdrant}: collection {options.collection!r} holds {len(store)} passages, {sent} of them sent now")
+    print(f"{options.qdrant}: collection {collection!r} holds {len(store)} passages, {sent} of them sent now")
     return DONE

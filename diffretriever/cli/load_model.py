@@ -179,10 +179,10 @@ def load_encoder(options: argparse.Namespace, **settings: Any) -> Any:
 def flags_of(values: Mapping[str, Any]) -> list[str]:
     """Return the options that were given, as they are typed.
 
-    >>> flags_of({"model_dtype": "float32", "adapter": None, "trust_remote_code": False})
-    ['--model-dtype']
+    >>> flags_of({"model_dtype": "float32", "adapter": None, "trust_remote_code": False, "fusion_weight": 0.0})
+    ['--model-dtype', '--fusion-weight']
     """
-    return [f"--{name.replace('_', '-')}" for name, value in values.items() if value not in (None, False)]
+    return [f"--{name.replace('_', '-')}" for name, value in values.items() if value is not None and value is not False]
 
 
 def check_model(options: argparse.Namespace) -> str:

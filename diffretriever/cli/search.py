@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..search.modes import CANDIDATES, MODES
+from ..search.modes import CANDIDATES, FUSED, FUSIONS, MODES
 from ..store.manifest import MANIFEST_FILE
-from .arguments import add_command, add_fusion_options, add_qdrant_options, count
+from .arguments import add_command, add_fusion_options, add_qdrant_options, collection_of, count
 from .console import check_questions, json_line, read_questions
 from .display import result_lines
 from .exit_status import DONE
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DENSE = "multi_dense"  # what every store can be searched by
 QUERIES_AT_ONCE = 4096  # of a file
+QDRANT_ALONE, FUSED_ALONE = ("collection", "timeout"), ("fusion", "fusion_weight", "candidates")
 STDOUT, FLAG = "-", "--json"  # what --json says: its value for standard output, and nothing
 
 
@@ -56,10 +57,9 @@ def register(commands: Any) -> None:
     told = "scoring mode (default: the one that the release recommends; multi_dense for a store of queries)"
     parser.add_argument("--mode", choices=MODES, help=told)
     parser.add_argument("--top-k", type=count, default=10, help="passages a question (default: %(default)s)")
-    parser.add_argument(
-        "--candidates", type=count, default=CANDIDATES, help="of each side, in the fusion modes (default: %(default)s)"
-    )
+    parser.add_argument("--candidates", type=count, help=f"of each side, in the fusion modes (default: {CANDIDATES})")
     add_fusion_options(parser)
+    parser.set_defaults(fusion=None)  # so that one that was given is known
     parser.add_argument("--interactive", action="store_true", help="keep the model loaded; a question a line")
     told = "write one JSON object a question there, a line each; - prints them in place of the passages"
     parser.add_argument("--json", nargs="?", const=FLAG, metavar="FILE", help=told)
@@ -110,6 +110,10 @@ def _as_flag(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     if (options.store is None) == (options.qdrant is None):
         raise ValueError("say where the passages are: --store FOLDER or --qdrant LOCATION, one of them.")
+    if options.store is not None and (wrong := flags_of({name: getattr(options, name) for name in QDRANT_ALONE})):
+        raise ValueError(f"{', '.join(wrong)}: for a Qdrant collection, and --store is none; leave it out.")
+    if options.mode is not None:
+        _check_fused(options)
     if options.in_memory and options.store is None:
         raise ValueError("--in-memory is for a store; Qdrant keeps its vectors where its collection says.")
     ways = [bool(options.question), options.interactive, options.queries is not None]
@@ -128,6 +132,16 @@ def _check(options: argparse.Namespace) -> None:
         names = ("server", "model", *CHOSEN_AT_THE_START, "num_query_masks")
         if wrong := flags_of({name: getattr(options, name) for name in names}):
             raise ValueError(f"{options.queries} is a store, whose queries are encoded; leave out {', '.join(wrong)}.")
+
+
+def _check_fused(options: argparse.Namespace) -> None:
+    """Refuse what would be passed over in a mode of one side."""
+    given = flags_of({name: getattr(options, name) for name in FUSED_ALONE})
+    if given and options.mode not in FUSED:
+        raise ValueError(
+            f"{', '.join(given)}: for the fusion modes, and {options.mode} has one side; leave it out, or give --mode "
+            f"{next(reversed(FUSED))}."
+        )
 
 
 def _queries(options: argparse.Namespace) -> Any:
@@ -155,15 +169,16 @@ def _searcher(options: argparse.Namespace) -> Searcher:
     from ..search.searcher import Searcher
     from ..store.compression import open_store
 
+    fusion = options.fusion or FUSIONS[0]
     if options.qdrant is not None:
-        engine = QdrantEngine(options.qdrant, options.collection, timeout=options.timeout)
-        return Searcher(engine, fusion=options.fusion)
+        collection, timeout = collection_of(options)
+        return Searcher(QdrantEngine(options.qdrant, collection, timeout=timeout), fusion=fusion)
     store = open_store(options.store)
     if options.run_file is not None:
         ids = (name for shard in store.shards() for name in shard.file.strings("ids"))  # which `shard.ids` would keep
         check_run_ids(ids, "passage")
     device = None if options.device == "auto" else options.device  # which spreads a model
-    return Searcher(store, fusion=options.fusion, device=device, in_memory=options.in_memory)
+    return Searcher(store, fusion=fusion, device=device, in_memory=options.in_memory)
 
 
 def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
@@ -174,6 +189,7 @@ def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
         choose_modes(check_model(options), [options.mode] if options.mode else None)
     model = load_encoder(options, num_query_masks=options.num_query_masks)
     options.mode = options.mode or getattr(model.config, "default_mode", DENSE)
+    _check_fused(options)
     options.fusion_weight = fusion_weight_of(model.config, options.fusion_weight)
     if searcher.engine.settings is not None:
         check_encoder(model, searcher.engine.settings, _place(options))
@@ -181,7 +197,7 @@ def _model(searcher: Searcher, options: argparse.Namespace) -> Any:
 
 
 def _place(options: argparse.Namespace) -> str:
-    return str(options.store or f"{options.qdrant}, collection {options.collection!r}")
+    return str(options.store or f"{options.qdrant}, collection {collection_of(options)[0]!r}")
 
 
 def _questions(options: argparse.Namespace) -> Iterator[str]:
@@ -192,9 +208,7 @@ def _questions(options: argparse.Namespace) -> Iterator[str]:
 def _answer(searcher: Searcher, model: Any, question: str, options: argparse.Namespace) -> dict[str, Any]:
     """Search and print; return the answer as --json has it."""
     query = searcher.encode(model, [question], [options.mode])
-    hits = searcher.search(
-        query, options.mode, options.top_k, candidates=options.candidates, fusion_weight=options.fusion_weight
-    )[0]
+    hits = _results(searcher, query, options)[0]
     texts = searcher.engine.texts([hit.position for hit in hits])
     answer = _as_json(question, options.mode, hits, texts)
     if options.json == STDOUT:
@@ -228,9 +242,8 @@ def _as_json(question: str, mode: str, hits: list[Hit], texts: list[str | None])
 
 
 def _search_store(searcher: Searcher, queries: Any, options: argparse.Namespace) -> Run:
-    from ..model.scoring import fusion_weight_of
-
-    options.mode, options.fusion_weight = options.mode or DENSE, fusion_weight_of(None, options.fusion_weight)
+    options.mode = options.mode or DENSE
+    _check_fused(options)
     return _results(searcher, queries, options).run()
 
 
@@ -250,7 +263,7 @@ def _results(searcher: Searcher, queries: Any, options: argparse.Namespace) -> R
         queries,
         options.mode,
         options.top_k,
-        candidates=options.candidates,
+        candidates=options.candidates or CANDIDATES,
         fusion_weight=options.fusion_weight,
     )
 

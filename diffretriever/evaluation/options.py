@@ -58,6 +58,10 @@ class Options:
         for mode in self.modes:
             check_mode(mode)
         fusion_weight_of(None, self.fusion_weight)
+        if self.fusion_weight is not None and not FUSED.keys() & set(self.modes):
+            raise ValueError(
+                f"--fusion-weight is for the fusion modes, and there is none: the modes are {', '.join(self.modes)}."
+            )
         if self.depth < 1 or self.latency < 0:
             raise ValueError(f"the depth must be at least 1 and the latency at least 0: {self.depth}, {self.latency}.")
         if not self.modes or not self.metrics:

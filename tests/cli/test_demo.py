@@ -171,6 +171,7 @@ def test_a_store_is_asked_by_its_own_model_alone(
         (["compressing", "x"], "compressing: not finished; run the same `diffretriever compress` command again"),
         (["encoding", "x"], "encoding/plan.json: the format is None"),
         (["notes.txt", "x", "--web"], "questions are asked on the page"),
+        (["notes.txt", "x", "--port", "0"], "--port is the page's; give --web as well"),
         (["notes.txt", "x", "--fusion-weight", "2"], "must lie between 0 and 1"),
         (["notes.txt", "x", "--method", "repllama"], "repllama has no sparse vectors"),
     ],

@@ -292,6 +292,10 @@ def test_one_query_is_not_tested(model: Any, store: Store, tmp_path: Path) -> No
         ({"metrics": ("hits",)}, "metric 'hits' is not known"),
         ({"depth": 0}, "the depth must be at least 1"),
         ({"fusion_weight": 1.5}, "`fusion_weight` must lie between 0 and 1, got 1.5"),
+        (
+            {"fusion_weight": 0.0, "modes": ("multi_dense",)},
+            "--fusion-weight is for the fusion modes, and there is none: the modes are multi_dense.",
+        ),
         ({"bm25_with": ["multi_dense"]}, "--bm25-with belongs to --bm25; give that as well."),
         (
             {"tune_split": "dev", "modes": ("multi_dense",)},

@@ -214,6 +214,22 @@ def test_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[st
         (["--model", "m", "--store", "s", "x", ""], "a question is empty"),
         (["--store", "s", "x"], "questions need --model"),
         (["--model", "m", "--qdrant", "q", "--in-memory", "x"], "--in-memory is for a store"),
+        (
+            ["--model", "m", "--store", "s", "--collection", "c", "--timeout", "3", "x"],
+            "--collection, --timeout: for a Q",
+        ),
+        (
+            ["--model", "m", "--store", "s", "--mode", "sparse_max", "--fusion-weight", "0", "x"],
+            "sparse_max has one side",
+        ),
+        (
+            ["--model", "m", "--store", "s", "--mode", "multi_dense", "--fusion", "exact", "x"],
+            "--fusion: for the fusion",
+        ),
+        (
+            ["--model", "m", "--store", "s", "--mode", "multi_dense", "--candidates", "9", "x"],
+            "--candidates: for the f",
+        ),
         (["--store", "s", "--queries", "q"], "--queries needs --run-file"),
         (["--store", "s", "--queries", "q", "--run-file", "r", "--json", "j"], "--json is for questions"),
     ],
