@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ..data.pair_files import PairFiles
     from ..training.hard_negatives import Draws
 
-BM25 = "bm25"
-OF_A_RELEASE = (*CHOSEN_AT_THE_START, "device", "store", "tokens_per_batch")  # BM25 would pass them over
+BM25, DENSE = "bm25", "multi_dense"
+OF_A_RELEASE = (*CHOSEN_AT_THE_START, "device", "mode", "store", "tokens_per_batch")  # BM25 would pass them over
 
 
 def register(commands: Any) -> None:
@@ -38,7 +38,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write, in the layout of pairs")
     parser.add_argument("--corpus", help="to mine from, in any layout of a corpus (default: the pairs' passages)")
     add_model_options(parser, f'"{BM25}" (default), or {RELEASE}', default=BM25)
-    parser.add_argument("--mode", default="multi_dense", choices=MODES, help="a release's scoring mode")
+    parser.add_argument("--mode", choices=MODES, help=f"a release's scoring mode (default: {DENSE})")
     parser.add_argument("--store", type=Path, help="folder for a release's vectors (default: a temporary one)")
     add_batch_option(parser)
     parser.add_argument("--negatives", type=count, default=15, help="negatives a query (default 15)")
@@ -56,6 +56,7 @@ def run_mine(options: argparse.Namespace) -> int:
     check_place(options.output)
     draws = Draws(options.negatives, options.depth, options.skip, options.seed)
     if options.model != BM25:
+        options.mode = options.mode or DENSE
         choose_modes(check_model(options), [options.mode])  # before the data is read
     elif wrong := flags_of({name: getattr(options, name) for name in OF_A_RELEASE}):
         raise ValueError(f"BM25 has no {', '.join(wrong)}; say which release with --model, or leave that out.")

@@ -60,6 +60,8 @@ def run_budget(options: argparse.Namespace) -> int:
         return _run_adaptive(options, method)
     if (options.pairs is None) == (options.data is None):
         raise ValueError("say what to try the budgets on: --pairs FILES or --data FOLDER, one of them.")
+    if options.split and not options.data:
+        raise ValueError("--split is of a benchmark (--data); --pairs are taken as they are.")
     if options.data and options.num_queries:
         raise ValueError("--num-queries draws from --pairs; of a benchmark (--data), the whole split is asked.")
     task = _training_task(options) if options.pairs else _benchmark_task(options, "test")

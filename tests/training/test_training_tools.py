@@ -113,8 +113,12 @@ def test_mining_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "--depth 5 leaves fewer than --negatives 4 after --skip 2; raise it" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path), "--model", "not/there"]) == 2  # before the model is looked for
     assert f"Is a directory: '{tmp_path}'" in capsys.readouterr().err
-    assert main([*command, "--adapter", "runs/adapter", "--tokens-per-batch", "64"]) == 2  # BM25 would do without
-    assert "BM25 has no --adapter, --tokens-per-batch; say which release with --model" in capsys.readouterr().err
+    assert (
+        main([*command, "--adapter", "a", "--mode", "sparse_max", "--tokens-per-batch", "64"]) == 2
+    )  # BM25 would do without
+    assert (
+        "BM25 has no --adapter, --mode, --tokens-per-batch; say which release with --model" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(SystemExit):
         main([*command, "--negatives", "none"])
@@ -281,6 +285,8 @@ def test_budget_errors(build_release: Callable[..., Path], tmp_path: Path, capsy
     given = ["select-budget", "--output", str(tmp_path / "b.json"), "--model", str(build_release("tiny-llada"))]
     assert main([*given, "--data", str(tmp_path), "--num-queries", "2"]) == 2
     assert "--num-queries draws from --pairs; of a benchmark (--data), the whole split" in capsys.readouterr().err
+    assert main([*command, str(build_release("tiny-llada")), "--split", "dev"]) == 2
+    assert "--split is of a benchmark (--data); --pairs are taken as they are" in capsys.readouterr().err
 
 
 def test_budgets_on_a_benchmark(
