@@ -107,7 +107,7 @@ class ExactEngine:
         if rows_at_once(groups[0]):
             lengths = self._lengths if kind == "single_dense" else None  # here: threads would each make their own
             rank_range = partial(self._rank_few, groups[0], lengths, top_k)
-            if top_k * ROUGH_SHARE < len(ranges[0]) and rough_products_pay(self._segments):
+            if top_k * ROUGH_SHARE < max(map(len, ranges), default=0) and rough_products_pay(self._segments):
                 rank_range = partial(self._rank_roughly_first, rank_range, groups[0], kind, self._longest, top_k)
         with closing(run_side_by_side(rank_range, ranges, self._workers())) as found:
             for _, parts in found:

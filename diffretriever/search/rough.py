@@ -46,12 +46,12 @@ def most_wrong(queries: PreparedQueries) -> torch.Tensor:
     """Return the most by which rough and exact MaxSim differ, for passage vectors of length 1, float32 [Q].
 
     Of q·p the rounded query vector loses at most |q - q'| |p| (Cauchy-Schwarz), the product's rounding at most
-    `ROUNDING` |q'| |p|.
-    A maximum is at most as wrong as what it is taken of, a mean as the mean of that.
+    `ROUNDING` |q'| |p|. A maximum is at most as wrong as what it is taken of, a mean
+    as the mean of that.
     """
     vectors = queries.matrix[: queries.num_vectors * len(queries), : queries.width]
     rounded = vectors.bfloat16().float()
-    lost = torch.linalg.vector_norm(vectors - rounded, dim=1) * 1.01
+    lost = torch.linalg.vector_norm(vectors - rounded, dim=1) * 1.01  # itself rounded
     kept = torch.linalg.vector_norm(rounded, dim=1) * (ROUNDING + SUMMING * max(16, queries.width))
     return (lost + kept).view(queries.num_vectors, -1).sum(dim=0) / queries.counts.clamp(min=1)
 

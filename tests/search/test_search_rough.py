@@ -15,7 +15,7 @@ from diffretriever.model.scoring import PreparedQueries, maxsim_of
 from diffretriever.search import ExactEngine, Searcher, exact, rough
 from diffretriever.search.rough import longest_vectors, most_wrong, possible_best, rough_similarities
 from diffretriever.search.workspace import Workspace
-from diffretriever.store.segments import TensorSegment
+from diffretriever.store.segments import TensorSegment, query_vectors
 
 Side = dict[str, torch.Tensor]
 
@@ -131,6 +131,17 @@ def test_a_number_that_is_none_is_told_or_ranked_as_it_is(scored_again: list[int
     expected = Searcher(widened(passages)).search(queries, "multi_dense", 5)
     assert found.ids == expected.ids
     assert torch.equal(found.scores, expected.scores)
+
+
+def test_no_passages(scored_again: list[int]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        positions, _ = ExactEngine(made_up(0, 0, 2)).rank(query_vectors(made_up(1, 1, 2)), "multi_dense", 5)
+    finally:
+        torch.set_num_threads(threads)
+    assert positions.shape == (1, 0)
+    assert not scored_again
 
 
 def test_queries_of_another_width_are_refused(scored_again: list[int]) -> None:
