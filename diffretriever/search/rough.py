@@ -75,7 +75,7 @@ def possible_best(scores: torch.Tensor, wrong: torch.Tensor, top_k: int) -> torc
         wrong: the most by which each may be off, float32 [P, Q].
         top_k: at most P.
 
-    >>> possible_best(torch.tensor([[0.9], [0.5], [0.8], [0.1]]), torch.full((4, 1), 0.2), top_k=1)
+    >>> possible_best(torch.tensor([[0.9], [0.5], [0.8], [0.1]]), torch.full((4, 1), 0.1), top_k=1)
     tensor([0, 2])
     """
     floor = (scores - wrong).topk(top_k, dim=0).values[-1]  # top_k passages have exact scores that are no lower
