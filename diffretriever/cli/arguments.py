@@ -68,7 +68,7 @@ def add_qdrant_options(parser: Any, required: bool) -> None:
 
 def collection_of(options: argparse.Namespace) -> tuple[str, float]:
     """Return the Qdrant collection's name and the seconds for an answer."""
-    return options.collection or COLLECTION, options.timeout or TIMEOUT
+    return COLLECTION if options.collection is None else options.collection, options.timeout or TIMEOUT
 
 
 class _RefusedKey(argparse.Action):

@@ -306,6 +306,11 @@ def test_index_then_search_by_engine(folder: Path, tmp_path: Path, capsys: pytes
     assert answers[0]["hits"][0]["text"] == answers[1]["hits"][0]["text"]
 
 
+def test_a_collection_without_a_name(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("index", "--store", folder / "store", "--qdrant", tmp_path / "qdrant", "--collection", "") == 2
+    assert "no collection can be called ''" in capsys.readouterr().err
+
+
 def test_an_engine_that_is_away_has_its_own_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("index", "--store", folder / "store", "--qdrant", "http://127.0.0.1:9", "--timeout", 1) == 3
     assert "diffretriever index: http://127.0.0.1:9: no answer after" in capsys.readouterr().err
