@@ -273,6 +273,8 @@ def test_a_run_file_from_a_store_of_queries(
     }
     assert results[0][0].id == results.ids[0][0]
     fused = Searcher(open_store(plain / "store")).search(open_store(plain / "queries"), MODES[4], 2, fusion_weight=0.5)
+    assert run(*given, "--fusion-weight", 0.5) == 2  # where no mode is given, too
+    assert "--fusion-weight: for the fusion modes, and multi_dense has one side" in capsys.readouterr().err
     assert run(*given, "--mode", MODES[4]) == 0  # half: a store of queries does not hold what the release recommends
     assert read_run(file) == {query: pytest.approx(found, abs=1e-5) for query, found in fused.run().items()}
     file.unlink()
