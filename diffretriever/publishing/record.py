@@ -14,7 +14,7 @@ from typing import Any
 
 from ..files.durable import write_whole
 from ..files.fields import fill
-from ..files.hashes import hash_file
+from ..files.hashes import hash_file, hash_once
 from ..files.lines import read_object
 from .releases import check_repo_id, library_versions
 
@@ -93,7 +93,7 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
 
 def weights_hash(folder: Path) -> str:
     """Return one SHA-256 for a backbone's weights."""
-    return combined_hash({file.name: hash_file(file) for file in folder.glob("*.safetensors")})
+    return combined_hash({file.name: hash_once(file.resolve()) for file in folder.glob("*.safetensors")})
 
 
 def make_record(

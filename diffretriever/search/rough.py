@@ -46,8 +46,8 @@ def most_wrong(queries: PreparedQueries) -> torch.Tensor:
     """Return the most by which rough and exact MaxSim differ, for passage vectors of length 1, float32 [Q].
 
     Of q·p the rounded query vector loses at most |q - q'| |p| (Cauchy-Schwarz), the product's rounding at most
-    `ROUNDING` |q'| |p|. A maximum is at most as wrong as what it is taken of, a mean
-    as the mean of that.
+    `ROUNDING` |q'| |p|. A maximum is at most as wrong as what it is taken of, a mean as the mean of
+    that.
     """
     vectors = queries.matrix[: queries.num_vectors * len(queries), : queries.width]
     rounded = vectors.bfloat16().float()
