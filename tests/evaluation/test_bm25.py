@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +81,20 @@ def test_bad_input() -> None:
         BM25([], [])
     with pytest.raises(ValueError, match="no passage holds a word that is not a stopword"):
         BM25(["a"], ["the of"])
+
+
+def test_jax_is_left_alone(tmp_path: Path) -> None:
+    """bm25s computes something with JAX when it is imported, for which that takes three quarters of a GPU."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("")
+    (tmp_path / "jax/lax.py").write_text("def top_k(values, k):\n    raise SystemExit('it took the GPU')\n")
+    script = "from diffretriever.evaluation.bm25 import BM25; print(BM25(['a'], ['web']).search({'q': 'web'}, 1))\n"
+    script += "import jax.lax; print(jax.lax.top_k)\n"  # who wants it has it
+    paths = [str(tmp_path), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'q': {'a': ")
+    assert "<function top_k" in done.stdout
