@@ -324,14 +324,15 @@ def run_ahead(
     Raises:
         What `pack` and `launch` raise, behind the results of the batches before.
     """
+    if len(batches) == 1:  # nothing else could be done meanwhile
+        yield _arrived(batches[0], *_copied_to_host(launch(pack(batches[0]))))
+        return
     packed: deque[Future[HostBatch]] = deque()
     running: deque[tuple[Batch, Any, list[Any]]] = deque()
     failure: Exception | None = None
     packer = ThreadPoolExecutor(1, "pack")
     try:
         for number, batch in enumerate(batches):
-            if number == 0:
-                packed.append(_at_once(pack, batch))
             packed += (packer.submit(pack, other) for other in batches[number + len(packed) : number + AHEAD + 1])
             try:
                 running.append((batch, *_copied_to_host(launch(packed.popleft().result()))))
@@ -451,6 +452,9 @@ def encode_in_order(
         prepared: list[Any] = model.texts.prepare(window, is_query, compute_sparse and content_filter)
         return prepared
 
+    if total == 1 and isinstance(texts, (list, tuple)) and not show_progress_bar:  # less work than what keeps order
+        [(_, out)] = model.encode_batches(prepare(check_texts(texts)), [[0]], is_query, compute_sparse, sparse_top_k)
+        return {name: values.cpu().clone() for name, values in out.items()}
     with (
         logging.tqdm(total=total, disable=not show_progress_bar, unit="text", desc="encode") as bar,
         closing(_prepared_windows(texts, total, prepare, ahead=runs_apart(model.device))) as windows,

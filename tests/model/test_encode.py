@@ -402,6 +402,21 @@ def test_progress_bar(small: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{len(TEXTS)}text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_query", [True, False])
+def test_one_text_in_a_list_is_what_an_iterator_of_it_gives(model: Any, is_query: bool) -> None:
+    """The one takes a shorter way."""
+    for text in TEXTS:
+        alone, read = model.encode_texts([text], is_query), model.encode_texts(iter([text]), is_query)
+        assert list(alone) == list(read)
+        assert alone.side == read.side
+        assert all(torch.equal(alone[name], read[name]) for name in alone)
+    for one, shown in ((3, "int: 3"), (None, "NoneType: None")):
+        with pytest.raises(TypeError, match=rf"`texts\[0\]` must be a string, got {shown}"):
+            model.encode_texts([one], is_query)
+    with pytest.raises(ValueError, match="`batch_size` must be a whole number of at least 1"):
+        model.encode_texts(["a"], is_query, batch_size=0)
+
+
 def test_an_iterator_is_read_a_window_at_a_time(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching_of(small), "WINDOW", 4)
     read: list[int] = []
