@@ -7,11 +7,13 @@ them: `train` was stopped by SIGINT or SIGTERM after saving a checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 from pathlib import Path
 
 from ..files.durable import FULL_DISK
+from ..files.memory import in_short
 from ..publishing.hub import Conflict, Passing
 from ..search.qdrant.calls import EngineAwayError, EngineError
 
@@ -48,3 +50,19 @@ def cache_hint(error: BaseException) -> str:
     if not any(Path(error.filename).is_relative_to(cache) for cache in caches):
         return ""
     return ". It is in the cache of models and their code; set HF_HOME to a folder that can be written"
+
+
+def told_of_full_memory(error: BaseException, options: argparse.Namespace) -> str:
+    """Return what to say of a GPU's or the machine's memory that is full, and what makes a command take less.
+
+    >>> told_of_full_memory(MemoryError(), argparse.Namespace(command="search"))
+    'the memory is full (MemoryError). Free it of other programs, and run again'
+    """
+    less = ""
+    if getattr(options, "command", None) == "train":
+        less = (
+            ", or train with fewer texts whose activations are held at once: --set grad_cache_chunk=8, another --output"
+        )
+    elif hasattr(options, "tokens_per_batch"):
+        less = ", with a smaller --tokens-per-batch"
+    return f"the memory is full ({in_short(error)}). Free it of other programs, and run again{less}"

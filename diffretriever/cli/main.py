@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from .. import __version__
+from ..files.memory import memory_is_full
 from . import (
     analyze_budget,
     average_adapters,
@@ -34,7 +35,16 @@ from . import (
 )
 from .console import open_what_is_closed, quiet_libraries, replace_what_cannot_be_shown
 from .examples import EXAMPLES
-from .exit_status import DONE, EXPECTED, IN_WORDS, TRY_AGAIN, cache_hint, is_failing_storage, status_of
+from .exit_status import (
+    DONE,
+    EXPECTED,
+    IN_WORDS,
+    TRY_AGAIN,
+    cache_hint,
+    is_failing_storage,
+    status_of,
+    told_of_full_memory,
+)
 from .parser import Parser
 from .threads import wait_asleep
 
@@ -128,4 +138,9 @@ def run(options: argparse.Namespace, program: str) -> int:
         again = f". {options.again}" if is_failing_storage(error) else ""
         print(f"{program}: {error}{again}{cache_hint(error)}", file=sys.stderr)
         return status_of(error)
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
+            raise
+        print(f"{program}: {told_of_full_memory(error, options)}", file=sys.stderr)
+        return TRY_AGAIN
     return status

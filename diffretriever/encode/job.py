@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..data.corpus import read_corpus, read_queries
+from ..files.memory import memory_is_full
 from ..model.batching import batches_by_length
 from ..model.tokenization_helpers import PreparedText
 from ..store.plan import SHARD_NAME, Plan, Text
@@ -138,16 +139,18 @@ class EncodingJob:
                 for rows, out in results:
                     yield rows, out
                     done += 1
-            except torch.OutOfMemoryError as error:
+            except ValueError:
+                for row in shard.batches[done]:  # find the text to blame
+                    self._blame(shard, row, options)
+                raise
+            except (RuntimeError, MemoryError) as error:
+                if not memory_is_full(error):
+                    raise
                 rows = shard.batches[done]
                 size = [len(rows), max(len(shard.prepared[row].sequence) for row in rows)]
                 raise ValueError(
                     f"a batch of {size} tokens does not fit into memory; give a smaller --tokens-per-batch"
                 ) from error
-            except ValueError:
-                for row in shard.batches[done]:  # find the text to blame
-                    self._blame(shard, row, options)
-                raise
 
     def _blame(self, shard: PreparedShard, row: int, options: Mapping[str, Any]) -> None:
         try:

@@ -15,6 +15,7 @@ from typing import Any
 import fresh
 import pyarrow
 import pytest
+import torch
 import yaml
 from checkpoint_folders import PARITY, ROOT
 from full_disk import full_disk
@@ -22,7 +23,7 @@ from pyarrow import parquet
 
 import publish
 from diffretriever.cli.exit_status import cache_hint
-from diffretriever.cli.main import build_parser, main
+from diffretriever.cli.main import build_parser, main, run
 from diffretriever.store.store import Store
 
 BACKBONE = PARITY / "backbones" / "tiny-llada"
@@ -282,3 +283,55 @@ def test_a_cache_that_cannot_be_written_is_said_with_what_to_do() -> None:
     assert "set HF_HOME to a folder that can be written" in cache_hint(inside)
     assert cache_hint(PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x")) == ""
     assert cache_hint(OSError(errno.ENOSPC, "No space left on device", f"{constants.HF_HOME}/x")) == ""
+
+
+def _fill_the_memory(options: argparse.Namespace) -> int:
+    torch.empty(10**15)
+    return 0
+
+
+def _stop_on_a_full_gpu(options: argparse.Namespace) -> int:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0 has 139 GiB. Process 7 has 1 GiB."
+    )
+
+
+def _stop_in_numpy(options: argparse.Namespace) -> int:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("work", "command", "shown"),
+    [
+        (_fill_the_memory, "search", r"the memory is full \(.*DefaultCPUAllocator: can't allocate .*run again\n$"),
+        (
+            _stop_on_a_full_gpu,
+            "train",
+            r"of memory\. Tried to allocate 36\.00 MiB\)\. Free it of .* grad_cache_chunk=8, ano",
+        ),
+        (_stop_on_a_full_gpu, "encode", r"again, with a smaller --tokens-per-batch\n$"),
+        (
+            _stop_in_numpy,
+            "compress",
+            r"the memory is full \(MemoryError\)\. Free it of other programs, and run again\n$",
+        ),
+    ],
+)
+def test_a_full_memory_is_told_in_words(
+    work: Callable[..., int], command: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = {"tokens_per_batch": None} if command == "encode" else {}
+    options = argparse.Namespace(command=command, run=work, again="", **extra)
+    assert run(options, f"diffretriever {command}") == 3
+    said = capsys.readouterr().err
+    assert re.search(shown, said), said
+    assert said.startswith(f"diffretriever {command}: ")
+    assert said.count("\n") == 1
+
+
+def test_what_is_no_full_memory_keeps_its_traceback() -> None:
+    def work(options: argparse.Namespace) -> int:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(argparse.Namespace(command="search", run=work, again=""), "diffretriever search")

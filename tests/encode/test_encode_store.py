@@ -199,15 +199,23 @@ def test_only_who_begins_a_store_reads_the_corpus_beforehand(
     assert folder_bytes(folder) == whole
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        RuntimeError("Expected mha_graph.execute(handle, variant_pack) to be true"),
+        MemoryError(),
+    ],
+)
 def test_a_batch_too_large_for_the_device_can_be_made_smaller_on_the_way(
-    tiny: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tiny: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = tiny.encode_prepared, []
 
     def exhausted(prepared: list[Any], *arguments: Any, **options: Any) -> Any:
         calls.append(len(prepared))
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return original(prepared, *arguments, **options)
 
     monkeypatch.setattr(tiny, "encode_prepared", exhausted)
