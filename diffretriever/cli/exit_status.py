@@ -1,8 +1,8 @@
 """What a command's exit status says, one table for all of them.
 
 0: done. 2: an input or an option is wrong; the message says which, and trying again cannot help. 3: interrupted, or a
-disk, the memory, an engine or the Hub is full or away; the same command goes on from what is kept. 130 and 143, as launchers expect
-them: `train` was stopped by SIGINT or SIGTERM after saving a checkpoint.
+disk, the memory, an engine or the Hub is full or away; the same command goes on from what is kept. 130 and 143, as
+launchers expect them: `train` was stopped by SIGINT or SIGTERM after saving a checkpoint.
 """
 
 from __future__ import annotations

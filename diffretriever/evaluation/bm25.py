@@ -120,7 +120,7 @@ def _without_jax() -> Iterator[None]:
         yield
     finally:
         if kept:
-            del sys.modules["jax"]
+            sys.modules.pop("jax", None)
 
 
 def _best(places: np.ndarray, scores: np.ndarray, top_k: int) -> Ranking:
