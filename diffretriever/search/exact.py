@@ -41,6 +41,7 @@ FEW = 64  # up to so many passages for each chosen one, the index that is there 
 ROUGH_RANGE = 1024 * 1024  # passages whose rough scores are held at once
 ROUGH_SHARE = 32  # passages for each one asked for, from which rough scores are worth their while
 MOST_CHOSEN = 4  # where more than one passage in so many may be among the best, to score all takes no longer
+MOST_IN_VAIN = 8  # more ranges where that was so than where it was not: so it will be for the next questions
 
 
 class ExactEngine:
@@ -78,6 +79,7 @@ class ExactEngine:
             raise ValueError(f"one searcher holds at most {MAX_POSITIONS - 1} passages, got {self._length}.")
         self._postings: list[Postings] | None = None
         self._spare: list[Workspace] = []  # that no thread uses now
+        self._in_vain = 0  # ranges whose rough scores chose too many, less those where they did not
 
     def __len__(self) -> int:
         return self._length
@@ -107,7 +109,8 @@ class ExactEngine:
         if rows_at_once(groups[0]):
             lengths = self._lengths if kind == "single_dense" else None  # here: threads would each make their own
             rank_range = partial(self._rank_few, groups[0], lengths, top_k)
-            if top_k * ROUGH_SHARE < max(map(len, ranges), default=0) and rough_products_pay(self._segments):
+            worth_it = self._in_vain < MOST_IN_VAIN and top_k * ROUGH_SHARE < max(map(len, ranges), default=0)
+            if worth_it and rough_products_pay(self._segments):
                 rank_range = partial(self._rank_roughly_first, rank_range, groups[0], kind, self._longest, top_k)
         with closing(run_side_by_side(rank_range, ranges, self._workers())) as found:
             for _, parts in found:
@@ -184,8 +187,10 @@ class ExactEngine:
             part = range(start, min(start + ROUGH_RANGE, positions.stop))
             chosen = possible_best(*self._rough_scores(queries, kind, longest, part), min(top_k, len(part))) + start
             if MOST_CHOSEN * len(chosen) < len(part):
+                self._in_vain = max(self._in_vain - 1, -MOST_IN_VAIN)
                 best.update_at(self._dense_scores(kind, queries, chosen), chosen)
             else:
+                self._in_vain += 1
                 best.merge(*rank_all(part))
         return [best]
 

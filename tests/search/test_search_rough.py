@@ -106,15 +106,32 @@ def test_vectors_of_any_length(scored_again: list[int]) -> None:
     assert max(scored_again) < 3000 // exact.MOST_CHOSEN
 
 
-def test_vectors_that_lie_together_are_all_scored_exactly(scored_again: list[int]) -> None:
-    passages, queries = made_up(0, 2000, 4), made_up(1, 1, 4)
-    near = normalize(torch.ones(24) + 0.01 * passages["repr_hidden"].float(), dim=-1)
-    passages["repr_hidden"] = near.bfloat16()
-    found = Searcher(passages).search(queries, "multi_dense", 5)
-    expected = Searcher(widened(passages)).search(queries, "multi_dense", 5)
-    assert found.ids == expected.ids
-    assert torch.equal(found.scores, expected.scores)
+def test_vectors_that_lie_together_are_all_scored_exactly(
+    scored_again: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a few questions no rough scores are computed any more."""
+    tried: list[range] = []
+    score_roughly = ExactEngine._rough_scores
+
+    def counted(self: ExactEngine, *arguments: Any) -> Any:
+        tried.append(arguments[-1])
+        return score_roughly(self, *arguments)
+
+    monkeypatch.setattr(ExactEngine, "_rough_scores", counted)
+    apart, queries = made_up(0, 2000, 4), made_up(1, 1, 4)
+    near = normalize(torch.ones(24) + 0.01 * apart["repr_hidden"].float(), dim=-1)
+    passages = apart | {"repr_hidden": near.bfloat16()}
+    searcher, expected = Searcher(passages), Searcher(widened(passages)).search(queries, "multi_dense", 5)
+    for _ in range(exact.MOST_IN_VAIN + 3):
+        found = searcher.search(queries, "multi_dense", 5)
+        assert found.ids == expected.ids
+        assert torch.equal(found.scores, expected.scores)
     assert not scored_again
+    assert len(tried) == exact.MOST_IN_VAIN
+    searcher = Searcher(apart)
+    for _ in range(2 * exact.MOST_IN_VAIN):
+        searcher.search(queries, "multi_dense", 5)
+    assert len(scored_again) == 2 * exact.MOST_IN_VAIN
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
