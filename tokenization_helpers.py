@@ -35,39 +35,40 @@ _CLOSERS = re.compile(r"[\"')\]}‘’“”«»]+?(?:\s+|(?=--)|$)", re.MULTILI
 # An initial or a number before its full stop: a list's "3." or a middle "j." does not end a sentence in lowercase text.
 _INITIAL_OR_NUMBER = re.compile(r"(?:^|--|[)\";}\]*:@({\[])[`,#&-]*(?:[^\W\d]|[.,]?\d[\d,.-]*)\.$")
 
-# Penn Treebank word rules in the order and with the extensions of NLTK's word tokeniser, for lowercased sentences.
-_OPENING_QUOTES = [
-    (re.compile(r"([«“‘„]|`+)"), r" \1 "),
-    (re.compile(r'^"'), "``"),
-    (re.compile(r"(``)"), r" \1 "),
-    (re.compile(r"([ (\[{<])(\"|'{2})"), r"\1 `` "),
-    (re.compile(r"(?i)(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"), r"\1 "),
+# Penn Treebank word rules in the order and with the extensions of NLTK's word tokeniser, for lowercased sentences. Each
+# has first what a sentence must hold for it to change anything: to look for that takes far less time than to try.
+_Rules = list[tuple[tuple[str, ...], re.Pattern[str], str]]
+_OPENING_QUOTES: _Rules = [
+    (tuple("«“‘„`"), re.compile(r"([«“‘„]|`+)"), r" \1 "),
+    (('"',), re.compile(r'^"'), "``"),
+    (("``",), re.compile(r"(``)"), r" \1 "),
+    (('"', "''"), re.compile(r"([ (\[{<])(\"|'{2})"), r"\1 `` "),
+    (("'",), re.compile(r"(?i)(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"), r"\1 "),
 ]
 _AFTER_FULL_STOP = "])}>\"'»”’ "  # what may stand between a sentence's full stop and its end
-_PUNCTUATION_MARKS = [
-    (re.compile(r"([:,])([^\d])"), r" \1 \2"),
-    (re.compile(r"([:,])$"), r" \1 "),
-    (re.compile(r"(\.{2,}|[;@#$%&\u2012-\u2015])"), r" \1 "),
-    (re.compile(r"([?!])"), r" \1 "),
-    (re.compile(r"([^'])' "), r"\1 ' "),
-    (re.compile(r"([*\[\](){}<>]|--)"), r" \1 "),
+_PUNCTUATION_MARKS: _Rules = [
+    ((":", ","), re.compile(r"([:,])([^\d])"), r" \1 \2"),
+    ((":", ","), re.compile(r"([:,])$"), r" \1 "),
+    (("..", *";@#$%&\u2012\u2013\u2014\u2015"), re.compile(r"(\.{2,}|[;@#$%&\u2012-\u2015])"), r" \1 "),
+    (("?", "!"), re.compile(r"([?!])"), r" \1 "),
+    (("' ",), re.compile(r"([^'])' "), r"\1 ' "),
+    (("--", *"*[](){}<>"), re.compile(r"([*\[\](){}<>]|--)"), r" \1 "),
 ]
-_CLOSING_QUOTES = [
-    (re.compile(r"([»”’])"), r" \1 "),
-    (re.compile(r"''|\""), " '' "),
-    (re.compile(r"\s+"), " "),
-    (re.compile(r"([^' ])('s|'m|'d|') "), r"\1 \2 "),
-    (re.compile(r"([^' ])('ll|'re|'ve|n't) "), r"\1 \2 "),
+_CLOSING_QUOTES: _Rules = [
+    (tuple("»”’"), re.compile(r"([»”’])"), r" \1 "),
+    (("''", '"'), re.compile(r"''|\""), " '' "),
 ]
-_CONTRACTIONS = [
-    (re.compile(r"(?i)\b(can)(not)\b"), r" \1 \2 "),
-    (re.compile(r"(?i)\b(d)('ye)\b"), r" \1 \2 "),
-    (re.compile(r"(?i)\b(gim|lem)(me)\b"), r" \1 \2 "),
-    (re.compile(r"(?i)\b(gon)(na)\b"), r" \1 \2 "),
-    (re.compile(r"(?i)\b(got)(ta)\b"), r" \1 \2 "),
-    (re.compile(r"(?i)\b(more)('n)\b"), r" \1 \2 "),
-    (re.compile(r"(?i)\b(wan)(na)(?=\s)"), r" \1 \2 "),
-    (re.compile(r"(?i) ('t)(is|was)\b"), r" \1 \2 "),
+_AFTER_ONE_BLANK: _Rules = [
+    (("'",), re.compile(r"([^' ])('s|'m|'d|') "), r"\1 \2 "),
+    (("'",), re.compile(r"([^' ])('ll|'re|'ve|n't) "), r"\1 \2 "),
+    (("cannot",), re.compile(r"(?i)\b(can)(not)\b"), r" \1 \2 "),
+    (("d'ye",), re.compile(r"(?i)\b(d)('ye)\b"), r" \1 \2 "),
+    (("mme",), re.compile(r"(?i)\b(gim|lem)(me)\b"), r" \1 \2 "),
+    (("gonna",), re.compile(r"(?i)\b(gon)(na)\b"), r" \1 \2 "),
+    (("gotta",), re.compile(r"(?i)\b(got)(ta)\b"), r" \1 \2 "),
+    (("more'n",), re.compile(r"(?i)\b(more)('n)\b"), r" \1 \2 "),
+    (("wanna",), re.compile(r"(?i)\b(wan)(na)(?=\s)"), r" \1 \2 "),
+    ((" 't",), re.compile(r"(?i) ('t)(is|was)\b"), r" \1 \2 "),
 ]
 
 
@@ -111,17 +112,22 @@ def _goes_on(before: str, after: str) -> bool:
 
 def sentence_words(sentence: str) -> list[str]:
     """Split one lowercased sentence into words and punctuation, as NLTK's `NLTKWordTokenizer` does."""
-    for pattern, replacement in _OPENING_QUOTES:
-        sentence = pattern.sub(replacement, sentence)
+    sentence = _rewritten(sentence, _OPENING_QUOTES)
     body = sentence.rstrip().rstrip(_AFTER_FULL_STOP)
     if len(body) > 1 and body[-1] == "." and body[-2] != ".":
         sentence = f"{body[:-1]} . {sentence[len(body) :]} "
-    for pattern, replacement in _PUNCTUATION_MARKS:
-        sentence = pattern.sub(replacement, sentence)
-    sentence = f" {sentence} "
-    for pattern, replacement in _CLOSING_QUOTES + _CONTRACTIONS:
-        sentence = pattern.sub(replacement, sentence)
-    return sentence.split()
+    sentence = _rewritten(_rewritten(sentence, _PUNCTUATION_MARKS), _CLOSING_QUOTES)
+    return _rewritten(f" {' '.join(sentence.split())} ", _AFTER_ONE_BLANK).split()
+
+
+def _rewritten(sentence: str, rules: _Rules) -> str:
+    """Apply rules one after the other."""
+    for needed, pattern, replacement in rules:
+        for part in needed:
+            if part in sentence:
+                sentence = pattern.sub(replacement, sentence)
+                break
+    return sentence
 
 
 def content_words(text: str) -> list[str]:
