@@ -208,6 +208,14 @@ def test_the_readmes_picture_has_the_cards_figures(name: str) -> None:
     )
 
 
+def row_of_the_methods(row: str) -> tuple[str, str]:
+    """Return the dense and the fused figure of the table's first row of that name, without the seeds' range."""
+    cell = r"([\d.]*)(?: \([\d.]+-[\d.]+\))? *"
+    table = re.search(rf"^\| {row} \| {cell}\| {cell}\| {cell}\|", METHODS, re.MULTILINE)
+    assert table is not None
+    return table[1], table[3]
+
+
 @pytest.mark.parametrize(
     ("drawn", "row"),
     [
@@ -220,11 +228,19 @@ def test_the_readmes_picture_has_the_cards_figures(name: str) -> None:
     ],
 )
 def test_the_picture_of_the_methods_has_the_tables_figures(drawn: str, row: str) -> None:
-    table = re.search(rf"^\| {row} \| ([\d.]+) \| ([\d.]*) *\| ([\d.]*) *\|", METHODS, re.MULTILINE)
-    assert table is not None
     shown = json.loads((ROOT / "docs" / "methods" / f"{drawn}.json").read_text())
     values = {mode.partition("_")[0] == "fusion": f"{point['nDCG@10']:.3f}" for mode, point in shown.items()}
-    assert values == {fused: value for fused, value in ((False, table[1]), (True, table[3])) if value}
+    assert values == {fused: value for fused, value in enumerate(row_of_the_methods(row)) if value}
+
+
+def test_the_readme_has_the_tables_figures() -> None:
+    rows = ("DiffRetriever, 4 masks", "DiffRetriever, 1 mask", "PromptReps, up to 4 words", "DiffEmbed", "RepLLaMA")
+    four, one, words, mean, repllama = map(row_of_the_methods, rows)
+    said = f"4 masks have {four[0]} dense and {four[1]} fused, one {one[0]} and {one[1]}, "
+    said += (
+        f"PromptReps of 4 words (4 passes) {words[0]} and {words[1]}, mean pooling {mean[0]}, RepLLaMA {repllama[0]}."
+    )
+    assert said in README
 
 
 def test_the_readme_is_read_in_a_minute() -> None:
