@@ -58,7 +58,7 @@ _CLOSING_QUOTES: _Rules = [
     (tuple("»”’"), re.compile(r"([»”’])"), r" \1 "),
     (("''", '"'), re.compile(r"''|\""), " '' "),
 ]
-_AFTER_ONE_BLANK: _Rules = [
+_AFTER_ONE_BLANK: _Rules = [  # for sentences whose white space is single blanks
     (("'",), re.compile(r"([^' ])('s|'m|'d|') "), r"\1 \2 "),
     (("'",), re.compile(r"([^' ])('ll|'re|'ve|n't) "), r"\1 \2 "),
     (("cannot",), re.compile(r"(?i)\b(can)(not)\b"), r" \1 \2 "),
