@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # torch's, on a module
+PLAIN_WEIGHTS = (nn.Parameter,)  # what is quantised has a class of its own
 
 
 class _Float32Frequencies(nn.Module):
@@ -93,6 +94,7 @@ def run_layers(
     attention_mask: torch.Tensor | None,
     positions: torch.Tensor | None,
     implementation: str,
+    joint: Sequence[JointLayer] = (),
 ) -> torch.Tensor:
     """Run a backbone of `build_backbone` once, with gradient.
 
@@ -102,6 +104,7 @@ def run_layers(
         attention_mask: int64 [B, L], 1 for real tokens; None when no row is padded.
         positions: int64 [B, K], whose final states to return; None for all.
         implementation: of the attention, as for `attention_bias`.
+        joint: what runs in the place of as many of the first layers.
 
     Returns:
         The final states, [B, K, H] or [B, L, H] in the backbone's dtype.
@@ -114,7 +117,7 @@ def run_layers(
     rotation = backbone.rotary_emb(hidden, position_ids)  # cos, sin: [B, L, D]
     bias = attention_bias(implementation, input_ids, attention_mask, hidden.dtype)
     *layers, last = backbone.layers
-    for layer in layers:
+    for layer in (*joint, *layers[len(joint) :]):
         hidden = layer(hidden, attention_mask=bias, position_ids=position_ids, position_embeddings=rotation)
     if positions is not None and can_trim(last, implementation):
         hidden = trimmed_layer(last, hidden, positions, rotation, bias, implementation)  # [B, K, H]
@@ -126,11 +129,81 @@ def run_layers(
 
 def compile_layers(retriever: nn.Module) -> None:
     """Let torch.compile fuse what surrounds each layer's products; texts of any length share one compiled code."""
+    stacks = (part for name, part in retriever.named_modules() if name.endswith("layers"))
+    _compile_each(next(stacks).children())
+
+
+def _compile_each(layers: Iterable[nn.Module]) -> None:
     # With `dynamic` torch would let floats vary, too: a norm's epsilon, say, be computed on the host at each call.
     torch._dynamo.config.specialize_float = True
-    stacks = (part for name, part in retriever.named_modules() if name.endswith("layers"))
-    for layer in next(stacks).children():
+    for layer in layers:
         layer.compile(dynamic=True)
+
+
+class JointLayer(nn.Module):
+    """A decoder layer whose products of the same states are one: query, key and value; gate and up.
+
+    Of one text's rows a product of 4,096 columns keeps a part of a GPU's processors busy, one of 12,288 all.
+
+    Args:
+        layer: what `can_join` of a LlamaDecoderLayer or Qwen2DecoderLayer. Its weights become views of the joint ones,
+            so that no memory is taken.
+        implementation: of the attention, sdpa or eager.
+    """
+
+    def __init__(self, layer: Any, implementation: str) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list: its weights are the backbone's
+        self._implementation = implementation
+        self._attention, self._mlp = (_joined(parts) for parts in _parts_of_one_product(layer))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return the layer's output [B, L, H]; arguments as transformers'."""
+        [layer] = self._layer
+        attention, mlp = layer.self_attn, layer.mlp
+        joint = F.linear(layer.input_layernorm(hidden), *self._attention)
+        widths = [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        query, key, value = (_heads(part, attention.head_dim) for part in joint.split(widths, dim=-1))
+        query, key = (_rotate(states, *position_embeddings) for states in (query, key))
+        mixed = _attend(self._implementation, attention, query, key, value, attention_mask)
+        states = hidden + attention.o_proj(mixed)
+        gate, up = F.linear(layer.post_attention_layernorm(states), *self._mlp).chunk(2, dim=-1)
+        return states + mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def can_join(layer: Any, implementation: str) -> bool:
+    """Whether `JointLayer` may stand in for a layer: as `can_trim`, and its products plain ones, of one kind each."""
+    hooked = any(getattr(part, hooks) for part in layer.modules() for hooks in HOOKS)
+    alike = True
+    for parts in _parts_of_one_product(layer):
+        plain = all(type(part) is nn.Linear and type(part.weight) in PLAIN_WEIGHTS for part in parts)
+        alike &= plain and len({(part.weight.dtype, part.weight.device, part.bias is None) for part in parts}) == 1
+    return alike and not hooked and can_trim(layer, implementation)
+
+
+def _parts_of_one_product(layer: Any) -> list[list[Any]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+
+
+@torch.no_grad()
+def _joined(parts: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Put weights into one [sum of the columns, H], and biases into one, of which those of the layers become views."""
+
+    def join(values: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole = torch.cat([value.detach() for value in values])
+        for value, rows in zip(values, whole.split([len(value) for value in values]), strict=True):
+            value.data = rows
+        return whole
+
+    biases = [part.bias for part in parts if part.bias is not None]
+    return join([part.weight for part in parts]), join(biases) if biases else None
 
 
 class RecordedLayers:
@@ -141,13 +214,15 @@ class RecordedLayers:
     only, and its time little: that is what reading the weights takes.
 
     Args:
-        run: ids int64 [1, L], mask int64 [1, L] and positions int64 [1, K] -> states [1, K, H], without waiting.
+        retriever: whose layers to run.
+        compiled: whether its layers are; those in their place, `JointLayer`s, are then, too.
     """
 
     LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
-    def __init__(self, run: Callable[..., torch.Tensor]) -> None:
-        self._run = run
+    def __init__(self, retriever: BidirectionalLayers, compiled: bool) -> None:
+        self._retriever, self._compiled = retriever, compiled
+        self._joint: list[JointLayer] | None = None  # None: to be made
         self._graphs: dict[tuple[int, int], tuple[list[torch.Tensor], torch.Tensor, Any]] = {}
         self._memory: Any = None  # all graphs', as one runs at a time
         self._turn = Lock()
@@ -160,10 +235,10 @@ class RecordedLayers:
     def forget(self) -> None:
         """Record anew: the weights are about to change their place."""
         self._graphs.clear()
-        self._memory = None
+        self._joint = self._memory = None
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-        """Return the states at the positions, [1, K, H]; arguments as of `run`, of any length that `takes` takes."""
+        """Return the states at the positions, [1, K, H]; arguments as of `run_layers`, if `takes` takes the ids."""
         length = next(length for length in self.LENGTHS if ids.shape[1] <= length)
         padding = (0, length - ids.shape[1])
         mask = torch.ones_like(ids) if mask is None else mask
@@ -181,6 +256,8 @@ class RecordedLayers:
     def _record(self, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
         """Return where a new graph reads its inputs, where it leaves its states, and the graph."""
         with torch.inference_mode(False), torch.no_grad():
+            if self._joint is None:
+                self._joint = self._join()
             held = [values.clone() for values in inputs]
             here, apart = torch.cuda.current_stream(), torch.cuda.Stream()
             apart.wait_stream(here)
@@ -197,6 +274,20 @@ class RecordedLayers:
                 told = "The layers cannot be recorded as a CUDA graph (some kinds of 8-bit weights cannot)"
                 raise RuntimeError(f'{told}; call optimize_for("throughput"). CUDA said: {error}') from error
         return held, states, graph
+
+    def _join(self) -> list[JointLayer]:
+        """Return what runs in the place of all layers but the last; nothing where one of them is not plain."""
+        layers, implementation = self._retriever.backbone.layers[:-1], self._retriever.config._attn_implementation
+        if not all(can_join(layer, implementation) for layer in layers):
+            return []
+        joint = [JointLayer(layer, implementation) for layer in layers]
+        if self._compiled:
+            _compile_each(joint)
+        return joint
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        implementation = self._retriever.config._attn_implementation
+        return run_layers(self._retriever.backbone, ids, mask, positions, implementation, self._joint or ())
 
 
 class BidirectionalLayers(nn.Module):
@@ -234,7 +325,7 @@ class BidirectionalLayers(nn.Module):
             )
         if compiled:
             compile_layers(self)
-        self._recorded = RecordedLayers(self._run_layers) if goal == "latency" else None
+        self._recorded = RecordedLayers(self, compiled) if goal == "latency" else None
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the final states at every position, [B, L, H], with gradient."""
@@ -297,13 +388,24 @@ def trimmed_layer(
     value = _heads(attention.v_proj(normed), attention.head_dim)
     query = _rotate(query, rows_at(cos, positions), rows_at(sin, positions))
     key = _rotate(key, cos, sin)
+    mixed = _attend(implementation, attention, query, key, value, bias)
+    states = rows_at(hidden, positions) + attention.o_proj(mixed)
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def _attend(
+    implementation: str,
+    attention: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return transformers' attention of states [B, heads, N, D], its heads side by side: [B, N, heads * D]."""
     attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
     dropout = attention.attention_dropout if attention.training else 0.0
-    mixed, _ = attend(
-        attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling
-    )  # [B, K, heads, D]
-    states = rows_at(hidden, positions) + attention.o_proj(mixed.flatten(2))
-    return states + layer.mlp(layer.post_attention_layernorm(states))
+    mixed, _ = attend(attention, query, key, value, bias, dropout=dropout, scaling=attention.scaling)
+    return mixed.flatten(2)
 
 
 def rows_at(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

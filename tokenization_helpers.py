@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 # The English stopwords of the PromptReps filter (the 179 words of NLTK's list).
@@ -266,14 +267,16 @@ class FramedTokenizer:
             ids and attention mask, LongTensor [B, L] each, on the CPU.
         """
         length = max(map(len, sequences))
-        # "cpu", here and below: a caller may have set another device as torch's default
-        ids = torch.tensor([[self.pad_id] * (length - len(row)) + list(row) for row in sequences], device="cpu")
-        lengths = torch.tensor([len(row) for row in sequences], device="cpu")
-        mask = (torch.arange(length, device="cpu") >= (length - lengths)[:, None]).long()
-        return ids, mask
+        rows = [[self.pad_id] * (length - len(row)) + list(row) for row in sequences]
+        ids = torch.from_numpy(np.array(rows, dtype=np.int64))  # in a fifth of the time of torch.tensor
+        if len(rows) == 1:
+            return ids, torch.ones_like(ids)
+        lengths = np.array([len(row) for row in sequences])
+        return ids, torch.from_numpy((np.arange(length) >= (length - lengths)[:, None]).astype(np.int64))
 
     def mask_positions(self, ids: torch.Tensor, is_query: bool) -> torch.Tensor:
         """Return where the masks of left-padded sequences [B, L] of one side are: int64 [B, 0], for want of any."""
+        # "cpu", here and below: a caller may have set another device as torch's default
         return torch.empty(len(ids), 0, dtype=torch.long, device="cpu")
 
     def locate(self, ids: torch.Tensor, mask: torch.Tensor, is_query: bool) -> tuple[torch.Tensor, list[list[int]]]:
@@ -409,6 +412,8 @@ class RetrievalTokenizer(FramedTokenizer):
         """
         layouts = self.layouts_of(is_query)
         end, most = ids.shape[1] - layouts[0].num_tail, max(layout.num_masks for layout in layouts)
+        if len(layouts) == 1:
+            return torch.arange(end - most, end, device="cpu").repeat(len(ids), 1)
         first = end - (ids == self.mask_id).sum(dim=1, keepdim=True)  # no text holds the mask's id
         return (first + torch.arange(most, device="cpu")).clamp(max=end - 1)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from pretend_gpu import GPU, pretended_gpu
+from pretend_gpu import GPU, Remote, pretended_gpu
 
 pytestmark = pytest.mark.once
 TEXTS = ["what are tides", "light and water " * 9]
@@ -82,10 +83,14 @@ def test_layers_that_cannot_be_recorded_say_what_to_do(
             model.encode_texts(TEXTS[:1], False)
 
 
-@pytest.fixture
-def recorded(load_release: Callable[..., Any]) -> Iterator[tuple[Any, Any, Any]]:
+@pytest.fixture(params=["llada", "dream"])
+def recorded(
+    request: pytest.FixtureRequest, load_release: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Any, Any, Any]]:
     """A model on the CPU, the same with recorded layers on a pretended GPU, and that."""
-    plain = load_release("tiny-llada", "llada-q4p4")
+    plain = load_release(f"tiny-{request.param}", f"{request.param}-q4p4")
+    code = sys.modules[type(plain).__mro__[1].__module__]  # bidirectional_layers, which may be the release's own
+    monkeypatch.setattr(code, "PLAIN_WEIGHTS", (torch.nn.Parameter, Remote))
     with pretended_gpu() as gpu:
         model = copy.deepcopy(plain)
         gpu.move(model)
@@ -126,6 +131,103 @@ def test_weights_that_move_are_recorded_anew(recorded: tuple[Any, Any, Any]) -> 
     assert torch.equal(model.encode_texts(TEXTS[:1], False).repr_hidden, before)  # of where the weights were
     model._apply(lambda weight: weight)  # as model.to(...) does
     assert (model.encode_texts(TEXTS[:1], False).repr_hidden - before).abs().max() > 0.01
+
+
+def joint_layers(model: Any) -> list[Any]:
+    """Make, and return, what runs in the place of a model's layers but the last for a single text."""
+    model._recorded._joint = model._recorded._join()
+    return list(model._recorded._joint)
+
+
+def test_a_single_text_has_joint_products(recorded: tuple[Any, Any, Any]) -> None:
+    plain, model, _ = recorded
+    assert_same_vectors((model, plain), TEXTS)
+    assert not model._recorded._joint
+    assert_same_vectors((model, plain), TEXTS[:1])
+    assert len(model._recorded._joint) == 3
+
+
+def test_joint_products_take_no_memory(load_release: Callable[..., Any]) -> None:
+    plain = load_release("tiny-dream", "dream-q4p4")
+    model = copy.deepcopy(plain)
+    model.optimize_for("latency", compiled=False)
+    for layer, joint in zip(model.backbone.layers, joint_layers(model), strict=False):
+        attention, mlp = layer.self_attn, layer.mlp
+        for parts, (weight, bias) in (
+            ([attention.q_proj, attention.k_proj, attention.v_proj], joint._attention),
+            ([mlp.gate_proj, mlp.up_proj], joint._mlp),
+        ):
+            assert len(weight) == sum(part.out_features for part in parts)
+            assert {part.weight.untyped_storage().data_ptr() for part in parts} == {weight.untyped_storage().data_ptr()}
+            assert (bias is None) == (parts[0].bias is None)
+            if bias is not None:
+                assert {part.bias.untyped_storage().data_ptr() for part in parts} == {bias.untyped_storage().data_ptr()}
+    assert_same_vectors((model, plain), TEXTS)
+
+
+def test_joint_weights_are_saved_each_by_itself(load_release: Callable[..., Any], tmp_path: Any) -> None:
+    plain = load_release("tiny-dream", "dream-q4p4")
+    model = copy.deepcopy(plain)
+    model.optimize_for("latency", compiled=False)
+    assert len(joint_layers(model)) == 3
+    model.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path, torch_dtype=torch.float32)
+    other = copy.deepcopy(model)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+        assert torch.equal(other.state_dict()[name], value), name
+    storages = {weight.untyped_storage().data_ptr() for weight in other.backbone.parameters()}
+    assert len(storages) == len(list(other.backbone.parameters()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_joint_layers_see_what_the_layers_see(load_release: Callable[..., Any], implementation: str) -> None:
+    """Texts of several lengths, padded; with biases and fewer heads of keys than of queries."""
+    plain = load_release("tiny-dream", "dream-q4p4", attn_implementation=implementation)
+    model = copy.deepcopy(plain)
+    model.optimize_for("latency", compiled=False)
+    joint_layers(model)
+    for layer in model.backbone.layers[:-1]:
+        layer.forward = None  # stays out of it
+    ids, mask = plain.tokenize([*TEXTS, ""], False)
+    positions = plain.texts.mask_positions(ids, False)
+    found, expected = model._recorded._run(ids, mask, positions), plain.states_at(ids, mask, positions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (expected - plain.states_at(ids, torch.ones_like(mask), positions)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("change", ["hook", "other kind", "other dtype", "flash attention"])
+def test_layers_that_are_not_plain_are_not_joint(load_release: Callable[..., Any], change: str) -> None:
+    model = copy.deepcopy(load_release("tiny-llada", "llada-q4p4"))
+    model.optimize_for("latency", compiled=False)
+    layer = model.backbone.layers[1]
+    if change == "hook":
+        layer.mlp.up_proj.register_forward_hook(lambda *values: None)
+    elif change == "other kind":
+        layer.self_attn.v_proj.weight = torch.nn.Parameter(torch.nn.Buffer(layer.self_attn.v_proj.weight.detach()))
+        layer.self_attn.v_proj.__class__ = type("Quantised", (torch.nn.Linear,), {})
+    elif change == "other dtype":
+        layer.self_attn.k_proj.half()
+    else:
+        model.config._attn_implementation = "flash_attention_2"
+    assert joint_layers(model) == []
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_joint_layers_share_one_code(load_release: Callable[..., Any]) -> None:
+    plain = load_release("tiny-llada", "llada-q4p4")
+    model = copy.deepcopy(plain)
+    model.optimize_for("latency")
+    joint_layers(model)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for text in (TEXTS[0], TEXTS[1], "tides and light"):
+        ids, mask = plain.tokenize([text], False)
+        positions = plain.texts.mask_positions(ids, False)
+        found, expected = model._recorded._run(ids, mask, positions), plain.states_at(ids, mask, positions)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
 
 def test_several_steps_are_replayed_each(load_release: Callable[..., Any]) -> None:
