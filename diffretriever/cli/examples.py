@@ -18,6 +18,7 @@ EXAMPLES = {
     "pretrain": "pretrain --recipe llada-tiny --pairs pairs.jsonl --texts texts.jsonl --output runs/backbone",
     "train": "train --recipe paper-multi --model RELEASE --pairs train.jsonl --output runs/adapter",
     "average-adapters": "average-adapters --adapters runs/first runs/second --output runs/mean",
+    "make-pairs": "make-pairs --corpus corpus.jsonl --output pairs.jsonl",
     "mine-negatives": "mine-negatives --pairs pairs.jsonl --output train.jsonl",
     "select-budget": "select-budget --model RELEASE --pairs train.jsonl --output budget.json",
     "analyze-budget": "analyze-budget --input budget.json --json analysis.json",

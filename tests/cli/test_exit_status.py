@@ -47,6 +47,8 @@ def write_data(folder: Path) -> None:
     pairs = [(" ".join(rng.sample(WORDS, 3)), " ".join(rng.choices(WORDS, k=20)) + f" {n}") for n in range(12)]
     write_lines(folder / "pairs.jsonl", [{"query": query, "positive": text} for query, text in pairs])
     write_lines(folder / "texts.jsonl", [{"text": text} for _, text in pairs])
+    prose = [f"The {first} of {n} is a thing that prints. {text.capitalize()}" for n, (first, text) in enumerate(pairs)]
+    write_lines(folder / "prose.jsonl", [{"query": "q", "positive": text} for text in prose])
     passages = [
         {"_id": f"p{n}", "text": f"{pairs[n % 12][1]} {n}"} for n in range(64)
     ]  # 4 vectors each: 256 to compress
@@ -106,6 +108,7 @@ COMMANDS = {
     "pretrain": "--recipe {here}/pretrain.yaml --pairs {here}/pairs.jsonl --texts {here}/texts.jsonl --output {out}/m",
     "train": "--recipe {here}/train.yaml --model {here}/zero-shot --pairs {here}/pairs.jsonl --output {out}/made",
     "average-adapters": "--adapters {here}/release {here}/release --output {out}/mean",
+    "make-pairs": "--pairs {here}/prose.jsonl --rare-words 1 --max-words 12 --output {out}/pairs.jsonl",
     "mine-negatives": "--model {here}/release --pairs {here}/pairs.jsonl --output {out}/mined.jsonl",
     "select-budget": "--model {here}/zero-shot --pairs {here}/pairs.jsonl --output {out}/b --num-queries 4 --budgets 1",
     "analyze-budget": "--input {here}/sweep.json --json {out}/analysis.json",
@@ -217,6 +220,7 @@ INTERRUPTED = {
     "pretrain": "torch.optim.AdamW.step",
     "train": "transformers.AutoModel.from_pretrained",
     "average-adapters": "diffretriever.training.averaging.check_fit",
+    "make-pairs": "diffretriever.training.sentence_queries.write_pairs",
     "mine-negatives": "transformers.AutoModel.from_pretrained",
     "select-budget": "transformers.AutoModel.from_pretrained",
     "analyze-budget": "scipy.stats.spearmanr",
