@@ -132,8 +132,8 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
             pretrained_model_name_or_path: Hub id or folder of a release, or of what `save_pretrained` wrote.
             kwargs: any field of `DiffRetrieverConfig`, and what `PreTrainedModel.from_pretrained` takes (dtype,
                 device_map, attn_implementation, quantization_config, revision, token, cache_dir, local_files_only).
-                `dtype` defaults to bfloat16 where the model will run on an accelerator or a CPU with AMX, else
-                float32; "auto" is the checkpoint's own.
+                `dtype` defaults to bfloat16 where the model will run on an accelerator or a CPU with AMX or
+                AVX512_BF16, else float32; "auto" is the checkpoint's own.
 
         Returns:
             The model in eval mode; with `output_loading_info=True` also transformers' report.

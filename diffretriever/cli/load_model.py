@@ -42,7 +42,7 @@ def add_model_options(parser: Any, what: str = RELEASE, where: str = WHERE, **mo
     parser.add_argument(
         "--model-dtype",
         choices=DTYPES,
-        help="to run the model in (default: bfloat16 on a GPU and a CPU with AMX, else float32)",
+        help="to run the model in (default: bfloat16 on a GPU and a CPU with AMX or AVX512_BF16, else float32)",
     )
     parser.add_argument("--device", type=usable_device_or_auto, help=where)
     add_trust_option(parser)

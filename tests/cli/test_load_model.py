@@ -7,13 +7,14 @@ import copy
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_folders import PARITY, hub_repository, run_python
+from pretend_cpu import UNITS, pretend_cpu
 from pretend_gpu import pretended_gpu
 from transformers import AutoConfig, AutoModel
 
@@ -55,12 +56,12 @@ def test_each_process_of_a_launcher_has_its_device(
     assert seen["device_map"] == expected
 
 
-@pytest.mark.parametrize(("amx", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(("units", "dtype"), [([], torch.float32), (UNITS, torch.bfloat16)])
 def test_a_model_on_the_cpu_has_its_dtype_beside_a_gpu_too(
-    release: Path, monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: torch.dtype
+    release: Path, monkeypatch: pytest.MonkeyPatch, units: Sequence[str], dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    pretend_cpu(monkeypatch, *units)
     model = load_model(parsed("--model", release, "--device", "cpu"))
     assert (model.dtype, model.device.type, model.training) == (dtype, "cpu", False)
 

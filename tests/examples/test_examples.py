@@ -193,7 +193,7 @@ def test_the_readmes_python_blocks(
     )
     assert [row.index(max(row)) for row in printed] == [0, 1]
     for row, values in zip(said, printed, strict=bool(said)):
-        assert row == pytest.approx(values, abs=0.02)  # bfloat16 where the CPU has AMX
+        assert row == pytest.approx(values, abs=0.02)  # bfloat16 where the CPU multiplies it
 
 
 @pytest.mark.parametrize("name", ["llada-tiny-single", "llada-tiny-multi-q4-p4"])

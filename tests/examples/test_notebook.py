@@ -29,7 +29,7 @@ NOTEBOOK = ROOT / "examples" / "diffretriever.ipynb"
 RELEASE = ROOT / "checkpoints" / "diffretriever-llada-tiny-multi-q4-p4"
 PICTURED = ROOT / "checkpoints" / "diffretriever-smollm2-135m-multi-q4-p4"
 LOADS = "AutoModel.from_pretrained(release, trust_remote_code=True"
-LOADS_FLOAT32 = f"{LOADS}, dtype=torch.float32"  # with AMX the default is bfloat16, whose digits are others
+LOADS_FLOAT32 = f"{LOADS}, dtype=torch.float32"  # many CPUs' default is bfloat16, whose digits are others
 FIGURES = ["MaxSim of queries", "mean of maxima", "Sparse vector of", '"rank"']  # one figure to the cell with each
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from checkpoint_folders import ROOT
+from pretend_cpu import pretend_cpu
 from sentence_transformers_folders import Folders
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cpu_without_amx() -> Iterator[None]:
+def cpu_without_bfloat16() -> Iterator[None]:
     """Make float32 the default dtype, in which the examples load; the tests compare at its tolerances."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        pretend_cpu(patch)
         yield
 
 

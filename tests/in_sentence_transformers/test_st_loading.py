@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import sentence_transformers
 import torch
 from checkpoint_folders import hub_repository, run_python
+from pretend_cpu import UNITS, pretend_cpu
 from sentence_transformers_folders import CHECKPOINTS, CLASSES, RELEASES, TEXTS, Folders, add_files, load, make_folder
 from transformers import AutoModel
 
@@ -141,10 +143,12 @@ def test_saved_twice(folders: Folders, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize(("amx", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_default_dtype(folders: Folders, amx: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("units", "expected"), [([], torch.float32), (UNITS, torch.bfloat16)])
+def test_default_dtype(
+    folders: Folders, units: Sequence[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """AutoModel's own: what suits the CPU."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    pretend_cpu(monkeypatch, *units)
     folder = str(folders.folder("single", "dense"))
     model = sentence_transformers.SentenceTransformer(folder, trust_remote_code=True, device="cpu")
     assert {weight.dtype for weight in model.parameters()} == {expected}

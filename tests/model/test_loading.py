@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from checkpoint_folders import (
     shard,
     vectors,
 )
+from pretend_cpu import UNITS, pretend_cpu
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -120,35 +121,35 @@ def test_dtype_of_a_float32_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device_map", "accelerator", "amx", "expected"),
+    ("device_map", "accelerator", "units", "expected"),
     [
-        (None, False, False, torch.float32),
-        (None, False, True, torch.bfloat16),
-        (None, True, False, torch.bfloat16),
-        ("auto", True, False, torch.bfloat16),
-        ("cpu", True, False, torch.float32),
-        ({"": "cpu"}, True, False, torch.float32),
-        ({"backbone": 0, "lm_head": "cpu"}, True, False, torch.bfloat16),
+        (None, False, [], torch.float32),
+        *[(None, False, [unit], torch.bfloat16) for unit in UNITS],
+        (None, True, [], torch.bfloat16),
+        ("auto", True, [], torch.bfloat16),
+        ("cpu", True, [], torch.float32),
+        ({"": "cpu"}, True, [], torch.float32),
+        ({"backbone": 0, "lm_head": "cpu"}, True, [], torch.bfloat16),
     ],
     ids=str,
 )
 def test_default_dtype(
-    device_map: Any, accelerator: bool, amx: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    device_map: Any, accelerator: bool, units: list[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16 on an accelerator or a CPU with AMX; float32 on other CPUs, where bfloat16 is half as fast."""
+    """bfloat16 on an accelerator or a CPU that multiplies it; float32 on others, where bfloat16 is half as fast."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    pretend_cpu(monkeypatch, *units)
     options = {} if device_map is None else {"device_map": device_map}
     for stored in ("BF16", "F32"):
         assert backbone_loading.choose_dtype({**options, "dtype": None}, stored) == expected
 
 
-@pytest.mark.parametrize(("amx", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(("units", "expected"), [([], torch.float32), (UNITS, torch.bfloat16)])
 def test_default_dtype_is_what_is_loaded(
-    amx: bool, expected: torch.dtype, build_release: Build, monkeypatch: pytest.MonkeyPatch
+    units: Sequence[str], expected: torch.dtype, build_release: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    pretend_cpu(monkeypatch, *units)
     model = AutoModel.from_pretrained(build_release("tiny-llada", "llada-single"), trust_remote_code=True)
     assert {weight.dtype for weight in model.parameters()} == {expected}
 

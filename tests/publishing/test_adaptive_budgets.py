@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_folders import PARITY, edit_json
+from pretend_cpu import pretend_cpu
 from training_data import made_up_pairs, write_lines
 from transformers import AutoModel
 
@@ -59,7 +60,7 @@ def learned(release: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
     (copy / ".notes").write_text("not ours")
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
-        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        pretend_cpu(patch)
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         assert main(command(copy, data, place / "out.json")) == 0
     return copy, json.loads((place / "out.json").read_text()), "\n".join(printed)
@@ -92,7 +93,7 @@ def test_a_release_learns_anew_and_analyze_budget_reads_it(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """An earlier table takes no part in what is tried: the same is found; on whichever device it was tried."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    pretend_cpu(monkeypatch)
     folder = shutil.copytree(learned[0], tmp_path / "adaptive-again")
     out, figures = tmp_path / "out.json", tmp_path / "analysis.json"
     before = AutoModel.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32)

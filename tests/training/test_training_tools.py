@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_cpu import pretend_cpu
 from training_data import made_up_pairs, write_lines
 from transformers import AutoModel
 
@@ -211,7 +212,7 @@ def test_the_grid_is_what_single_releases_give(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each cell against a release that is loaded with that budget, and scored by the contract."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # the command's default is then float32
+    pretend_cpu(monkeypatch)  # the command's default is then float32
     pairs = write_lines(tmp_path / "pairs.jsonl", made_up_pairs(12, negatives=1))
     packed = tmp_path / "pairs.jsonl.xz"
     packed.write_bytes(lzma.compress(pairs.read_bytes()))
@@ -292,7 +293,7 @@ def test_budget_errors(build_release: Callable[..., Path], tmp_path: Path, capsy
 def test_budgets_on_a_benchmark(
     build_release: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    pretend_cpu(monkeypatch)
     folder, records = tmp_path / "data", made_up_pairs(10)
     (folder / "qrels").mkdir(parents=True)
     write_lines(folder / "corpus.jsonl", [{"_id": f"p{n}", "text": row["positive"]} for n, row in enumerate(records)])
