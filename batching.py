@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 from threading import Lock
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 from transformers.utils import ModelOutput, logging
+
+from .device_copies import HostBatch, Packed, runs_apart
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -275,39 +277,6 @@ def run_side_by_side(
             torch.set_num_threads(threads)
 
 
-def runs_apart(device: torch.device) -> bool:
-    """Whether the host need not wait for what it has a device do: CUDA's (and ROCm's) queue work and copies."""
-    return device.type == "cuda"
-
-
-class HostBatch(NamedTuple):
-    """All that a device needs to know of B texts, on the CPU.
-
-    Args:
-        ids: int64 [B, L], padded.
-        mask: int64 [B, L], 1 for real tokens; None when no row is padded.
-        positions: int64 [B, K], where the masks are.
-        exists: bool [B, K], as `existing_masks`; None where all rows have K.
-        columns, allowed: int64 [C] and bool [B, C], as `sparse_head.content_columns`; None for the whole vocabulary.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor | None
-    positions: torch.Tensor
-    exists: torch.Tensor | None
-    columns: torch.Tensor | None
-    allowed: torch.Tensor | None
-
-    def pinned(self) -> HostBatch:
-        """Return it in memory from which a device copies by itself."""
-        return HostBatch._make(None if part is None else part.pin_memory() for part in self)
-
-    def on(self, device: torch.device) -> HostBatch:
-        """Return it on a device; a pinned one's copies are only begun."""
-        apart = runs_apart(device)
-        return HostBatch._make(None if part is None else part.to(device, non_blocking=apart) for part in self)
-
-
 def run_ahead(
     pack: Callable[[Batch], HostBatch], launch: Callable[[HostBatch], Any], batches: Sequence[Batch]
 ) -> Generator[tuple[Batch, Any], None, None]:
@@ -359,12 +328,15 @@ def _at_once(work: Callable[[Batch], Result], batch: Batch) -> Future[Result]:
     return done
 
 
-def _copied_to_host(results: Any) -> tuple[Any, list[Any]]:
+def _copied_to_host(results: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """Begin to copy {name: tensor} to the CPU; returns it, and events that happen when all is there."""
     devices = {values.device for values in results.values() if runs_apart(values.device)}
-    for name, values in list(results.items()):
-        results[name] = values.to("cpu", non_blocking=True)  # torch takes pinned memory for it
-    return results, [torch.cuda.current_stream(device).record_event() for device in devices]
+    arriving: dict[str, torch.Tensor]
+    if isinstance(results, Packed):
+        arriving = results.at(results.memory.to("cpu", non_blocking=True))
+    else:
+        arriving = {name: values.to("cpu", non_blocking=True) for name, values in results.items()}  # into pinned memory
+    return arriving, [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
 def _arrived(batch: Batch, results: Any, events: list[Any]) -> tuple[Batch, Any]:

@@ -38,7 +38,6 @@ from .backbone_loading import (
 )
 from .batching import (
     DiffRetrieverOutput,
-    HostBatch,
     check_count,
     check_id_tensor,
     check_ids,
@@ -51,9 +50,8 @@ from .batching import (
     in_eval_mode,
     run_ahead,
     run_side_by_side,
-    runs_apart,
 )
-from .bidirectional_layers import BidirectionalLayers, build_backbone, linear_shapes, parameter_shapes
+from .bidirectional_layers import build_backbone, linear_shapes, parameter_shapes
 from .chat_template import render_prompt, render_prompts
 from .checked_files import (
     check_fields,
@@ -65,6 +63,8 @@ from .checked_files import (
     read_tensors,
 )
 from .configuration_diffretriever import DIFFUSION_TYPES, FIELDS, DiffRetrieverConfig, LoadedFrom
+from .device_copies import HostBatch, Packed, runs_apart
+from .optimized_layers import BidirectionalLayers
 from .release_code import load_other, other_code
 from .saved_folder import all_of_it, copy_files, replacing, sentence_transformers_files, whole_state
 from .scoring import fusion_weight_of, score
@@ -397,11 +397,15 @@ class DiffRetriever(BidirectionalLayers, PreTrainedModel):
         """Encode a batch on the model's device; nothing here waits for it, nor looks at what it computes."""
         top_k = self.config.sparse_top_k if sparse_top_k is None else sparse_top_k
         top_k = min(check_count("sparse_top_k", top_k), self.config.vocab_size)
+        if self._recorded is not None and self._recorded.takes(batch):
+            return self._recorded(batch, top_k if compute_sparse else None)
         with in_eval_mode(self):
             return vectors_of(self, batch.on(self.device), top_k if compute_sparse else None)
 
     def _output(self, found: dict[str, torch.Tensor], is_query: bool) -> DiffRetrieverOutput:
         """Check what `_launch` found, and wrap it."""
+        if isinstance(found, Packed):  # each by itself again, as one that is saved or kept should be
+            found = {name: values.clone() for name, values in found.items()}
         return DiffRetrieverOutput(**check_output(self, found)).on_side(is_query)
 
     def encode_texts(

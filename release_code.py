@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 COMPUTING = (
     "modeling_diffretriever",
     "bidirectional_layers",
+    "optimized_layers",
     "sparse_head",
     "tokenization_helpers",
     "query_budgets",

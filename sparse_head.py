@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,18 +129,21 @@ def _top(weights: torch.Tensor, columns: torch.Tensor | None, top_k: int) -> tup
     return F.pad(indices, (0, unused)), F.pad(values, (0, unused))
 
 
-def vectors_of(model: Any, batch: Any, top_k: int | None) -> dict[str, torch.Tensor]:
+def vectors_of(
+    model: Any, batch: Any, top_k: int | None, states: Callable[..., torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Encode a batch; no step waits for an accelerator, nor looks at what it computes.
 
     Args:
         model: a DiffRetriever in eval mode.
-        batch: a `batching.HostBatch`, on the model's device.
+        batch: a `device_copies.HostBatch`, on the model's device.
         top_k: T, weights kept a text; None leaves the sparse vectors out.
+        states: as for `states_at_masks`.
 
     Returns:
         What of `batching.DiffRetrieverOutput` `encode` returns.
     """
-    hidden, _ = states_at_masks(model, batch.ids, batch.mask, batch.positions)
+    hidden, _ = states_at_masks(model, batch.ids, batch.mask, batch.positions, states)
     vectors = F.normalize(hidden.float(), dim=-1) if model.config.normalize else hidden.float()
     found = {"repr_hidden": vectors}
     if batch.exists is not None:
@@ -153,7 +157,11 @@ def vectors_of(model: Any, batch: Any, top_k: int | None) -> dict[str, torch.Ten
 
 
 def states_at_masks(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor,
+    states: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the states at the masks; over several steps, each as it was when its mask was filled.
 
@@ -165,22 +173,30 @@ def states_at_masks(
         ids: int64 [B, L].
         mask: int64 [B, L], 1 for real tokens; None when no row is padded.
         positions: int64 [B, K], where the masks are.
+        states: gives the states [B, K, H] of ids, mask and positions; None is the model's forward pass.
 
     Returns:
         [B, K, H] in the model's dtype, and which of them are frozen, bool [B, K].
     """
+    if states is None:
+        states = partial(_forward, model)
     steps = min(model.config.num_denoise_steps, positions.shape[1])
     frozen = torch.zeros(positions.shape, dtype=torch.bool, device=ids.device)  # [B, K]
     kept: torch.Tensor | None = None
     for _ in range(steps - 1):
         with torch.no_grad():
-            kept = _with_frozen(kept, frozen, model(ids, mask, mask_positions=positions).mask_hidden)  # [B, K, H]
+            kept = _with_frozen(kept, frozen, states(ids, mask, positions))  # [B, K, H]
             sure = confidence_of(model.lm_head(kept).float(), model.config.denoise_confidence)
         confidence, token = (values.to(ids.device) for values in sure)  # [B, K] each
         chosen = confidence.masked_fill(frozen, -torch.inf).topk(positions.shape[1] // steps, dim=1).indices
         ids = ids.scatter(1, positions.gather(1, chosen), token.gather(1, chosen))
         frozen = frozen.scatter(1, chosen, True)
-    return _with_frozen(kept, frozen, model(ids, mask, mask_positions=positions).mask_hidden), frozen
+    return _with_frozen(kept, frozen, states(ids, mask, positions)), frozen
+
+
+def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = model(ids, mask, mask_positions=positions).mask_hidden
+    return hidden
 
 
 def _with_frozen(kept: torch.Tensor | None, frozen: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -52,15 +52,18 @@ class Remote(torch.Tensor):
 
     def copy_(self, values: Any, non_blocking: bool = False) -> Remote:
         if not isinstance(values, Remote):
-            self.gpu.waits["copy to the GPU"] += 1
-        self.held.copy_(getattr(values, "held", values))
+            self.gpu.count_up(values, non_blocking)
+        source = getattr(values, "held", values)
+        self.gpu.now_and_at_replays(lambda: self.held.copy_(source))
         return self
 
     def __getitem__(self, index: Any) -> Remote:
-        return Remote(self.held[self.gpu.index(index)], self.gpu)
+        index = self.gpu.index(index)
+        return Remote(self.gpu.now_and_at_replays(lambda: self.held[index]), self.gpu)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.held[self.gpu.index(index)] = value.held if isinstance(value, Remote) else value
+        index, value = self.gpu.index(index), getattr(value, "held", value)
+        self.gpu.now_and_at_replays(lambda: self.held.__setitem__(index, value))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -75,6 +78,7 @@ class PretendGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()  # up and down
         self.events = 0  # that were waited for
         self.on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.graph: PretendGraph | None = None  # that is being recorded
@@ -103,12 +107,17 @@ class PretendGPU(TorchDispatchMode):
         local = [value.held if isinstance(value, Remote) else value for value in flat]
         local = [torch.device("cpu") if value == GPU or value == torch.device("cuda") else value for value in local]
         inner_args, inner_kwargs = tree_unflatten(local, spec)
-        found = func(*inner_args, **inner_kwargs)
-        if self.graph is not None:
-            self.graph.record(lambda: func(*inner_args, **inner_kwargs), found)
+        found = self.now_and_at_replays(lambda: func(*inner_args, **inner_kwargs))
         if func._schema.is_mutable:  # in place: the tensor that was given
             return args[0]
         return tree_map(lambda value: Remote(value, self) if isinstance(value, torch.Tensor) else value, found)
+
+    def now_and_at_replays(self, step: Callable[[], Any]) -> Any:
+        """Take a step, which a graph that is being recorded takes again."""
+        found = step()
+        if self.graph is not None:
+            self.graph.record(step, found)
+        return found
 
     def index(self, index: Any) -> Any:
         """Return an index for the CPU; those of the host are copied, and those that say which are counted out."""
@@ -121,13 +130,19 @@ class PretendGPU(TorchDispatchMode):
                     self.waits["index by truth"] += 1
         return tree_unflatten([value.held if isinstance(value, Remote) else value for value in flat], spec)
 
+    def count_up(self, source: torch.Tensor, apart: bool) -> None:
+        """Count a copy to the GPU, and whether the host waits for it."""
+        self.copies["up"] += 1
+        if not (apart and getattr(source, "is_pinned_here", False)):
+            self.waits["copy to the GPU"] += 1
+
     def copy(self, source: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
         """Copy between host and GPU."""
         apart = options.get("non_blocking", False)
         if not isinstance(source, Remote):
-            if not (apart and getattr(source, "is_pinned_here", False)):
-                self.waits["copy to the GPU"] += 1
+            self.count_up(source, apart)
             return Remote(source.clone(), self)
+        self.copies["down"] += 1
         if not apart:
             self.waits["copy to the host"] += 1
             return source.held.clone()

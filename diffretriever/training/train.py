@@ -18,8 +18,8 @@ from ..files.durable import write_json
 from ..files.lines import read_object
 from ..model.adapter_loading import WEIGHTS_FILE
 from ..model.backbone_loading import save_tokenizer
-from ..model.bidirectional_layers import compile_layers
 from ..model.configuration_diffretriever import DIFFUSION_TYPES
+from ..model.optimized_layers import compile_layers
 from .adapter_output import check_prompts, save_adapter
 from .adapter_recipe import AdapterRecipe
 from .batches import SampledItems

@@ -91,6 +91,15 @@ def test_nor_do_several_steps_and_budgets_of_queries(
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=3e-6)
 
 
+def test_each_batch_goes_up_in_one_copy(pair: tuple[Any, Any], gpu: PretendGPU) -> None:
+    _, there = pair
+    prepared = there.texts.prepare(TEXTS[:8], False)
+    for rows, _ in there.encode_batches(prepared, [[0, 1, 2], [3, 4], [5, 6, 7]], False):
+        assert rows
+    assert gpu.copies == {"up": 3, "down": 9}
+    assert not gpu.waits
+
+
 def test_a_batch_that_fails_does_so_behind_those_before_it(pair: tuple[Any, Any], gpu: PretendGPU) -> None:
     _, there = pair
     prepared = there.texts.prepare(TEXTS[:8], False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from diffretriever.model.backbone_loading import check_output
 from diffretriever.model.chat_template import render_prompts
 from diffretriever.model.tokenization_helpers import RetrievalTokenizer
 
@@ -215,6 +216,14 @@ def test_broken_weights_are_named(own: Any, weight: str, value: float) -> None:
     own.get_parameter(weight).data[int(ids[0, 0]) if "embed" in weight else 0] = value
     with pytest.raises(ValueError, match=rf"vectors of rows \[0, 1\] are not finite: the weights {weight} hold NaN"):
         own.encode(ids, is_query=True)
+
+
+def test_a_sum_that_overflows_is_no_vector_that_does(own: Any) -> None:
+    largest = torch.full((2, 1, 4), torch.finfo(torch.float32).max)
+    assert check_output(own, {"repr_hidden": largest})["repr_hidden"] is largest
+    opposite = torch.tensor([[[1.0]], [[torch.inf]], [[-torch.inf]]])
+    with pytest.raises(ValueError, match=r"vectors of rows \[1, 2\] are not finite"):
+        check_output(own, {"repr_hidden": largest, "sparse_values": opposite})
 
 
 def test_a_broken_head_is_named(own: Any) -> None:
