@@ -124,6 +124,17 @@ def count_or_none(text: str) -> int:
     return count(text, least=0)
 
 
+def share(text: str) -> float:
+    """Return the number from 0 to 1 that an argument is."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r:.80}")
+    return found
+
+
 def usable_device(text: str) -> str:
     """Return the device that an argument names, where this machine has it."""
     import torch

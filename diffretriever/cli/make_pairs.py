@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .arguments import add_command, count, count_or_none
+from .arguments import add_command, count, count_or_none, share
 from .exit_status import DONE
 
 
@@ -33,17 +32,6 @@ def register(commands: Any) -> None:
     told = "share of the texts that keep their sentences (default %(default)s)"
     parser.add_argument("--keep-share", type=share, default=0.1, metavar="SHARE", help=told)
     parser.add_argument("--seed", type=int, default=42)
-
-
-def share(text: str) -> float:
-    """Return the number from 0 to 1 that an argument is."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r:.80}")
-    return found
 
 
 def run_make_pairs(options: argparse.Namespace) -> int:
