@@ -77,15 +77,20 @@ class HostBatch(NamedTuple):
         """Return what is there, by name."""
         return {name: part for name, part in zip(self._fields[:-1], self[:-1], strict=True) if part is not None}
 
+    def in_pinned_memory(self) -> Packed:
+        """Return `packed`, made here where it is not yet."""
+        if self.packed is not None:
+            return self.packed
+        packed = Packed.of(self.parts())
+        return packed.at(packed.memory.pin_memory())
+
     def pinned(self) -> HostBatch:
         """Return it with `packed`."""
-        packed = Packed.of(self.parts())
-        return self._replace(packed=packed.at(packed.memory.pin_memory()))
+        return self._replace(packed=self.in_pinned_memory())
 
     def on(self, device: torch.device) -> HostBatch:
         """Return it on a device; the copy to one that runs apart is only begun."""
         if not runs_apart(device):
             return HostBatch.of({name: part.to(device) for name, part in self.parts().items()})
-        packed = self.packed or self.pinned().packed
-        assert packed is not None
+        packed = self.in_pinned_memory()
         return HostBatch.of(packed.at(packed.memory.to(device, non_blocking=True)))

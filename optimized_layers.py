@@ -138,8 +138,7 @@ class RecordedTexts:
         batch = self._padded(batch)
         options = (top_k, config.normalize, config.num_denoise_steps, config.denoise_confidence)
         key = (*((name, part.shape) for name, part in batch.parts().items()), *options)
-        packed = batch.pinned().packed
-        assert packed is not None
+        packed = batch.in_pinned_memory()
         with self._turn, torch.cuda.device(device):
             if key not in self._graphs:
                 self._graphs[key] = self._record(packed, device, top_k)
@@ -156,7 +155,7 @@ class RecordedTexts:
         length = self._length(batch)
         more = (0, length - batch.ids.shape[1])
         mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
-        batch = batch._replace(ids=F.pad(batch.ids, more), mask=F.pad(mask, more))
+        batch = batch._replace(ids=F.pad(batch.ids, more), mask=F.pad(mask, more), packed=None)
         if batch.columns is None or batch.allowed is None:
             return batch
         more = (0, length - len(batch.columns))

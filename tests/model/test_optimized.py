@@ -238,6 +238,16 @@ def test_a_single_text_goes_up_and_comes_back_in_one_copy_each(recorded: tuple[A
     assert gpu.copies == {"up": 1, "down": 1}
 
 
+def test_texts_in_batches_of_one_are_run_as_recorded(recorded: tuple[Any, Any, Any]) -> None:
+    """They are packed ahead, in their own lengths, which are not the graphs'."""
+    plain, model, gpu = recorded
+    found, expected = (one.encode_texts([*TEXTS, "tides and light"], False, batch_size=1) for one in (model, plain))
+    for name in ("repr_hidden", "sparse_values"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=3e-6)
+    assert gpu.replays == 3
+    assert not gpu.waits
+
+
 def test_what_is_recorded_follows_what_is_asked_for(recorded: tuple[Any, Any, Any]) -> None:
     """The sparse vectors and their sizes, the steps, the norm: also when they change after a text was recorded."""
     plain, model, gpu = recorded
