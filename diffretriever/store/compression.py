@@ -26,7 +26,7 @@ from ..files.lines import read_object
 from ..model.scoring import LEAST_LENGTH, Memory, PreparedQueries, check_width
 from ..progress import progress_bar
 from .manifest import LARGEST, MANIFEST_FILE, Manifest, ShardEntry
-from .segments import Rows, existing
+from .segments import Rows, Stored, existing
 from .shard_file import DamagedShardError, ShardFile, write_shard
 from .store import Shard, Store, check_entry, check_tensors, entry_of, refuse_damaged
 
@@ -109,6 +109,10 @@ class CompressedShard(Shard):
     def block(self, start: int, stop: int) -> torch.Tensor:
         """See `Segment.block`."""
         return self._vectors(slice(start, stop))
+
+    def stored(self, rows: Rows) -> Stored:
+        """See `Segment.stored`."""
+        return self.file.tensor("codes")[rows], None
 
     def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
         """See `Segment.similarities`."""

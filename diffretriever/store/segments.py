@@ -11,6 +11,7 @@ import torch
 from ..model.scoring import Memory, PreparedQueries, similarities, sparse_vectors_of, vectors_of
 
 Rows = slice | torch.Tensor  # consecutive texts, or any, int64 [n]
+Stored = tuple[torch.Tensor, torch.Tensor | None]  # [n, K, H] as stored, and what each vector is multiplied with [n, K]
 
 
 class Segment(Protocol):
@@ -33,6 +34,9 @@ class Segment(Protocol):
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Vectors float32 [len(rows), K, H] of any rows."""
+
+    def stored(self, rows: Rows) -> Stored:
+        """The vectors or their codes as they are stored, [n, K, …], and a scale for each vector, [n, K], or None."""
 
     def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
         """Dot products of the vectors, as they are stored, with those of a few queries on a CPU, float32 [C, n·K].
@@ -82,6 +86,10 @@ class TensorSegment:
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Segment.rows`."""
         return self.vectors[rows.to(self.vectors.device)].float()
+
+    def stored(self, rows: Rows) -> Stored:
+        """See `Segment.stored`."""
+        return self.vectors[rows], None
 
     def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
         """See `Segment.similarities`."""

@@ -18,7 +18,7 @@ from ..files.inside import check_inside
 from ..model.scoring import Memory, PreparedQueries, similarities
 from .manifest import MANIFEST_FILE, Manifest, Settings, ShardEntry
 from .plan import SHARD_NAME, describe_unfinished
-from .segments import Rows
+from .segments import Rows, Stored
 from .shard_file import DamagedShardError, Layout, ShardFile, pack_strings, texts_digest, write_shard
 
 
@@ -138,6 +138,10 @@ class Shard:
         """Return the vectors of some rows, float32 [n, K, H]."""
         vectors = self.repr_hidden[rows].float()
         return vectors if self.repr_scale is None else vectors.mul_(self.repr_scale[rows][..., None])
+
+    def stored(self, rows: Rows) -> Stored:
+        """See `Segment.stored`."""
+        return self.repr_hidden[rows], None if self.repr_scale is None else self.repr_scale[rows]
 
     def similarities(self, rows: Rows, queries: PreparedQueries, memory: Memory) -> torch.Tensor:
         """See `Segment.similarities`."""
