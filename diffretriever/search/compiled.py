@@ -31,11 +31,16 @@ SETTINGS: dict[str, Any] = {"nogil": True, "fastmath": SUMS_IN_ANY_ORDER, "error
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function at its first call, and keep what was made on the disk where there is a place for it."""
+    """Compile a function at its first call."""
+    return numba.njit(**SETTINGS)(function)
+
+
+def kept(function: Callable[..., Any]) -> Any:
+    """Compile a function at its first call, and keep it and what it calls on the disk, where there is a place."""
     try:
         return numba.njit(cache=True, **SETTINGS)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(**SETTINGS)(function)
+        return compiled(function)
 
 
 def part_of_others(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,7 +177,7 @@ def best_products(products, there, cosine, found, broken):  # type: ignore[no-un
                 found[passage] = value if value > found[passage] else found[passage]
 
 
-@compiled
+@kept
 def write_scores(rows, scales, there, lengths, matrix, exists, scores):  # type: ignore[no-untyped-def]
     """Write the scores of passages with queries: NaN where a product is NaN, -inf where a side has no vector.
 
@@ -226,15 +231,16 @@ def scores_of_stored(
     if exists is None:
         exists = torch.ones(queries.num_vectors, len(queries), dtype=torch.bool, device="cpu")
     scores = torch.empty(len(vectors), len(queries), dtype=torch.float32, device="cpu")
-    write_scores(
-        bits_of(vectors),
-        (NO_NUMBERS if scales is None else scales.contiguous()).numpy(),
-        (NO_FLAGS if mask is None else mask.contiguous()).numpy(),
-        (NO_LENGTHS if lengths is None else lengths.contiguous()).numpy(),
-        queries.matrix.numpy(),
-        exists.numpy(),
-        scores.numpy(),
+    given = (
+        NO_NUMBERS if scales is None else scales.contiguous(),
+        NO_FLAGS if mask is None else mask.contiguous(),
+        NO_LENGTHS if lengths is None else lengths.contiguous(),
     )
+    arrays = [tensor.numpy() for tensor in (*given, queries.matrix, exists, scores)]
+    try:
+        write_scores(bits_of(vectors), *arrays)
+    except OSError:  # a full disk: what was compiled is there, and only not kept
+        write_scores(bits_of(vectors), *arrays)
     return scores
 
 

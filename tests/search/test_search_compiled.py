@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from diffretriever.store.segments import query_vectors
 from diffretriever.store.store import ShardContents, Store, write_store
 
 pytest.importorskip("numba")
+from numba.core.caching import IndexDataCacheFile
+
 from diffretriever.search import compiled
 
 Side = dict[str, torch.Tensor]
@@ -150,13 +153,29 @@ def test_it_is_compiled_without_a_place_to_keep_it(monkeypatch: pytest.MonkeyPat
     """A package in a folder that cannot be written, of a user without one."""
     njit = compiled.numba.njit
 
-    def nowhere(*, cache: bool = False, **settings: Any) -> Any:
+    def nowhere(*functions: Any, cache: bool = False, **settings: Any) -> Any:
         if cache:
             raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
-        return njit(**settings)
+        return njit(*functions, **settings)
 
     monkeypatch.setattr(compiled.numba, "njit", nowhere)
-    assert compiled.compiled(lambda number: number + 1)(1) == 2
+    assert compiled.kept(lambda number: number + 1)(1) == 2
+
+
+def test_a_full_disk_stops_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def full(self: IndexDataCacheFile, key: Any, data: Any) -> None:
+        tried.append(key)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexDataCacheFile, "load", lambda self, key: None)
+    monkeypatch.setattr(IndexDataCacheFile, "save", full)
+    monkeypatch.setattr(compiled, "write_scores", compiled.kept(compiled.write_scores.py_func))
+    side = {"repr_hidden": torch.ones(3, 1, 4)}
+    for _ in range(2):
+        assert Searcher(side).search(side, "multi_dense", 2).scores.tolist() == [[4.0, 4.0]] * 3
+    assert len(tried) == 1
 
 
 def test_small_searches_never_import_numba(tmp_path: Path) -> None:
