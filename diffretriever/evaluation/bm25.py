@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from ..files.compiling import numba_works
 from ..files.install import install_hint
 from .runs import Run, ranking
 
@@ -46,7 +46,7 @@ class BM25:
         self.ids = list(ids)
         self._tokenize = bm25s.tokenize
         self._rules: dict[str, Any] = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}
-        compiled = len(ids) >= COMPILED_FROM and find_spec("numba") is not None
+        compiled = len(ids) >= COMPILED_FROM and numba_works()
         self._index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numba" if compiled else "numpy")
         words = self._tokenize(list(texts), **self._rules)
         if not words.vocab:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from ..files.compiling import numba_works
 from ..model.batching import check_count, run_side_by_side
 from ..model.scoring import (
     LEAST_LENGTH,
@@ -205,7 +205,7 @@ class ExactEngine:
     def _compiled(self) -> Callable[..., torch.Tensor] | None:
         """What scores passages in one reading, where numba is installed and there are enough that compiling pays."""
         numbers = sum(part.length * part.block(0, 1).numel() for part in self._segments if part.length)
-        if numbers < COMPILED_FROM or find_spec("numba") is None:
+        if numbers < COMPILED_FROM or not numba_works():
             return None
         from .compiled import scores_of_stored, takes
 
