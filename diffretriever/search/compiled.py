@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from ..model.scoring import LEAST_LENGTH, PreparedQueries, check_width
 from ..store.segments import Segment
 
-NEAR, PART = 1536, 512  # dimensions up to which a vector is multiplied whole, and of a part of a wider one
+NEAR, PART = 1152, 512  # dimensions up to which a vector is multiplied whole, and of a part of a wider one
 AHEAD = 2048  # bytes from what is multiplied to what is fetched: a processor's own guess ends with each page
 TOGETHER = 64  # passages whose products wait for their maximum
 LINE = 64  # bytes that come from memory at once
