@@ -46,6 +46,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
+    if importlib.util.find_spec("setuptools") is not None:
+        # inductor imports it when it first compiles; in a process that has run other tests it found Python's own
+        # distutils in the place of its own, and refused.
+        importlib.import_module("setuptools")
     if os.environ.get("DIFFRETRIEVER_TEST_AMX"):
         torch.cpu._is_amx_tile_supported = lambda: True
     if hasattr(os, "register_at_fork"):
