@@ -109,8 +109,9 @@ def multiply(rows, matrix, products):  # type: ignore[no-untyped-def]
     Wide vectors are multiplied part by part, so that a part of the queries stays in the nearest cache for all K.
     """
     width, columns = rows.shape[2], products.shape[1]
-    few = columns < 4  # products that memory takes longer for than they do
-    step, ahead = (width, AHEAD) if few or width <= NEAR else (PART, width * rows.itemsize)  # of a part: the next one's
+    few = columns < 4  # then memory alone is waited for
+    # fetched meanwhile: what follows, or the same part of the next vector
+    step, ahead = (width, AHEAD) if few or width <= NEAR else (PART, width * rows.itemsize)
     for passage in range(len(rows)):
         products[:, :, passage] = 0.0
         for start in range(0, width, step):

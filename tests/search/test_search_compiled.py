@@ -1,4 +1,4 @@
-"""Scores compiled by numba, in one reading of what is stored: those of plain loops, and of torch's own way."""
+"""Scores compiled by numba, in one reading of what is stored: those of products in float64, and of torch's own way."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_full_disk_stops_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tried) == 1
 
 
-def test_small_searches_never_import_numba(tmp_path: Path) -> None:
+def test_small_searches_never_import_numba() -> None:
     """Importing it takes longer than such a search."""
     code = (
         "import sys, torch; from diffretriever.search import Searcher; side = {'repr_hidden': torch.ones(3, 1, 4)}; "
